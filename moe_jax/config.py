@@ -1,0 +1,213 @@
+"""Configuration of a Mixture-of-Experts layer: frozen data that cannot be wrong.
+
+Every field states its meaning under it; every class checks itself when built, so an illegal combination fails where it is
+written down and not in the middle of a step.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from moe_jax.kernels import Activation
+
+ScoringFunction = Literal["softmax", "sigmoid", "sqrtsoftplus"]
+SCORING_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
+
+CustomRoutingFunction = Callable[..., tuple[Any, Any]]
+"""`f(hidden_states [T, H], router_logits [T, E], top_k, renormalize) -> (weights [T, K] float32, ids [T, K] int32)`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupLimit:
+    """Group-limited routing: only experts of the best groups may be chosen (DeepSeek-V3, section 2.1.2; spec 2.6)."""
+
+    num_groups: int
+    """Experts are split into this many equal, contiguous groups."""
+    groups_kept: int
+    """How many groups stay eligible per token."""
+    score: Literal["max", "top2_sum"] = "top2_sum"
+    """How a group is scored: its best expert (DeepSeek-V2), or the sum of its two best biased scores (V3)."""
+    masked_score: float = float("-inf")
+    """What experts outside the kept groups score in the final choice. vLLM and DeepSeek-V3 use -inf, DeepSeek-V2 uses 0."""
+
+    def validate(self, num_experts: int, top_k: int) -> None:
+        """Raise ValueError unless these groups fit `num_experts` experts and `top_k` choices."""
+        if self.num_groups < 1 or num_experts % self.num_groups:
+            raise ValueError(f"num_groups must divide num_experts={num_experts}, got {self.num_groups}")
+        if not 1 <= self.groups_kept <= self.num_groups:
+            raise ValueError(f"groups_kept must be in [1, num_groups={self.num_groups}], got {self.groups_kept}")
+        if self.score not in ("max", "top2_sum"):
+            raise ValueError(f"score must be 'max' or 'top2_sum', got {self.score!r}")
+        group_size = num_experts // self.num_groups
+        if self.score == "top2_sum" and group_size < 2:
+            raise ValueError(f"score='top2_sum' needs at least 2 experts per group, got {group_size}")
+        if top_k > self.groups_kept * group_size:
+            raise ValueError(
+                f"top_k={top_k} exceeds the {self.groups_kept * group_size} experts of groups_kept={self.groups_kept} groups"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How hidden states become `(topk_weights [T, K], topk_ids [T, K])`; the defaults are vLLM's (spec section 2)."""
+
+    scoring: ScoringFunction = "softmax"
+    """Turns logits into scores, in float32: softmax over all experts, sigmoid, or sqrt(softplus)."""
+    score_after_top_k: bool = False
+    """Choose on the raw logits and score only the chosen ones (gpt-oss: softmax over K; Llama 4: sigmoid)."""
+    renormalize: bool = True
+    """Divide the chosen weights by their sum."""
+    renormalize_epsilon: float = 0.0
+    """Added to that sum (Hugging Face: 1e-20 for DeepSeek-V3; vLLM: 0, and a sum that is not positive counts as 1)."""
+    routed_scaling_factor: float = 1.0
+    """Factor on the routed output; exactly one place applies it."""
+    apply_scale_to_output: bool = False
+    """False: the router multiplies its weights by the factor. True: the runner multiplies the routed output."""
+    correction_bias: bool = False
+    """A bias per expert (`e_score_correction_bias`) steers the choice and never enters the weights."""
+    group_limit: GroupLimit | None = None
+    """Restrict the choice to the best groups of experts."""
+    logits_bias: bool = False
+    """The linear map from hidden states to logits has a bias (gpt-oss)."""
+    hash_vocab_size: int | None = None
+    """Choose experts by token id from a table `[vocab, K]` (DeepSeek-V4's first layers); the call needs `input_ids`."""
+    sparsemixer_jitter: float | None = None
+    """PhiMoE's sparsemixer with this jitter; needs top_k=2 and renormalize=False."""
+    normalize_input: bool = False
+    """RMS-normalise the router's input, times H**-0.5, times a learned scale (Gemma 4)."""
+    per_expert_scale: bool = False
+    """Multiply each weight by a learned factor of its expert (Gemma 4)."""
+    num_zero_experts: int = 0
+    """Identity experts with ids num_experts .. num_experts + num_zero_experts - 1 (LongCat-Flash)."""
+    custom: CustomRoutingFunction | None = None
+    """Replaces everything between logits and scaling."""
+    simulation: str | None = None
+    """Name of a registered routing simulation ("uniform_random", "normal_routing"); ignores the logits."""
+    round_weights_to_input_dtype: bool = False
+    """Round the float32 weights to the dtype of the hidden states, where Hugging Face casts them."""
+
+    def __post_init__(self) -> None:
+        if self.scoring not in SCORING_FUNCTIONS:
+            raise ValueError(f"scoring must be one of {', '.join(SCORING_FUNCTIONS)}; got {self.scoring!r}")
+        if self.renormalize_epsilon < 0:
+            raise ValueError(f"renormalize_epsilon must not be negative, got {self.renormalize_epsilon}")
+        if self.sparsemixer_jitter is not None and self.renormalize:
+            raise ValueError("sparsemixer_jitter needs renormalize=False, got renormalize=True")
+        if self.hash_vocab_size is not None and self.group_limit is not None:
+            raise ValueError("hash_vocab_size chooses experts by token id and cannot be combined with group_limit")
+        sources = {
+            "custom": self.custom is not None,
+            "simulation": self.simulation is not None,
+            "sparsemixer_jitter": self.sparsemixer_jitter is not None,
+            "score_after_top_k": self.score_after_top_k,
+            "group_limit": self.group_limit is not None,
+        }
+        chosen = [name for name, given in sources.items() if given]
+        if len(chosen) > 1:
+            raise ValueError(f"at most one of {', '.join(sources)} may be set, got {' and '.join(chosen)}")
+
+    def validate(self, num_experts: int, top_k: int) -> None:
+        """Raise ValueError unless this router can choose `top_k` of `num_experts` experts."""
+        candidates = num_experts + self.num_zero_experts
+        if not 1 <= top_k <= candidates:
+            raise ValueError(f"top_k must be in [1, {candidates}] (experts and zero experts), got {top_k}")
+        if self.sparsemixer_jitter is not None and top_k != 2:
+            raise ValueError(f"sparsemixer routing needs top_k=2, got {top_k}")
+        if self.group_limit is not None:
+            self.group_limit.validate(candidates, top_k)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SharedExpertsConfig:
+    """The dense gated MLP that every token passes, beside the routed experts (spec 1.7)."""
+
+    intermediate_size: int
+    """Width of the MLP: for several shared experts fused into one, their sum."""
+    sigmoid_gate: bool = False
+    """Multiply the output by sigmoid(x @ g), g: [H, 1] (Qwen2-MoE)."""
+    bias: bool = False
+    """The three projections have biases."""
+    hidden_size: int | None = None
+    """Width of the tokens that they see, if a `routed_input_transform` gives the routed experts another; None: the same."""
+
+    def __post_init__(self) -> None:
+        if self.intermediate_size < 1:
+            raise ValueError(f"intermediate_size of the shared experts must be positive, got {self.intermediate_size}")
+        if self.hidden_size is not None and self.hidden_size < 1:
+            raise ValueError(f"hidden_size of the shared experts must be positive or None, got {self.hidden_size}")
+
+
+AxisNames = str | tuple[str, ...] | None
+"""A mesh axis, a tuple of axes that is flattened into one, or None for not sharded."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Which mesh axes shard what; the caller chooses the names (design section 8; spec 1.8)."""
+
+    expert_axis: AxisNames = None
+    """Experts are split over this axis."""
+    tensor_axis: AxisNames = None
+    """The intermediate size of every expert (and of the shared experts) is split over this axis."""
+    data_axis: AxisNames = None
+    """Tokens are split over this axis."""
+    sequence_axis: AxisNames = None
+    """The sequence is split over this axis."""
+    reduce_results: bool = True
+    """False: where the layer's ranks (expert and tensor axes) would sum their results, return them unsummed,
+    `[ranks, ..., H]` split over those axes, for the caller to sum or reduce-scatter (see `ReductionPlan`)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """A Mixture-of-Experts layer: sizes, activation, routing, shared experts, parallelism and number formats."""
+
+    hidden_size: int
+    """H: width of the tokens that the routed experts see (after `routed_input_transform`, if there is one)."""
+    intermediate_size: int
+    """I: width of one routed expert."""
+    num_experts: int
+    """E: experts of the model (logical experts)."""
+    top_k: int
+    """K: experts per token."""
+    activation: str | Activation = "silu"
+    """Name of the activation, or the activation with its limits (spec section 8)."""
+    router: RouterConfig = RouterConfig()
+    """Everything else about routing."""
+    shared_experts: SharedExpertsConfig | None = None
+    """The shared experts, if the layer has them."""
+    expert_bias: bool = False
+    """The experts' projections have biases (gpt-oss)."""
+    apply_router_weight_on_input: bool = False
+    """Multiply the expert's input by the router weight instead of its output (Llama 4); needs top_k=1."""
+    num_redundant_experts: int = 0
+    """Extra physical experts that hold copies of logical ones (expert load balancing)."""
+    inverse_scale_shared_in_float16: bool = False
+    """vLLM's float16 overflow trick: leave the routed output unscaled and multiply the shared output by 1/scale instead.
+    The layer's output is then 1/scale of the ordinary one, and the decoder must divide its residuals alike (spec 1.6)."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Which mesh axes shard the layer."""
+    dtype: Any = None
+    """Computation dtype; None: that of the input."""
+    param_dtype: Any = jnp.float32
+    """Dtype in which parameters are created; the router's correction bias is always float32."""
+    implementation: str | None = None
+    """Implementation of the expert computation; None chooses by device and shape, see `moe_jax.kernels.explain`."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "intermediate_size", "num_experts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.num_redundant_experts < 0:
+            raise ValueError(f"num_redundant_experts must not be negative, got {self.num_redundant_experts}")
+        if self.apply_router_weight_on_input and self.top_k != 1:
+            raise ValueError(f"apply_router_weight_on_input needs top_k=1, got top_k={self.top_k}")
+        Activation.of(self.activation)
+        self.router.validate(self.num_experts, self.top_k)
+
+    @property
+    def num_physical_experts(self) -> int:
+        """Slots that hold an expert: logical experts and their redundant copies."""
+        return self.num_experts + self.num_redundant_experts

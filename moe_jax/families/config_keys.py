@@ -1,0 +1,54 @@
+"""Which keys of a `config.json` are understood: a key that might change the result and isn't known is refused by name."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from moe_jax.families.rope import ROPE_KEYS
+from moe_jax.families.settings import HFConfig, Key
+
+HARMLESS_KEYS = frozenset(
+    {
+        # about the file, not the model
+        "_attn_implementation_autoset", "_name_or_path", "architectures", "auto_map", "dtype", "model_type",
+        "torch_dtype", "transformers_version", "quantization_config",
+        # tokens and outputs
+        "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "id2label", "label2id",
+        "output_attentions", "output_hidden_states", "output_router_logits", "problem_type", "return_dict", "use_cache",
+        "is_encoder_decoder", "is_decoder", "chunk_size_feed_forward",
+        # training only
+        "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "initializer_range", "aux_loss_alpha",
+        "seq_aux", "router_aux_loss_coef", "pretraining_tp", "num_nextn_predict_layers", "ep_size",
+        # read by every decoder
+        "hidden_size", "num_hidden_layers", "hidden_act", "vocab_size", "max_position_embeddings",
+    }
+)  # fmt: skip
+
+
+def check_keys(row: Any, config: HFConfig) -> None:
+    """Raise ValueError naming every key of `config` that `row` neither reads nor knows to be harmless."""
+    known = HARMLESS_KEYS | set(ROPE_KEYS) | set(row.read) | set(row.ignored) | set(_setting_names(row))
+    problems = [
+        f"{name}={value!r} (supported: {', '.join(map(repr, row.refused[name]))})"
+        for name, value in config.items()
+        if name in row.refused and value is not None and value not in row.refused[name]
+    ]
+    problems += [
+        f"{name}={value!r} (unknown key)"
+        for name, value in config.items()
+        if name not in known and name not in row.refused and value is not None
+    ]
+    if problems:
+        raise ValueError("config.json has settings that are not supported: " + "; ".join(problems))
+
+
+def _setting_names(value: Any) -> Iterator[str]:
+    """Every spelling of every `Key` inside a row."""
+    if isinstance(value, Key):
+        yield from value.names
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _setting_names(item)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _setting_names(getattr(value, field.name))

@@ -1,0 +1,18 @@
+"""All family rows, by `model_type`."""
+
+from collections.abc import Mapping
+
+from moe_jax.families.family import Family
+from moe_jax.families.mixtral import MIXTRAL
+from moe_jax.families.qwen3_moe import QWEN3_MOE
+from moe_jax.families.settings import HFConfig
+
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (MIXTRAL, QWEN3_MOE)}
+
+
+def get_family(config: HFConfig) -> Family:
+    """The family of a `config.json`; ValueError with the known ones when its `model_type` is unknown."""
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type {model_type!r} is not supported; known: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[model_type]
