@@ -5,6 +5,7 @@ written down and not in the middle of a step.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -77,6 +78,8 @@ class RouterConfig:
     """PhiMoE's sparsemixer with this jitter; needs top_k=2 and renormalize=False."""
     normalize_input: bool = False
     """RMS-normalise the router's input, times H**-0.5, times a learned scale (Gemma 4)."""
+    input_norm_epsilon: float = 1e-6
+    """Added to the mean square under `normalize_input`."""
     per_expert_scale: bool = False
     """Multiply each weight by a learned factor of its expert (Gemma 4)."""
     num_zero_experts: int = 0
@@ -84,7 +87,9 @@ class RouterConfig:
     custom: CustomRoutingFunction | None = None
     """Replaces everything between logits and scaling."""
     simulation: str | None = None
-    """Name of a registered routing simulation ("uniform_random", "normal_routing"); ignores the logits."""
+    """Name of a registered routing simulation ("uniform_random", "normal_routing"). It ignores the logits and overrides every
+    field that chooses or weighs experts; the scaling factor still applies. Parameters stay as they are, so that any model's
+    routing can be simulated."""
     round_weights_to_input_dtype: bool = False
     """Round the float32 weights to the dtype of the hidden states, where Hugging Face casts them."""
 
@@ -93,20 +98,47 @@ class RouterConfig:
             raise ValueError(f"scoring must be one of {', '.join(SCORING_FUNCTIONS)}; got {self.scoring!r}")
         if self.renormalize_epsilon < 0:
             raise ValueError(f"renormalize_epsilon must not be negative, got {self.renormalize_epsilon}")
-        if self.sparsemixer_jitter is not None and self.renormalize:
-            raise ValueError("sparsemixer_jitter needs renormalize=False, got renormalize=True")
-        if self.hash_vocab_size is not None and self.group_limit is not None:
-            raise ValueError("hash_vocab_size chooses experts by token id and cannot be combined with group_limit")
-        sources = {
+        if not (math.isfinite(self.routed_scaling_factor) and self.routed_scaling_factor > 0):
+            raise ValueError(f"routed_scaling_factor must be positive and finite, got {self.routed_scaling_factor}")
+        if self.hash_vocab_size is not None and self.hash_vocab_size < 1:
+            raise ValueError(f"hash_vocab_size must be positive, got {self.hash_vocab_size}")
+        if self.num_zero_experts < 0:
+            raise ValueError(f"num_zero_experts must not be negative, got {self.num_zero_experts}")
+        if self.input_norm_epsilon <= 0:
+            raise ValueError(f"input_norm_epsilon must be positive, got {self.input_norm_epsilon}")
+        if self.custom is not None and not callable(self.custom):
+            raise ValueError(f"custom must be a function, got {self.custom!r}")
+        if self.simulation is None:  # which overrides the rest, so that any router can be simulated
+            self._validate_combination()
+
+    def _validate_combination(self) -> None:
+        """Raise ValueError if one field says how to choose or weigh experts and another one would be ignored."""
+        if self.sparsemixer_jitter is not None:
+            if not (math.isfinite(self.sparsemixer_jitter) and self.sparsemixer_jitter >= 0):
+                raise ValueError(f"sparsemixer_jitter must be finite and not negative, got {self.sparsemixer_jitter}")
+            if self.renormalize:
+                raise ValueError("sparsemixer_jitter needs renormalize=False, got renormalize=True")
+        ways = {
             "custom": self.custom is not None,
-            "simulation": self.simulation is not None,
             "sparsemixer_jitter": self.sparsemixer_jitter is not None,
-            "score_after_top_k": self.score_after_top_k,
+            "hash_vocab_size": self.hash_vocab_size is not None,
             "group_limit": self.group_limit is not None,
         }
-        chosen = [name for name, given in sources.items() if given]
+        chosen = [name for name, given in ways.items() if given]
         if len(chosen) > 1:
-            raise ValueError(f"at most one of {', '.join(sources)} may be set, got {' and '.join(chosen)}")
+            raise ValueError(f"at most one of {', '.join(ways)} may choose the experts, got {' and '.join(chosen)}")
+        if chosen and self.score_after_top_k:
+            raise ValueError(f"score_after_top_k=True cannot be combined with {chosen[0]}")
+        if chosen and chosen[0] != "group_limit" and self.correction_bias:
+            raise ValueError(f"correction_bias=True steers a choice by score, but {chosen[0]} chooses otherwise")
+        if chosen and chosen[0] in ("custom", "sparsemixer_jitter") and self.scoring != "softmax":
+            raise ValueError(f"scoring={self.scoring!r} would be ignored, because {chosen[0]} does its own scoring")
+        if chosen and chosen[0] != "hash_vocab_size" and self.num_zero_experts:
+            raise ValueError(f"num_zero_experts={self.num_zero_experts} cannot be combined with {chosen[0]}")
+        does_not_divide = not self.renormalize or self.custom is not None
+        if self.renormalize_epsilon and does_not_divide:
+            reason = "renormalize=False" if not self.renormalize else "custom does its own renormalisation"
+            raise ValueError(f"renormalize_epsilon={self.renormalize_epsilon} would be ignored: {reason}")
 
     def validate(self, num_experts: int, top_k: int) -> None:
         """Raise ValueError unless this router can choose `top_k` of `num_experts` experts."""
@@ -204,8 +236,24 @@ class MoEConfig:
             raise ValueError(f"num_redundant_experts must not be negative, got {self.num_redundant_experts}")
         if self.apply_router_weight_on_input and self.top_k != 1:
             raise ValueError(f"apply_router_weight_on_input needs top_k=1, got top_k={self.top_k}")
+        self._validate_scaling()
         Activation.of(self.activation)
         self.router.validate(self.num_experts, self.top_k)
+
+    def _validate_scaling(self) -> None:
+        """Raise ValueError if the routed scaling factor would miss the routed output or reach it twice."""
+        if self.router.apply_scale_to_output:
+            return
+        if self.inverse_scale_shared_in_float16:
+            raise ValueError(
+                "inverse_scale_shared_in_float16=True needs router.apply_scale_to_output=True, got False: "
+                "the router would scale its weights although the routed output must stay unscaled"
+            )
+        if self.apply_router_weight_on_input and self.router.routed_scaling_factor != 1.0:
+            raise ValueError(
+                f"routed_scaling_factor={self.router.routed_scaling_factor} with apply_router_weight_on_input=True needs "
+                "router.apply_scale_to_output=True, got False: the factor would scale the experts' input, not their output"
+            )
 
     @property
     def num_physical_experts(self) -> int:

@@ -1,0 +1,33 @@
+"""Weights of the chosen experts: gather, renormalise, round. An id below zero is no expert and weighs nothing."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Int
+
+
+def gather_per_expert(values: Float[Array, "T E"], ids: Int[Array, "T K"]) -> Float[Array, "T K"]:
+    """`values[t, ids[t, k]]`; 0 where the id is negative, NaN where it is E or more.
+
+    The NaN is deliberate: under `jit` nothing can be raised, and a wrong forced id must not pass for a weak expert.
+    """
+    found = jnp.take_along_axis(values, jnp.maximum(ids, 0), axis=-1, mode="fill", fill_value=jnp.nan)
+    return jnp.where(ids < 0, 0.0, found)
+
+
+def renormalize(weights: Float[Array, "T K"], *, epsilon: float = 0.0) -> Float[Array, "T K"]:
+    """Each row divided by its sum.
+
+    With `epsilon=0` a sum that is not positive counts as 1 (vLLM), otherwise `epsilon` is added to the sum (Hugging Face).
+    """
+    total = weights.sum(axis=-1, keepdims=True)
+    denominator = total + epsilon if epsilon else jnp.where(total > 0, total, 1.0)
+    return weights / denominator
+
+
+def round_to_dtype(weights: Float[Array, "T K"], dtype: DTypeLike) -> Float[Array, "T K"]:
+    """`weights` rounded to the values that `dtype` can hold, still float32.
+
+    A cast there and back would not do: XLA may drop such a pair as excess precision.
+    """
+    target = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(weights, exponent_bits=target.nexp, mantissa_bits=target.nmant)
