@@ -1,0 +1,143 @@
+"""What the golden cases are: one row of data per case; `make_golden.py` turns rows into folders.
+
+Sizes are odd on purpose: 9 or 12 experts of which 3 are chosen, heads wider than hidden_size / heads where the family allows it,
+every width different from every other, so that a transposed or misread tensor cannot go unnoticed. Windows (8) and YaRN's
+original lengths (16) are shorter than the prompts (up to 40 tokens, 65 with what is generated).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+Form = Literal["per_expert", "fused", "mxfp4", "block_fp8"]
+
+NO_SPECIAL_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+"""Nothing ends a generation early."""
+
+COMMON: Mapping[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 48,
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 3,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.15,
+    **NO_SPECIAL_TOKENS,
+}
+
+YARN_DEEPSEEK = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 1.0,
+    "beta_slow": 0.1,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,
+}
+
+MLA = {"num_key_value_heads": 4, "kv_lora_rank": 20, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 14}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GoldenSpec:
+    """One golden case."""
+
+    family: str
+    """`model_type`."""
+    name: str
+    """Folder of the case."""
+    covers: str
+    """The switches that this case is there for."""
+    config: Mapping[str, Any]
+    """Arguments of the family's config class, beside `COMMON`."""
+    forms: tuple[Form, ...] = ("per_expert", "fused")
+    """In which forms the weights are stored."""
+    sharded: tuple[Form, ...] = ()
+    """Forms that are split into several files with an index."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the stored weights (results are always computed in float32)."""
+    correction_bias_mean: float = 0.0
+    """Mean of `e_score_correction_bias`; strongly negative makes biased scores negative, so that the value which masks the
+    groups left out matters."""
+    mtp_layer: bool = False
+    """Append tensors of a multi-token-prediction layer, which a reader must drop."""
+    fp8_block: tuple[int, int] | None = None
+    """Block size of the "block_fp8" form; it does not divide the widths, so the last blocks are ragged."""
+
+
+SPECS: tuple[GoldenSpec, ...] = (
+    GoldenSpec(
+        family="mixtral",
+        name="sliding",
+        covers="sliding window in every layer, untied embeddings, head_dim wider than hidden/heads, sharded",
+        config=dict(
+            intermediate_size=20,
+            num_hidden_layers=3,
+            num_key_value_heads=2,
+            head_dim=16,
+            num_local_experts=9,
+            sliding_window=8,
+            rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        ),
+        sharded=("per_expert",),
+    ),
+    GoldenSpec(
+        family="mixtral",
+        name="full_tied",
+        covers="no window, tied embeddings, one key-value head, 12 experts, stored in bfloat16",
+        config=dict(
+            intermediate_size=28,
+            num_hidden_layers=2,
+            num_key_value_heads=1,
+            num_local_experts=12,
+            sliding_window=None,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        ),
+        dtype="bfloat16",
+    ),
+    GoldenSpec(
+        family="qwen3_moe",
+        name="renormalized",
+        covers="norm_topk_prob, a dense layer by mlp_only_layers, head_dim wider than hidden/heads",
+        config=dict(
+            intermediate_size=40,
+            moe_intermediate_size=20,
+            num_hidden_layers=3,
+            num_key_value_heads=2,
+            head_dim=16,
+            num_experts=9,
+            norm_topk_prob=True,
+            mlp_only_layers=[1],
+            rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        ),
+    ),
+    GoldenSpec(
+        family="qwen3_moe",
+        name="raw_probabilities",
+        covers="norm_topk_prob false, decoder_sparse_step 2, attention biases, sliding window, tied embeddings, YaRN, sharded",
+        config=dict(
+            intermediate_size=36,
+            moe_intermediate_size=20,
+            num_hidden_layers=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            num_experts=12,
+            norm_topk_prob=False,
+            decoder_sparse_step=2,
+            attention_bias=True,
+            use_sliding_window=True,
+            sliding_window=8,
+            tie_word_embeddings=True,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 100.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 1.0,
+                "beta_slow": 0.1,
+            },
+        ),
+        sharded=("fused",),
+    ),
+)
