@@ -1,0 +1,18 @@
+"""Expert computation: grouped matmuls and the fused MoE block, one folder per op."""
+
+from .activations import ACTIVATIONS, Activation
+from .fused_moe import explain as explain_fused_moe
+from .fused_moe import fused_moe
+from .grouped_matmul import explain as explain_grouped_matmul
+from .grouped_matmul import grouped_matmul
+from .selection import Choice
+
+__all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "Choice",
+    "explain_fused_moe",
+    "explain_grouped_matmul",
+    "fused_moe",
+    "grouped_matmul",
+]

@@ -1,0 +1,108 @@
+"""The public fused MoE block: contract, and choice of an implementation."""
+
+from jax import Array
+from jaxtyping import Float, Int
+
+from ..activations import Activation
+from ..selection import Choice, choose
+from . import reference, xla
+from .request import Request
+
+IMPLEMENTATIONS = (xla, reference)
+"""Every implementation, the preferred ones first."""
+
+
+def fused_moe(
+    x: Float[Array, "T H"],
+    topk_weights: Float[Array, "T K"],
+    topk_ids: Int[Array, "T K"],
+    gate_up_proj: Float[Array, "E P I H"],
+    down_proj: Float[Array, "E H I"],
+    *,
+    gate_up_bias: Float[Array, "E P I"] | None = None,
+    down_bias: Float[Array, "E H"] | None = None,
+    activation: str | Activation = "silu",
+    expert_offset: int | Int[Array, ""] = 0,
+    apply_router_weight_on_input: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "T H"]:
+    """The experts of an MoE block: for each token, the weighted sum of its chosen experts' outputs.
+
+    y[t] = sum over k of topk_weights[t, k] * (down_proj[e] @ act(gate_up_proj[e] @ x[t] + gate_up_bias[e]) + down_bias[e])
+    with e = topk_ids[t, k] - expert_offset. Matmuls accumulate in float32 and the sum over k is taken in float32, in the
+    order of k; what lies between is stored in the dtype of x, as upstream does.
+
+    Ids outside `[expert_offset, expert_offset + E)`, -1 among them, contribute nothing: neither their weight nor (if a token
+    has no other) the token's row is looked at, so both may be NaN. Devices that hold different experts can therefore pass
+    the same ids, and their results add up to the whole.
+
+    Differentiable in everything floating. No result depends on the order in which a device happens to sum.
+
+    Args:
+        x: tokens, floating.
+        topk_weights: router weights, floating (used in float32).
+        topk_ids: integer; the same expert may be named twice.
+        gate_up_proj: (out, in) matrices of the dtype of x. P = 2 (0 = gate, 1 = up) for a gated activation, otherwise P = 1.
+        down_proj: (out, in) matrices of the dtype of x.
+        gate_up_bias: added before the activation.
+        down_bias: added before the router weight is applied.
+        activation: a name, or an `Activation` with its parameters.
+        expert_offset: id of the first expert whose weights are given.
+        apply_router_weight_on_input: multiply the expert's input instead of its output by the router weight (Llama 4).
+        implementation: "xla" or "reference"; None chooses by device and shape, see `explain`.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown activation or implementation.
+        TypeError: dtypes other than those above.
+        NotImplementedError: an implementation asked for by name cannot compute these arguments.
+
+    Source: spec 10.2; vLLM `fused_moe/fused_moe.py` (`fused_experts_impl`).
+    """
+    request = Request.of(
+        x,
+        topk_weights,
+        topk_ids,
+        gate_up_proj,
+        down_proj,
+        gate_up_bias,
+        down_bias,
+        activation,
+        expert_offset,
+        apply_router_weight_on_input,
+    )
+    chosen, _ = choose("fused_moe", IMPLEMENTATIONS, request, implementation)
+    return chosen.run(request)
+
+
+def explain(
+    x: Float[Array, "T H"],
+    topk_weights: Float[Array, "T K"],
+    topk_ids: Int[Array, "T K"],
+    gate_up_proj: Float[Array, "E P I H"],
+    down_proj: Float[Array, "E H I"],
+    *,
+    gate_up_bias: Float[Array, "E P I"] | None = None,
+    down_bias: Float[Array, "E H"] | None = None,
+    activation: str | Activation = "silu",
+    expert_offset: int | Int[Array, ""] = 0,
+    apply_router_weight_on_input: bool = False,
+    implementation: str | None = None,
+) -> Choice:
+    """What `fused_moe` would run for these arguments (arrays or `jax.ShapeDtypeStruct`s), and why.
+
+    Names the implementation, its formulation with block sizes, and each rejected implementation with its reason. Raises
+    what `fused_moe` raises.
+    """
+    request = Request.of(
+        x,
+        topk_weights,
+        topk_ids,
+        gate_up_proj,
+        down_proj,
+        gate_up_bias,
+        down_bias,
+        activation,
+        expert_offset,
+        apply_router_weight_on_input,
+    )
+    return choose("fused_moe", IMPLEMENTATIONS, request, implementation)[1]

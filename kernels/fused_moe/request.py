@@ -1,0 +1,119 @@
+"""The validated arguments of the fused MoE block."""
+
+import dataclasses
+from typing import Any, Self
+
+import jax.numpy as jnp
+from jax import Array
+
+from ..activations import Activation
+from ..selection import platform_of
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """Arguments of `fused_moe`, checked once; arrays, tracers or (to explain a choice) `jax.ShapeDtypeStruct`s."""
+
+    x: Any
+    topk_weights: Any
+    topk_ids: Any
+    gate_up_proj: Any
+    down_proj: Any
+    gate_up_bias: Any
+    down_bias: Any
+    activation: Activation
+    expert_offset: int | Array
+    apply_router_weight_on_input: bool
+    platform: str
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.x.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self.x.shape[1]
+
+    @property
+    def top_k(self) -> int:
+        """K."""
+        return self.topk_ids.shape[1]
+
+    @property
+    def num_experts(self) -> int:
+        """E, the experts whose weights are given."""
+        return self.gate_up_proj.shape[0]
+
+    @property
+    def intermediate_size(self) -> int:
+        """I."""
+        return self.gate_up_proj.shape[2]
+
+    @classmethod
+    def of(
+        cls,
+        x: Any,
+        topk_weights: Any,
+        topk_ids: Any,
+        gate_up_proj: Any,
+        down_proj: Any,
+        gate_up_bias: Any,
+        down_bias: Any,
+        activation: str | Activation,
+        expert_offset: int | Array,
+        apply_router_weight_on_input: bool,
+    ) -> Self:
+        """Check the arguments and describe them.
+
+        Raises:
+            ValueError: shapes that do not fit each other, or an illegal activation.
+            TypeError: dtypes that are not floating (arrays) or integer (ids), or that differ.
+        """
+        activation = Activation.of(activation)
+        if x.ndim != 2:
+            raise ValueError(f"x must be [T, H], got shape {x.shape}")
+        if topk_ids.ndim != 2 or topk_ids.shape[0] != x.shape[0] or topk_ids.shape[1] < 1:
+            raise ValueError(f"topk_ids must be [T, K] with T={x.shape[0]} and K >= 1, got shape {topk_ids.shape}")
+        if topk_weights.shape != topk_ids.shape:
+            raise ValueError(f"topk_weights must be [T, K] = {topk_ids.shape} as topk_ids, got shape {topk_weights.shape}")
+        projections = 2 if activation.is_gated else 1
+        if gate_up_proj.ndim != 4 or gate_up_proj.shape[1] != projections or gate_up_proj.shape[0] < 1:
+            raise ValueError(
+                f"gate_up_proj must be [E, {projections}, I, H] with E >= 1 for activation {activation.name!r},"
+                f" got shape {gate_up_proj.shape}"
+            )
+        num_experts, _, intermediate_size, hidden_size = gate_up_proj.shape
+        expected = {
+            "x": (x, (x.shape[0], hidden_size), "[T, H]"),
+            "down_proj": (down_proj, (num_experts, hidden_size, intermediate_size), "[E, H, I]"),
+            "gate_up_bias": (gate_up_bias, gate_up_proj.shape[:3], "[E, 2 (1 if not gated), I]"),
+            "down_bias": (down_bias, (num_experts, hidden_size), "[E, H]"),
+        }
+        for name, (array, shape, letters) in expected.items():
+            if array is not None and array.shape != shape:
+                raise ValueError(
+                    f"{name} must be {letters} = {shape} beside gate_up_proj {gate_up_proj.shape}, got shape {array.shape}"
+                )
+        for name, array in {"topk_weights": topk_weights, **{name: row[0] for name, row in expected.items()}}.items():
+            if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+                raise TypeError(f"{name} must be floating, got {array.dtype}")
+        for name, array in {"gate_up_proj": gate_up_proj, "down_proj": down_proj}.items():
+            if array.dtype != x.dtype:
+                raise TypeError(f"x and {name} must have one dtype, got {x.dtype} and {array.dtype}")
+        if not jnp.issubdtype(topk_ids.dtype, jnp.integer):
+            raise TypeError(f"topk_ids must be integer, got {topk_ids.dtype}")
+        return cls(
+            x,
+            topk_weights,
+            topk_ids,
+            gate_up_proj,
+            down_proj,
+            gate_up_bias,
+            down_bias,
+            activation,
+            expert_offset,
+            apply_router_weight_on_input,
+            platform_of(gate_up_proj, x),
+        )

@@ -1,0 +1,36 @@
+"""Where the rows of each group lie, and masks made from it."""
+
+from typing import NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Groups(NamedTuple):
+    """Consecutive groups of rows: group g is rows `starts[g] : starts[g] + sizes[g]`."""
+
+    starts: Int[Array, "G"]
+    sizes: Int[Array, "G"]
+
+    @classmethod
+    def of(cls, group_sizes: Int[Array, "Gall"], group_offset: int | Array, num_groups: int) -> Self:
+        """The `num_groups` groups from `group_offset` on, of all the groups whose sizes are given."""
+        sizes = group_sizes.astype(jnp.int32)
+        starts = jnp.cumsum(sizes) - sizes
+        if sizes.shape[0] == num_groups:
+            return cls(starts, sizes)
+        return cls(
+            jax.lax.dynamic_slice_in_dim(starts, group_offset, num_groups),
+            jax.lax.dynamic_slice_in_dim(sizes, group_offset, num_groups),
+        )
+
+    def contain(self, num_rows: int) -> Bool[Array, "M"]:
+        """For each of `num_rows` rows, whether it belongs to any group."""
+        row = jnp.arange(num_rows, dtype=jnp.int32)
+        return (row >= self.starts[0]) & (row < self.starts[-1] + self.sizes[-1])
+
+
+def keep_rows(rows: Float[Array, "M N"], kept: Bool[Array, "M"]) -> Float[Array, "M N"]:
+    """`rows` with those that are not kept replaced by zero, whatever they hold."""
+    return jnp.where(kept[:, None], rows, jnp.zeros((), rows.dtype))

@@ -1,0 +1,74 @@
+"""The validated arguments of a grouped matmul."""
+
+import dataclasses
+from typing import Any, Self
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from ..selection import platform_of
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """Arguments of `grouped_matmul`, checked once; arrays, tracers or (to explain a choice) `jax.ShapeDtypeStruct`s."""
+
+    rows: Any
+    weights: Any
+    group_sizes: Any
+    bias: Any
+    group_offset: int | Array
+    output_dtype: jnp.dtype
+    platform: str
+
+    @classmethod
+    def of(
+        cls,
+        rows: Any,
+        weights: Any,
+        group_sizes: Any,
+        bias: Any,
+        group_offset: int | Array,
+        preferred_element_type: DTypeLike | None,
+    ) -> Self:
+        """Check the arguments and describe them.
+
+        Raises:
+            ValueError: shapes that do not fit each other.
+            TypeError: dtypes that are not floating (arrays) or integer (sizes, offset), or that differ.
+        """
+        if rows.ndim != 2:
+            raise ValueError(f"rows must be [M, D], got shape {rows.shape}")
+        if weights.ndim != 3:
+            raise ValueError(f"weights must be [G, N, D], got shape {weights.shape}")
+        num_groups, width_out, width_in = weights.shape
+        if num_groups < 1:
+            raise ValueError(f"weights must hold at least one group, got shape {weights.shape}")
+        if rows.shape[1] != width_in:
+            raise ValueError(f"rows [M, D] and weights [G, N, D] must share D, got {rows.shape} and {weights.shape}")
+        if group_sizes.ndim != 1 or group_sizes.shape[0] < num_groups:
+            raise ValueError(
+                f"group_sizes must be one-dimensional with at least the {num_groups} groups of weights,"
+                f" got shape {group_sizes.shape}"
+            )
+        if bias is not None and bias.shape != (num_groups, width_out):
+            raise ValueError(f"bias must be [G, N] = {(num_groups, width_out)}, got shape {bias.shape}")
+        last_offset = group_sizes.shape[0] - num_groups
+        if isinstance(group_offset, int) and not 0 <= group_offset <= last_offset:
+            raise ValueError(
+                f"group_offset must be in [0, {last_offset}] ({group_sizes.shape[0]} group sizes, {num_groups} groups of"
+                f" weights), got {group_offset}"
+            )
+        for name, array in {"rows": rows, "weights": weights, "bias": bias}.items():
+            if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+                raise TypeError(f"{name} must be floating, got {array.dtype}")
+        if rows.dtype != weights.dtype:
+            raise TypeError(f"rows and weights must have one dtype, got {rows.dtype} and {weights.dtype}")
+        if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+            raise TypeError(f"group_sizes must be integer, got {group_sizes.dtype}")
+        output_dtype = jnp.dtype(rows.dtype if preferred_element_type is None else preferred_element_type)
+        if not jnp.issubdtype(output_dtype, jnp.floating):
+            raise TypeError(f"preferred_element_type must be floating, got {output_dtype}")
+        platform = platform_of(weights, rows)
+        return cls(rows, weights, group_sizes, bias, group_offset, output_dtype, platform)

@@ -1,0 +1,28 @@
+"""Helpers for code that runs inside `jax.shard_map`, with or without its check of varying axes (`check_vma`)."""
+
+import jax
+
+
+def equally_varying(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
+    """The arrays, each marked as varying over every manual mesh axis over which any of them varies.
+
+    Loop carries and custom gradients need operands that vary alike. The mark is the identity outside `shard_map`; its
+    transpose sums a gradient over the axes over which the operand itself was replicated, which is what its gradient is.
+    """
+    axes = frozenset().union(*(_varying_axes(array) for array in arrays if array is not None))
+    return tuple(array if array is None else _vary(array, axes) for array in arrays)
+
+
+def varying_like(array: jax.Array, reference: jax.Array) -> jax.Array:
+    """`array`, marked as varying wherever `reference` varies."""
+    return _vary(array, _varying_axes(reference))
+
+
+def _varying_axes(array: jax.Array) -> frozenset[str]:
+    aval = jax.typeof(array)
+    return aval.mat.varying if hasattr(aval, "mat") else aval.vma  # jax 0.12 renamed the field
+
+
+def _vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
+    missing = tuple(sorted(axes - _varying_axes(array)))
+    return jax.lax.pcast(array, missing, to="varying") if missing else array
