@@ -98,7 +98,7 @@ def route(
         if config.renormalize:
             weights = renormalize(weights, epsilon=config.renormalize_epsilon)
 
-    if per_expert_scale is not None:
+    if per_expert_scale is not None and config.simulation is None:
         weights = weights * gather_per_expert(jnp.broadcast_to(per_expert_scale.astype(jnp.float32), logits.shape), ids)
     if not config.apply_scale_to_output and config.routed_scaling_factor != 1.0:
         weights = weights * config.routed_scaling_factor

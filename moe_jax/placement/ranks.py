@@ -1,0 +1,77 @@
+"""Where one rank stands among all: how vLLM turns tensor, data and context parallelism into expert parallelism."""
+
+import dataclasses
+from typing import Self
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelRanks:
+    """The effective parallelism of a MoE layer, seen from one rank (spec 1.8).
+
+    Without expert parallelism every expert is cut into `tp_size` slices; with it every expert is whole, on one of `ep_size` ranks.
+    """
+
+    tp_size: int = 1
+    """Ranks among which each expert is sliced."""
+    tp_rank: int = 0
+    """This rank's place among them."""
+    ep_size: int = 1
+    """Ranks among which the experts are dealt out."""
+    ep_rank: int = 0
+    """This rank's place among them."""
+    dp_size: int = 1
+    """Ranks that hold different tokens."""
+    pcp_size: int = 1
+    """Ranks that hold different parts of a prompt (prefill context parallelism)."""
+    sp_size: int = 1
+    """Ranks that hold different parts of the sequence inside the layer."""
+    use_ep: bool = False
+    """Expert parallelism is on."""
+
+    def __post_init__(self) -> None:
+        for kind in ("tp", "ep"):
+            _check_rank(kind, getattr(self, f"{kind}_rank"), getattr(self, f"{kind}_size"))
+        if self.ep_size > 1 and not self.use_ep:
+            raise ValueError(f"ep_size must be 1 when use_ep=False, got {self.ep_size}")
+
+    @classmethod
+    def from_vllm(
+        cls,
+        tp_size: int = 1,
+        dp_size: int = 1,
+        enable_expert_parallel: bool = False,
+        *,
+        pcp_size: int = 1,
+        tp_rank: int = 0,
+        dp_rank: int = 0,
+        pcp_rank: int = 0,
+        sequence_parallel: bool = False,
+    ) -> Self:
+        """What vLLM's `FusedMoEParallelConfig.make` makes of these sizes, for one rank.
+
+        All ranks are flattened in the order data, context, tensor; the flat group is the expert-parallel one if
+        `enable_expert_parallel`, and the tensor-parallel one otherwise.
+
+        Raises:
+          ValueError: a rank lies outside its group.
+        """
+        for kind, rank, size in (("tp", tp_rank, tp_size), ("dp", dp_rank, dp_size), ("pcp", pcp_rank, pcp_size)):
+            _check_rank(kind, rank, size)
+        flat_size = dp_size * pcp_size * tp_size
+        flat_rank = (dp_rank * pcp_size + pcp_rank) * tp_size + tp_rank
+        common = {"dp_size": dp_size, "pcp_size": pcp_size, "sp_size": tp_size if sequence_parallel else 1}
+        if enable_expert_parallel and flat_size > 1:
+            return cls(ep_size=flat_size, ep_rank=flat_rank, use_ep=True, **common)
+        return cls(tp_size=flat_size, tp_rank=flat_rank, **common)
+
+    @property
+    def use_all2all(self) -> bool:
+        """Tokens must travel to the experts' ranks, because ranks hold different tokens."""
+        return self.use_ep and (self.dp_size > 1 or self.pcp_size > 1 or self.sp_size > 1)
+
+
+def _check_rank(kind: str, rank: int, size: int) -> None:
+    if size < 1:
+        raise ValueError(f"{kind}_size must be positive, got {size}")
+    if not 0 <= rank < size:
+        raise ValueError(f"{kind}_rank must be in [0, {size}), got {rank}")
