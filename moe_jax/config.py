@@ -1,7 +1,7 @@
 """Configuration of a Mixture-of-Experts layer: frozen data that cannot be wrong.
 
-Every field states its meaning under it; every class checks itself when built, so an illegal combination fails where it is
-written down and not in the middle of a step.
+Every field states its meaning under it; every class checks itself when built, so an illegal combination fails where it
+is written down and not in the middle of a step.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class GroupLimit:
     score: Literal["max", "top2_sum"] = "top2_sum"
     """How a group is scored: its best expert (DeepSeek-V2), or the sum of its two best biased scores (V3)."""
     masked_score: float = float("-inf")
-    """What experts outside the kept groups score in the final choice. vLLM and DeepSeek-V3 use -inf, DeepSeek-V2 uses 0."""
+    """What experts outside the kept groups score in the final choice: -inf (vLLM, DeepSeek-V3) or 0 (DeepSeek-V2)."""
 
     def validate(self, num_experts: int, top_k: int) -> None:
         """Raise ValueError unless these groups fit `num_experts` experts and `top_k` choices."""
@@ -46,7 +46,8 @@ class GroupLimit:
             raise ValueError(f"score='top2_sum' needs at least 2 experts per group, got {group_size}")
         if top_k > self.groups_kept * group_size:
             raise ValueError(
-                f"top_k={top_k} exceeds the {self.groups_kept * group_size} experts of groups_kept={self.groups_kept} groups"
+                f"top_k={top_k} exceeds the {self.groups_kept * group_size} experts "
+                f"of groups_kept={self.groups_kept} groups"
             )
 
 
@@ -87,9 +88,9 @@ class RouterConfig:
     custom: CustomRoutingFunction | None = None
     """Replaces everything between logits and scaling."""
     simulation: str | None = None
-    """Name of a registered routing simulation ("uniform_random", "normal_routing"). It ignores the logits and overrides every
-    field that chooses or weighs experts; the scaling factor still applies. Parameters stay as they are, so that any model's
-    routing can be simulated."""
+    """Name of a registered routing simulation ("uniform_random", "normal_routing"). It ignores the logits and overrides
+    every field that chooses or weighs experts; the scaling factor still applies. Parameters stay as they are, so that any
+    model's routing can be simulated."""
     round_weights_to_input_dtype: bool = False
     """Round the float32 weights to the dtype of the hidden states, where Hugging Face casts them."""
 
@@ -162,7 +163,7 @@ class SharedExpertsConfig:
     bias: bool = False
     """The three projections have biases."""
     hidden_size: int | None = None
-    """Width of the tokens that they see, if a `routed_input_transform` gives the routed experts another; None: the same."""
+    """Width of the tokens they see, if a `routed_input_transform` gives the routed experts another; None: the same."""
 
     def __post_init__(self) -> None:
         if self.intermediate_size < 1:
@@ -217,8 +218,8 @@ class MoEConfig:
     num_redundant_experts: int = 0
     """Extra physical experts that hold copies of logical ones (expert load balancing)."""
     inverse_scale_shared_in_float16: bool = False
-    """vLLM's float16 overflow trick: leave the routed output unscaled and multiply the shared output by 1/scale instead.
-    The layer's output is then 1/scale of the ordinary one, and the decoder must divide its residuals alike (spec 1.6)."""
+    """vLLM's float16 overflow trick: leave the routed output unscaled and multiply the shared output by 1/scale.
+    The layer's output is then 1/scale of the usual one, and the decoder must divide its residuals alike (spec 1.6)."""
     parallel: ParallelConfig = ParallelConfig()
     """Which mesh axes shard the layer."""
     dtype: Any = None
@@ -243,16 +244,24 @@ class MoEConfig:
     def _validate_scaling(self) -> None:
         """Raise ValueError if the routed scaling factor would miss the routed output or reach it twice."""
         if self.router.apply_scale_to_output:
+            if self.router.num_zero_experts and self.router.routed_scaling_factor != 1.0:
+                raise ValueError(
+                    "num_zero_experts needs router.apply_scale_to_output=False when routed_scaling_factor is not 1, "
+                    f"got True with factor {self.router.routed_scaling_factor}: "
+                    "their part is added after the output is scaled"
+                )
             return
         if self.inverse_scale_shared_in_float16:
             raise ValueError(
-                "inverse_scale_shared_in_float16=True needs router.apply_scale_to_output=True, got False: "
+                "inverse_scale_shared_in_float16 needs router.apply_scale_to_output=True, got False: "
                 "the router would scale its weights although the routed output must stay unscaled"
             )
         if self.apply_router_weight_on_input and self.router.routed_scaling_factor != 1.0:
             raise ValueError(
-                f"routed_scaling_factor={self.router.routed_scaling_factor} with apply_router_weight_on_input=True needs "
-                "router.apply_scale_to_output=True, got False: the factor would scale the experts' input, not their output"
+                f"apply_router_weight_on_input needs router.apply_scale_to_output=True when routed_scaling_factor "
+                f"is not 1, "
+                f"got False with factor {self.router.routed_scaling_factor}: "
+                "the factor would scale the experts' input, not their output"
             )
 
     @property

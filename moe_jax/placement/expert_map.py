@@ -13,7 +13,7 @@ class ExpertMap(NamedTuple):
     local_num_experts: int
     """Routed experts on this rank."""
     expert_map: np.ndarray | None
-    """int32 `[global (+ fused shared)]`: local index of each expert, -1 where it lives elsewhere; None: all are local."""
+    """int32 `[global (+ fused shared)]`: local index of each expert, -1 where it lives elsewhere; None: all local."""
     expert_mask: np.ndarray | None
     """int32 `[global + fused shared + 1]`: 1 where the expert is local; the last entry, 0, stands for "no expert"."""
 
@@ -28,8 +28,9 @@ def determine_expert_map(
 ) -> ExpertMap:
     """Deal `global_num_experts` experts out to `ep_size` ranks and say what rank `ep_rank` gets.
 
-    Where they cannot be dealt evenly, the *first* ranks get one more. Fused shared experts live on every rank, behind its routed
-    experts; they enter map and mask only with `return_expert_mask`, as kernels that take a mask address them by global id.
+    Where they cannot be dealt evenly, the *first* ranks get one more. Fused shared experts live on every rank, behind
+    its routed experts; they enter map and mask only with `return_expert_mask`, as kernels that take a mask address them
+    by global id.
 
     Raises:
       ValueError: unknown strategy, or a size or rank out of range.

@@ -15,8 +15,8 @@ from .strategy import BATCHED_BACKENDS, PlacementStrategy, determine_expert_plac
 class ExpertMapManager:
     """Expert map, mask, placement strategy and routing tables of one rank, all derived when built (spec 3.3).
 
-    Immutable: `update` returns a new manager with every table rebuilt, so nothing can be stale, and topologies may change in
-    any direction (1 rank to many included). Tables are static, read-only numpy arrays.
+    Immutable: `update` returns a new manager with every table rebuilt, so nothing can be stale, and topologies may
+    change in any direction (1 rank to many included). Tables are static, read-only numpy arrays.
     """
 
     global_num_experts: int
@@ -24,7 +24,7 @@ class ExpertMapManager:
     ranks: ParallelRanks = ParallelRanks()
     """Effective parallelism and this rank's place in it."""
     placement_strategy: PlacementStrategy | None = None
-    """How experts are dealt out. A strategy that cannot hold raises; None becomes `round_robin` where that can hold, and
+    """How experts are dealt out. A strategy that cannot hold raises; None becomes `round_robin` where that can hold and
     `linear` elsewhere, also after an `update`. Once built, this is the strategy in use."""
     num_expert_group: int | None = None
     """Groups of group-limited routing."""
@@ -46,7 +46,8 @@ class ExpertMapManager:
     expert_map: np.ndarray | None = dataclasses.field(init=False, compare=False, repr=False)
     """int32 `[global]`: local index of each expert, -1 where it lives elsewhere; None: all are local."""
     expert_mask: np.ndarray | None = dataclasses.field(init=False, compare=False, repr=False)
-    """int32 `[global + fused shared + 1]`: 1 where the expert is local; None unless `with_expert_mask` and several ranks."""
+    """int32 `[global + fused shared + 1]`: 1 where the expert is local; None on one rank, or without
+    `with_expert_mask`."""
     routing_tables: RoutingTables | None = dataclasses.field(init=False, compare=False, repr=False)
     """Slots under round-robin placement; None where dispatch needs no such tables."""
     _asked_strategy: PlacementStrategy | None = dataclasses.field(init=False, compare=False, repr=False)
@@ -97,8 +98,8 @@ class ExpertMapManager:
             return None
         if self.num_fused_shared_experts:
             raise ValueError(
-                f"`round_robin` placement with all2all_backend={self.all2all_backend!r} needs num_fused_shared_experts = 0, "
-                f"got {self.num_fused_shared_experts}"
+                f"`round_robin` placement with all2all_backend={self.all2all_backend!r} needs "
+                f"num_fused_shared_experts = 0, got {self.num_fused_shared_experts}"
             )
         return build_routing_tables(self.ranks.ep_size, self.ranks.ep_rank, self.global_num_experts)
 

@@ -8,7 +8,8 @@ from typing import Self
 class ParallelRanks:
     """The effective parallelism of a MoE layer, seen from one rank (spec 1.8).
 
-    Without expert parallelism every expert is cut into `tp_size` slices; with it every expert is whole, on one of `ep_size` ranks.
+    Without expert parallelism every expert is cut into `tp_size` slices; with it every expert is whole, on one of
+    `ep_size` ranks.
     """
 
     tp_size: int = 1

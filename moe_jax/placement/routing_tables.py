@@ -6,7 +6,7 @@ import numpy as np
 
 
 class RoutingTables(NamedTuple):
-    """Translations between a logical expert's id and its slot, where slots count through rank 0, then rank 1, and so on."""
+    """Translations between an expert's id and its slot; slots count through rank 0, then rank 1, and so on."""
 
     global_to_physical: np.ndarray
     """int64 `[E]`: the slot of each expert."""

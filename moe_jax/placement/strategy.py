@@ -5,8 +5,8 @@ from typing import Literal, NamedTuple, get_args
 from .ranks import ParallelRanks
 
 PlacementStrategy = Literal["linear", "round_robin"]
-"""`linear`: consecutive experts on one rank. `round_robin`: expert `e` on rank `e % ep_size`, so that every rank has experts of
-every group."""
+"""`linear`: consecutive experts on one rank. `round_robin`: expert `e` on rank `e % ep_size`, so that every rank has
+experts of every group."""
 
 BATCHED_BACKENDS = ("deepep_low_latency", "nixl_ep", "padded_all_to_all")
 """Dispatch backends that address experts by physical id through routing tables, and so can follow any placement."""
@@ -37,7 +37,7 @@ def determine_expert_placement_strategy(
     enable_eplb: bool = False,
     all2all_backend: str = "allgather_reducescatter",
 ) -> PlacementChoice:
-    """The strategy vLLM would use where `requested` was asked for: `round_robin` if all its conditions hold, else `linear`.
+    """The strategy that vLLM uses when asked for `requested`: `round_robin` if all its conditions hold, else `linear`.
 
     Args:
       requested: strategy asked for.

@@ -6,7 +6,7 @@ from moe_jax.config import RouterConfig
 def describe(config: RouterConfig, num_experts: int, top_k: int) -> str:
     """What a router does, step by step, in one line; for `repr`, logs and error reports.
 
-    Example: `logits → sigmoid → best 4 of 8 groups (top2_sum, + correction bias) → top 8 of 256 (+ correction bias) → divide by sum → × 2.5`
+    Example: `logits → sigmoid → top 8 of 256 (+ correction bias) → divide by sum → × 2.5 (weights)`
     """
     return " → ".join([*_choice(config, num_experts, top_k), *_finish(config)])
 

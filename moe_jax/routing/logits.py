@@ -8,7 +8,10 @@ from jaxtyping import Array, Float
 def normalize_router_input(
     hidden_states: Float[Array, "T H"], scale: Float[Array, "H"], *, epsilon: float
 ) -> Float[Array, "T H"]:
-    """RMS-normalised hidden states, times `H ** -0.5`, times a learned scale per feature, in float32 (Gemma 4; spec 2.7)."""
+    """RMS-normalised hidden states, times `H ** -0.5`, times a learned scale per feature, in float32 (Gemma 4).
+
+    Source: vLLM `gemma4.py`; spec 2.7.
+    """
     x = hidden_states.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
     return x * x.shape[-1] ** -0.5 * scale.astype(jnp.float32)

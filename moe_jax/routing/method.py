@@ -1,6 +1,6 @@
 """vLLM's names for routers: which of its routing methods and router classes a configuration amounts to.
 
-Nothing here decides how tokens are routed; it is for people who compare, and for kernels that support some methods only.
+Nothing here decides how tokens are routed: it is for people who compare, and for kernels that support only some.
 """
 
 import enum
@@ -111,9 +111,9 @@ def routing_method_type(config: RouterConfig, top_k: int) -> RoutingMethodType:
 def resolve_router_class(config: RouterConfig) -> RouterClass:
     """The class that vLLM would build for `config` (spec 2.1).
 
-    One group of which one is kept limits nothing; vLLM then builds a plain router, unless the grouped one is the only one
-    that scales as asked or has a fast kernel (DeepSeek-V3's method). Where vLLM's plain router would drop a scaling factor,
-    ours applies it.
+    One group of which one is kept limits nothing; vLLM then builds a plain router, unless only the grouped one scales
+    as asked or has a fast kernel (DeepSeek-V3's method). Where vLLM's plain router would drop a scaling factor, ours
+    applies it.
     """
     if config.simulation is not None:
         return RouterClass.ROUTING_SIMULATOR

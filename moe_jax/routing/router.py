@@ -19,8 +19,8 @@ from .simulation import find_strategy
 class RoutingBuffer(nnx.Variable):
     """State that steers the choice of experts and has no gradient: correction bias, hash table.
 
-    A type of its own, so that `nnx.grad` and optimizers, which work on `nnx.Param`, leave it alone; a load-balancing rule or a
-    checkpoint sets it.
+    A type of its own, so that `nnx.grad` and optimizers, which work on `nnx.Param`, leave it alone; a load-balancing
+    rule or a checkpoint sets it.
     """
 
 
@@ -52,8 +52,8 @@ class Router(nnx.Module):
 
         Args:
           config: the layer's configuration; `config.router` says what kind of router.
-          hidden_size: width of the router's input where it is not `config.hidden_size` (a router that sees the tokens before
-            `routed_input_transform`).
+          hidden_size: width of the router's input where it is not `config.hidden_size` (a router that sees the tokens
+            before `routed_input_transform`).
           rngs: source of the initial weight.
 
         Raises:

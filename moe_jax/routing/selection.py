@@ -10,8 +10,8 @@ from moe_jax.config import GroupLimit
 def top_k_lowest_index(values: Float[Array, "T E"], k: int) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
     """The `k` largest values of each row, largest first, with their positions; equal values go to the lowest position.
 
-    `jax.lax.top_k` keeps the order of equal values but takes `-0.0` to be less than `0.0`, so zeros are made alike first.
-    A NaN counts as larger than everything; positions are in range and distinct whatever the values are.
+    `jax.lax.top_k` keeps the order of equal values but takes `-0.0` to be less than `0.0`, so zeros are made alike
+    first. A NaN counts as larger than everything; positions are in range and distinct whatever the values are.
     """
     return jax.lax.top_k(jnp.where(values == 0, 0.0, values), k)
 
@@ -24,10 +24,8 @@ def keep_best_groups(choice: Float[Array, "T E"], limit: GroupLimit) -> Float[Ar
     Source: DeepSeek-V3 (arXiv 2412.19437) section 2.1.2; vLLM `grouped_topk`; spec 2.6.
     """
     grouped = choice.reshape(*choice.shape[:-1], limit.num_groups, -1)
-    if limit.score == "max":
-        group_scores = grouped.max(axis=-1)
-    else:
-        group_scores = top_k_lowest_index(grouped, 2)[0].sum(axis=-1)
+    experts_counted = 1 if limit.score == "max" else 2
+    group_scores = top_k_lowest_index(grouped, experts_counted)[0].sum(axis=-1)
     _, kept_groups = top_k_lowest_index(group_scores, limit.groups_kept)
     is_kept = (kept_groups[..., None] == jnp.arange(limit.num_groups)).any(axis=-2)
     return jnp.where(is_kept[..., None], grouped, limit.masked_score).reshape(choice.shape)
@@ -42,8 +40,8 @@ def choose_experts(
 ) -> Int[Array, "T K"]:
     """Ids of the `top_k` best experts per token, best first, int32; ties go to the lowest id.
 
-    `correction_bias` steers the choice only: no weights come out of here, so it cannot leak into them. The choice has no
-    gradient.
+    `correction_bias` steers the choice only: no weights come out of here, so it cannot leak into them. The choice has
+    no gradient.
 
     Source: vLLM `fused_topk`, `fused_topk_bias`, `grouped_topk`; spec 2.4–2.6.
     """

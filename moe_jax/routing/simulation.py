@@ -1,4 +1,4 @@
-"""Routing simulation: made-up routing of a known distribution, to measure expert computation without a trained router."""
+"""Routing simulation: routing made up from a known distribution, to measure experts without a trained router."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,10 @@ def uniform_random(
 def normal_routing(
     key: Key[Array, ""], num_tokens: int, num_experts: int, top_k: int
 ) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
-    """Ids `floor(sigmoid(N(0, 1)) * E)`, so that middle experts are hot; weights `|N(0, 1)|`, summing to 1 (spec 2.9)."""
+    """Ids `floor(sigmoid(N(0, 1)) * E)`, so that middle experts are hot; weights `|N(0, 1)|`, summing to 1.
+
+    Source: spec 2.9.
+    """
     id_key, weight_key = jax.random.split(key)
     position = jax.nn.sigmoid(jax.random.normal(id_key, (num_tokens, top_k)))
     ids = jnp.clip(jnp.floor(position * num_experts).astype(jnp.int32), 0, num_experts - 1)

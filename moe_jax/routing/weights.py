@@ -17,7 +17,7 @@ def gather_per_expert(values: Float[Array, "T E"], ids: Int[Array, "T K"]) -> Fl
 def renormalize(weights: Float[Array, "T K"], *, epsilon: float = 0.0) -> Float[Array, "T K"]:
     """Each row divided by its sum.
 
-    With `epsilon=0` a sum that is not positive counts as 1 (vLLM), otherwise `epsilon` is added to the sum (Hugging Face).
+    With `epsilon=0` a sum that is not positive counts as 1 (vLLM); otherwise `epsilon` is added to it (Hugging Face).
     """
     total = weights.sum(axis=-1, keepdims=True)
     denominator = total + epsilon if epsilon else jnp.where(total > 0, total, 1.0)
