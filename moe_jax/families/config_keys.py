@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moe_jax.families.rope import ROPE_KEYS
-from moe_jax.families.settings import HFConfig, Key
+from moe_jax.families.settings import HFConfig, Key, resolve
 
 HARMLESS_KEYS = frozenset(
     {
@@ -15,29 +15,35 @@ HARMLESS_KEYS = frozenset(
         # tokens and outputs
         "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "id2label", "label2id",
         "output_attentions", "output_hidden_states", "output_router_logits", "problem_type", "return_dict", "use_cache",
-        "is_encoder_decoder", "is_decoder", "chunk_size_feed_forward",
+        "chunk_size_feed_forward",
         # training only
         "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "initializer_range", "aux_loss_alpha",
-        "seq_aux", "router_aux_loss_coef", "pretraining_tp", "num_nextn_predict_layers", "ep_size",
+        "seq_aux", "router_aux_loss_coef", "pretraining_tp", "num_nextn_predict_layers", "num_mtp_layers", "ep_size",
         # read by every decoder
         "hidden_size", "num_hidden_layers", "hidden_act", "vocab_size", "max_position_embeddings",
     }
 )  # fmt: skip
+"""Keys that no family needs to name: they never change the result, or every decoder reads them."""
+
+ONLY_DECODERS: Mapping[str, tuple[Any, ...]] = {
+    "is_decoder": (True, False),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+}
+"""Keys that would make another kind of model -> the values under which they don't."""
 
 
 def check_keys(row: Any, config: HFConfig) -> None:
     """Raise ValueError naming every key of `config` that `row` neither reads nor knows to be harmless."""
-    known = HARMLESS_KEYS | set(ROPE_KEYS) | set(row.read) | set(row.ignored) | set(_setting_names(row))
+    legal = {**ONLY_DECODERS, **resolve(row.refused, config)}
+    known = HARMLESS_KEYS | set(ROPE_KEYS) | set(row.read) | set(row.ignored) | set(_setting_names(row)) | set(legal)
+    given = {name: value for name, value in config.items() if value is not None}
     problems = [
-        f"{name}={value!r} (supported: {', '.join(map(repr, row.refused[name]))})"
-        for name, value in config.items()
-        if name in row.refused and value is not None and value not in row.refused[name]
+        f"{name}={value!r} (supported: {', '.join(map(repr, legal[name]))})"
+        for name, value in given.items()
+        if name in legal and value not in legal[name]
     ]
-    problems += [
-        f"{name}={value!r} (unknown key)"
-        for name, value in config.items()
-        if name not in known and name not in row.refused and value is not None
-    ]
+    problems += [f"{name}={value!r} (unknown key)" for name, value in given.items() if name not in known]
     if problems:
         raise ValueError("config.json has settings that are not supported: " + "; ".join(problems))
 

@@ -84,6 +84,8 @@ class LatentAttention:
     """Factor on query-key products."""
     bias: bool = False
     """`attention_bias`: the down projections and the output projection have biases."""
+    norm_epsilon: float = 1e-6
+    """Of the norms of the compressed query, key and value, which `rms_norm_eps` doesn't reach in Hugging Face's models."""
 
 
 Attention = GroupedQueryAttention | LatentAttention
@@ -95,6 +97,8 @@ class DenseFeedForward:
 
     intermediate_size: int
     activation: str
+    bias: bool = False
+    """The three projections have biases."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,9 @@ from typing import Literal
 CheckpointForm = Literal["per_expert", "fused"]
 """`per_expert`: one tensor per expert and projection. `fused`: all experts of a layer in one tensor."""
 
+LEAVES = {"kernel": "weight", "bias": "bias"}
+"""Parameters of a linear map."""
+
 ATTENTION_NAMES: Mapping[str, str] = {
     **{
         f"layers.{{layer}}.attention.{ours}.{leaf}": f"model.layers.{{layer}}.self_attn.{theirs}.{their_leaf}"
@@ -20,7 +23,7 @@ ATTENTION_NAMES: Mapping[str, str] = {
             "kv_a_proj": "kv_a_proj_with_mqa",
             "kv_b_proj": "kv_b_proj",
         }.items()
-        for leaf, their_leaf in {"kernel": "weight", "bias": "bias"}.items()
+        for leaf, their_leaf in LEAVES.items()
     },
     **{
         f"layers.{{layer}}.attention.{ours}.scale": f"model.layers.{{layer}}.self_attn.{theirs}.weight"
@@ -40,8 +43,9 @@ DECODER_NAMES: Mapping[str, str] = {
     **ATTENTION_NAMES,
     "layers.{layer}.feed_forward_norm.scale": "model.layers.{layer}.post_attention_layernorm.weight",
     **{
-        f"layers.{{layer}}.feed_forward.{projection}.kernel": f"model.layers.{{layer}}.mlp.{projection}.weight"
+        f"layers.{{layer}}.feed_forward.{projection}.{ours}": f"model.layers.{{layer}}.mlp.{projection}.{theirs}"
         for projection in ("gate_proj", "up_proj", "down_proj")
+        for ours, theirs in LEAVES.items()
     },
     "layers.{layer}.feed_forward.router.weight": "model.layers.{layer}.mlp.gate.weight",
     "layers.{layer}.feed_forward.router.correction_bias": "model.layers.{layer}.mlp.gate.e_score_correction_bias",
@@ -54,10 +58,11 @@ DECODER_NAMES: Mapping[str, str] = {
 def shared_expert_names(module: str, gate: str | None = None) -> dict[str, str]:
     """Names of the shared experts held by `mlp.<module>`, and of their sigmoid gate `mlp.<gate>` if there is one."""
     names = {
-        f"layers.{{layer}}.feed_forward.shared_experts.{projection}.kernel": (
-            f"model.layers.{{layer}}.mlp.{module}.{projection}.weight"
+        f"layers.{{layer}}.feed_forward.shared_experts.{projection}.{ours}": (
+            f"model.layers.{{layer}}.mlp.{module}.{projection}.{theirs}"
         )
         for projection in ("gate_proj", "up_proj", "down_proj")
+        for ours, theirs in LEAVES.items()
     }
     if gate is not None:
         names["layers.{layer}.feed_forward.shared_experts.gate.kernel"] = f"model.layers.{{layer}}.mlp.{gate}.weight"

@@ -84,7 +84,7 @@ def _latent(attention: LatentAttention, hidden: int) -> Iterator[tuple[str, Shap
 
 
 def _dense(feed_forward: DenseFeedForward, hidden: int) -> Iterator[tuple[str, Shape]]:
-    yield from _gated_mlp("", hidden, feed_forward.intermediate_size)
+    yield from _gated_mlp("", hidden, feed_forward.intermediate_size, feed_forward.bias)
 
 
 def _gated_mlp(prefix: str, hidden: int, intermediate: int, bias: bool = False) -> Iterator[tuple[str, Shape]]:

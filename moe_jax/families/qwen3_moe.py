@@ -1,15 +1,12 @@
-"""Qwen3-MoE (Alibaba): per-head query/key norms, softmax routing whose renormalisation the config decides."""
+"""Qwen3-MoE (Alibaba): per-head query/key norms, no shared experts."""
 
-from moe_jax.families.decoder_row import DecoderRow, GroupedQueryRow, MixtureRow, sparse_step
+from moe_jax.families.attention_rows import GroupedQueryRow
+from moe_jax.families.decoder_row import DecoderRow, MixtureRow
 from moe_jax.families.family import Family
+from moe_jax.families.layer_plans import sparse_step
 from moe_jax.families.names import DECODER_NAMES
-from moe_jax.families.settings import HFConfig, key
-
-
-def sliding_window(config: HFConfig) -> int | None:
-    """The window counts only when `use_sliding_window` says so."""
-    return config.get("sliding_window") if config.get("use_sliding_window") else None
-
+from moe_jax.families.qwen import SLIDING_WINDOW_KEYS, SOFTMAX_ROUTER, SPARSE_STEP_KEYS, sliding_window
+from moe_jax.families.settings import key
 
 QWEN3_MOE = Family(
     model_type="qwen3_moe",
@@ -24,10 +21,11 @@ QWEN3_MOE = Family(
         mixture=MixtureRow(
             num_experts=key("num_experts", "num_local_experts"),
             intermediate_size=key("moe_intermediate_size"),
-            router={"renormalize": key("norm_topk_prob", default=False)},
+            router=SOFTMAX_ROUTER,
             where=sparse_step,
         ),
-        read=("use_sliding_window", "sliding_window", "decoder_sparse_step", "mlp_only_layers"),
+        read=(*SLIDING_WINDOW_KEYS, *SPARSE_STEP_KEYS),
+        ignored=("max_window_layers",),
     ),
     names=DECODER_NAMES,
 )

@@ -1,69 +1,130 @@
-"""Rotary settings of a `config.json`: today's `rope_parameters`, or the older `rope_theta` with `rope_scaling`."""
+"""Rotary settings of a `config.json`: today's `rope_parameters`, or the older `rope_theta` with `rope_scaling`.
 
+Source: Hugging Face `modeling_rope_utils.py`, whose order of precedence is kept.
+"""
+
+import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.families.decoder import LinearScaling, Rope, YarnScaling
 from moe_jax.families.settings import HFConfig
 
-ROPE_KEYS = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor", "rope_interleave")
-ROPE_TYPES = ("default", "linear", "yarn")
+ROPE_KEYS = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
+"""Keys of `config.json` that are read here."""
+
+_COMMON = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+_YARN = frozenset(
+    {
+        "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+        "attention_factor", "truncate",
+    }
+)  # fmt: skip
+ROPE_TYPES: Mapping[str, frozenset[str]] = {
+    "default": _COMMON,
+    "linear": _COMMON | {"factor", "mscale_all_dim"},
+    "yarn": _COMMON | _YARN,
+}
+"""Supported `rope_type` -> the parameters that it understands."""
 
 
-def rope_parameters(config: HFConfig) -> dict[str, Any]:
-    """The rotary parameters in today's spelling, whichever spelling the file has."""
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    parameters["rope_type"] = parameters.pop("type", None) or parameters.get("rope_type") or "default"
-    if parameters.get("rope_theta") is None and config.get("rope_theta") is not None:
-        parameters["rope_theta"] = config["rope_theta"]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeRow:
+    """What a family assumes about its rotary embedding when `config.json` doesn't say."""
+
+    theta: float = 10000.0
+    """Base of the frequencies."""
+    rotary_fraction: float | None = None
+    """Share of a head's dimensions that is rotated; None: all of them, and `config.json` cannot change it."""
+    parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """`rope_parameters` of a file that has none."""
+
+
+def rope_parameters(config: HFConfig, row: RopeRow) -> dict[str, Any]:
+    """The rotary parameters in today's spelling, whichever spelling the file has.
+
+    Raises:
+        ValueError: an unknown `rope_type`, or parameters that its type doesn't understand.
+    """
+    given = config.get("rope_scaling") or config.get("rope_parameters") or row.parameters
+    parameters = {name: value for name, value in given.items() if value is not None}
+    rope_type = parameters.pop("type", None)
+    rope_type = parameters.setdefault("rope_type", rope_type or "default")
+    if rope_type not in ROPE_TYPES:
+        raise ValueError(f"config.json: rope_type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+    unknown = sorted(set(parameters) - ROPE_TYPES[rope_type])
+    if unknown:
+        raise ValueError(
+            f"config.json: rope_type {rope_type!r} doesn't understand {', '.join(unknown)}; "
+            f"it understands {', '.join(sorted(ROPE_TYPES[rope_type]))}"
+        )
+    for name, default in (("rope_theta", row.theta), ("partial_rotary_factor", row.rotary_fraction)):
+        parameters.setdefault(name, default if config.get(name) is None else config[name])
+    fraction = parameters["partial_rotary_factor"]
+    if row.rotary_fraction is None and fraction not in (None, 1.0):
+        raise ValueError(f"config.json: partial_rotary_factor must be 1.0 for this family, got {fraction}")
     return parameters
 
 
-def read_rope(config: HFConfig, *, rotary_dim: int, default_theta: float, interleaved: bool = False) -> Rope:
-    """The rotary embedding of one attention kind; ValueError for a `rope_type` that isn't supported."""
-    parameters = rope_parameters(config)
-    kind = parameters["rope_type"]
-    scaling: LinearScaling | YarnScaling | None
-    if kind == "default":
-        scaling = None
-    elif kind == "linear":
-        scaling = LinearScaling(factor=parameters["factor"])
-    elif kind == "yarn":
-        scaling = _yarn(parameters, config)
-    else:
-        raise ValueError(f"config.json: rope_type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    theta = parameters.get("rope_theta")
+def read_rope(config: HFConfig, row: RopeRow, *, head_dim: int, interleaved: bool = False) -> Rope:
+    """The rotary embedding of one attention kind whose heads have `head_dim` dimensions to rotate."""
+    parameters = rope_parameters(config, row)
+    fraction = parameters["partial_rotary_factor"]
     return Rope(
-        theta=float(default_theta if theta is None else theta),
-        rotary_dim=rotary_dim,
+        theta=float(parameters["rope_theta"]),
+        rotary_dim=head_dim if fraction is None else int(head_dim * fraction),
         interleaved=interleaved,
-        scaling=scaling,
+        scaling=_scaling(parameters, config),
     )
 
 
-def _yarn(parameters: dict[str, Any], config: HFConfig) -> YarnScaling:
-    original = parameters.get("original_max_position_embeddings") or config["max_position_embeddings"]
-    factor = float(parameters["factor"])
+def latent_attention_scale(config: HFConfig, row: RopeRow, *, head_dim: int) -> float:
+    """DeepSeek's factor on query-key products: `head_dim ** -0.5`, times YaRN's temperature squared if `mscale_all_dim` is set."""
+    parameters = rope_parameters(config, row)
+    scale = head_dim**-0.5
+    if parameters["rope_type"] == "default" or not parameters.get("mscale_all_dim"):
+        return scale
+    return scale * _temperature(_factor(parameters, config), parameters["mscale_all_dim"]) ** 2
+
+
+def _scaling(parameters: Mapping[str, Any], config: HFConfig) -> LinearScaling | YarnScaling | None:
+    if parameters["rope_type"] == "default":
+        return None
+    factor = _factor(parameters, config)
+    if parameters["rope_type"] == "linear":
+        return LinearScaling(factor=factor)
     return YarnScaling(
         factor=factor,
-        original_max_positions=original,
+        original_max_positions=_original_max_positions(parameters, config),
         beta_fast=parameters.get("beta_fast") or 32.0,
         beta_slow=parameters.get("beta_slow") or 1.0,
         truncate=parameters.get("truncate", True),
-        attention_factor=_yarn_attention_factor(parameters, factor),
+        attention_factor=_attention_factor(parameters, factor),
     )
 
 
-def _yarn_attention_factor(parameters: dict[str, Any], factor: float) -> float:
-    given = parameters.get("attention_factor")
-    if given is not None:
-        return float(given)
+def _original_max_positions(parameters: Mapping[str, Any], config: HFConfig) -> int:
+    return parameters.get("original_max_position_embeddings", config["max_position_embeddings"])
+
+
+def _factor(parameters: Mapping[str, Any], config: HFConfig) -> float:
+    if "factor" in parameters:
+        return float(parameters["factor"])
+    if parameters["rope_type"] == "yarn":
+        return config["max_position_embeddings"] / _original_max_positions(parameters, config)
+    raise ValueError(f"config.json: rope_type {parameters['rope_type']!r} needs a factor, got none")
+
+
+def _attention_factor(parameters: Mapping[str, Any], factor: float) -> float:
+    if "attention_factor" in parameters:
+        return float(parameters["attention_factor"])
     mscale, mscale_all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
     if mscale and mscale_all_dim:
-        return yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim)
-    return yarn_mscale(factor, 1.0)
+        return _temperature(factor, mscale) / _temperature(factor, mscale_all_dim)
+    return _temperature(factor, 1.0)
 
 
-def yarn_mscale(factor: float, mscale: float) -> float:
+def _temperature(factor: float, mscale: float) -> float:
     """YaRN's attention temperature: 0.1 · mscale · ln(factor) + 1, or 1 when sequences aren't stretched."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -7,39 +7,42 @@ from typing import Any
 HFConfig = Mapping[str, Any]
 """The content of a Hugging Face `config.json`."""
 
-REQUIRED: Any = object()
-"""Default of a key that every `config.json` of the family must have."""
+_NOT_GIVEN: Any = object()
 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """A value of `config.json`, under any of several spellings; null counts as absent."""
+    """A value of `config.json`, under any of several spellings."""
 
     names: tuple[str, ...]
-    default: Any = REQUIRED
-    """Value, or function of the whole config, when no spelling is present."""
+    default: Any = _NOT_GIVEN
+    """Setting that takes over when no spelling is present; without one, the key is required."""
+    null: Any = _NOT_GIVEN
+    """Setting that takes over when the value is null; without one, null counts as absent."""
 
     def look_up(self, config: HFConfig) -> Any:
-        """The value in `config`, or the default; KeyError naming every spelling when a required key is absent."""
+        """The value in `config`, or the default; ValueError naming every spelling when a required key is absent."""
         for name in self.names:
             if config.get(name) is not None:
                 return config[name]
-        if self.default is REQUIRED:
-            raise KeyError(f"config.json has no {' or '.join(self.names)}")
-        return self.default(config) if callable(self.default) else self.default
+            if name in config and self.null is not _NOT_GIVEN:
+                return resolve(self.null, config)
+        if self.default is _NOT_GIVEN:
+            raise ValueError(f"config.json has no {' or '.join(self.names)}")
+        return resolve(self.default, config)
 
 
 Setting = Any
 """A constant, a `Key`, or a function of the whole config."""
 
 
-def key(*names: str, default: Any = REQUIRED) -> Key:
+def key(*names: str, default: Setting = _NOT_GIVEN, null: Setting = _NOT_GIVEN) -> Key:
     """A `Key` with the spellings `names`."""
-    return Key(names, default)
+    return Key(names, default, null)
 
 
 def resolve(setting: Setting, config: HFConfig) -> Any:
-    """The value of a setting for this `config.json`; dataclasses and mappings are resolved field by field."""
+    """The value of a setting for this `config.json`; mappings are resolved item by item."""
     if isinstance(setting, Key):
         return setting.look_up(config)
     if isinstance(setting, Mapping):

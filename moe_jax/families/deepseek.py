@@ -1,0 +1,55 @@
+"""What DeepSeek-V2, DeepSeek-V3 and GLM-4.5 share: shared experts, first layers dense, and V3's sigmoid routing."""
+
+from typing import Any
+
+from moe_jax.families.layer_plans import after_first_dense
+from moe_jax.families.settings import HFConfig, key
+
+NUM_EXPERTS = key("n_routed_experts", "num_experts", "num_local_experts")
+EXPERT_SIZE = key("moe_intermediate_size")
+
+
+def shared_experts_size(config: HFConfig) -> int:
+    """All shared experts are one MLP, as wide as they are together."""
+    return config["moe_intermediate_size"] * config["n_shared_experts"]
+
+
+def has_groups(config: HFConfig) -> bool:
+    """One group limits nothing."""
+    return config["n_group"] > 1
+
+
+MIXTURE: dict[str, Any] = {
+    "num_experts": NUM_EXPERTS,
+    "intermediate_size": EXPERT_SIZE,
+    "where": after_first_dense,
+}
+"""Fields of `MixtureRow` that the three share."""
+
+SIGMOID_ROUTER = {
+    "scoring": "sigmoid",
+    "correction_bias": True,
+    "renormalize": key("norm_topk_prob", default=True),
+    "renormalize_epsilon": 1e-20,
+    "routed_scaling_factor": key("routed_scaling_factor"),
+}
+"""DeepSeek-V3's fields of `RouterConfig`."""
+
+BIASED_GROUP_LIMIT = {
+    "num_groups": key("n_group"),
+    "groups_kept": key("topk_group"),
+    "score": "top2_sum",
+    "masked_score": float("-inf"),
+}
+"""DeepSeek-V3's fields of `GroupLimit`."""
+
+MIXTURE_KEYS = ("first_k_dense_replace", "n_shared_experts")
+"""Keys behind the functions above."""
+
+LATENT_ATTENTION_KEYS = ("head_dim", "qk_head_dim")
+"""Keys that `transformers` writes for its own use; both follow from others."""
+
+
+def one_kv_head_per_head(config: HFConfig) -> tuple[int, ...]:
+    """Latent attention has a key and a value per query head."""
+    return (config["num_attention_heads"],)
