@@ -1,0 +1,130 @@
+"""Routed experts: the weights of a layer's experts and the computation of those that each token chose."""
+
+from typing import TYPE_CHECKING, Optional
+
+from flax import nnx
+from jax.nn import initializers
+from jaxtyping import Array, Float, Int
+
+from moe_jax.config import MoEConfig
+from moe_jax.experts.weights import ExpertWeights
+from moe_jax.kernels import Activation, fused_moe
+
+if TYPE_CHECKING:
+    from moe_jax.placement import ExpertMapManager
+
+default_expert_init = initializers.variance_scaling(
+    1.0, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2, batch_axis=(0,)
+)
+
+
+class RoutedExperts(nnx.Module):
+    """The experts of one layer; a token passes those that its router chose, weighted.
+
+    The module owns weights and expert map, nothing else: routing, shared experts and reductions belong to the runner, and
+    shared experts are never stored here (spec 0.2).
+
+    Attributes:
+        gate_up_proj: `[E, 2, I, H]` (`[E, 1, I, H]` without a gate), E the physical experts held here.
+        down_proj: `[E, H, I]`.
+        gate_up_bias: `[E, 2, I]` if `config.expert_bias`, else None.
+        down_bias: `[E, H]` if `config.expert_bias`, else None.
+        expert_map_manager: the placement of one rank, or None when all experts are held here.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        *,
+        expert_map_manager: Optional["ExpertMapManager"] = None,
+        kernel_init: initializers.Initializer = default_expert_init,
+        rngs: nnx.Rngs,
+    ):
+        """Create the weights in `config.param_dtype`; biases start at zero.
+
+        Args:
+            config: sizes, activation, biases, number formats and implementation.
+            expert_map_manager: holds only this rank's experts and skips the ids of all others: the sum of the ranks'
+                results is the layer's. Replace the attribute after `update` only together with the weights.
+            kernel_init: initializer of both projections.
+            rngs: source of the `params` keys.
+        """
+        self.activation = Activation.of(config.activation)
+        self.apply_router_weight_on_input = config.apply_router_weight_on_input
+        self.implementation = config.implementation
+        self.expert_map_manager = expert_map_manager
+        experts = config.num_physical_experts if expert_map_manager is None else expert_map_manager.local_num_experts
+        hidden, intermediate, halves = (
+            config.hidden_size,
+            config.intermediate_size,
+            2 if self.activation.is_gated else 1,
+        )
+
+        def zeros(*shape: int) -> nnx.Param | None:
+            return (
+                nnx.Param(initializers.zeros(rngs.params(), shape, config.param_dtype)) if config.expert_bias else None
+            )
+
+        gate_up_shape = (experts, halves, intermediate, hidden)
+        self.gate_up_proj = nnx.Param(kernel_init(rngs.params(), gate_up_shape, config.param_dtype))
+        self.down_proj = nnx.Param(kernel_init(rngs.params(), (experts, hidden, intermediate), config.param_dtype))
+        self.gate_up_bias = nnx.data(zeros(experts, halves, intermediate))
+        self.down_bias = nnx.data(zeros(experts, hidden))
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts whose weights are held here."""
+        return self.gate_up_proj.shape[0]
+
+    def weights(self) -> ExpertWeights:
+        """The parameters as arrays."""
+        return ExpertWeights(
+            self.gate_up_proj[...],
+            self.down_proj[...],
+            None if self.gate_up_bias is None else self.gate_up_bias[...],
+            None if self.down_bias is None else self.down_bias[...],
+        )
+
+    def compute(
+        self,
+        x: Float[Array, "T H"],
+        topk_weights: Float[Array, "T K"],
+        topk_ids: Int[Array, "T K"],
+        weights: ExpertWeights,
+        *,
+        expert_offset: int | Array = 0,
+    ) -> Float[Array, "T H"]:
+        """Run `weights`, those of the experts from `expert_offset` on; ids outside of them contribute nothing.
+
+        Computes in the dtype of `x`, to which the weights are converted.
+        """
+        gate_up_proj, down_proj, gate_up_bias, down_bias = (
+            None if array is None else array.astype(x.dtype) for array in weights
+        )
+        return fused_moe(
+            x,
+            topk_weights,
+            topk_ids,
+            gate_up_proj,
+            down_proj,
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
+            activation=self.activation,
+            expert_offset=expert_offset,
+            apply_router_weight_on_input=self.apply_router_weight_on_input,
+            implementation=self.implementation,
+        )
+
+    def __call__(
+        self, x: Float[Array, "T H"], topk_weights: Float[Array, "T K"], topk_ids: Int[Array, "T K"]
+    ) -> Float[Array, "T H"]:
+        """The weighted sum of the chosen experts' outputs, in the dtype of `x`.
+
+        Args:
+            x: tokens; zero of them are legal.
+            topk_weights: float32 router weights.
+            topk_ids: physical expert ids; -1, and ids of experts that are not held here, contribute nothing.
+        """
+        if self.expert_map_manager is not None:
+            topk_ids = self.expert_map_manager.map_global_to_local(topk_ids)
+        return self.compute(x, topk_weights, topk_ids, self.weights())

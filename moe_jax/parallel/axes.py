@@ -1,0 +1,120 @@
+"""A layer's `ParallelConfig` resolved on a mesh: which axes, how many ranks, and what they must divide."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Self
+
+import jax
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from moe_jax.config import AxisNames, MoEConfig, ParallelConfig
+
+
+def axis_tuple(axes: AxisNames) -> tuple[str, ...]:
+    """The mesh axes that `axes` flattens, in order; none for None."""
+    if axes is None:
+        return ()
+    return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerAxes:
+    """Mesh axes of one Mixture-of-Experts layer, by what they split.
+
+    A *rank* of the layer is one position along the reduce axes (expert axes, then tensor axes): it holds the experts of its
+    expert position, and of each of them the slice of the intermediate size of its tensor position.
+    """
+
+    mesh: Mesh
+    expert: tuple[str, ...]
+    tensor: tuple[str, ...]
+    data: tuple[str, ...]
+
+    @classmethod
+    def resolve(cls, parallel: ParallelConfig, mesh: Mesh) -> Self:
+        """Look the axes up in `mesh`.
+
+        Raises:
+            ValueError: an axis is not in the mesh or is used twice, or `sequence_axis` is set.
+        """
+        if parallel.sequence_axis is not None:
+            raise ValueError(
+                f"the replicated strategy keeps every token on all ranks of a layer, so sequence_axis must be None; "
+                f"got {parallel.sequence_axis!r}"
+            )
+        axes = cls(
+            mesh=mesh,
+            expert=axis_tuple(parallel.expert_axis),
+            tensor=axis_tuple(parallel.tensor_axis),
+            data=axis_tuple(parallel.data_axis),
+        )
+        names = axes.expert + axes.tensor + axes.data
+        if unknown := [name for name in names if name not in mesh.axis_names]:
+            raise ValueError(
+                f"parallel axes must be axes of the mesh {mesh.axis_names}, got {', '.join(map(repr, unknown))}"
+            )
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"expert_axis, tensor_axis and data_axis must not share a mesh axis, got {', '.join(map(repr, repeated))} twice"
+            )
+        return axes
+
+    def size(self, names: tuple[str, ...]) -> int:
+        """Positions along the flattened `names`."""
+        return math.prod(self.mesh.shape[name] for name in names)
+
+    @property
+    def reduce(self) -> tuple[str, ...]:
+        """Axes over which a layer's partial results are summed."""
+        return self.expert + self.tensor
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that each hold a partial result of the same tokens."""
+        return self.size(self.reduce)
+
+    def validate(self, config: MoEConfig) -> None:
+        """Raise ValueError unless the layer divides evenly over the ranks, as upstream requires (spec 1.3)."""
+        experts, tensor = self.size(self.expert), self.size(self.tensor)
+        if config.num_physical_experts % experts:
+            raise ValueError(
+                f"the {experts} ranks of expert_axis={self.expert} must divide the physical experts "
+                f"(num_experts + num_redundant_experts), got {config.num_experts} + {config.num_redundant_experts}"
+            )
+        if config.intermediate_size % tensor:
+            raise ValueError(
+                f"the {tensor} ranks of tensor_axis={self.tensor} must divide intermediate_size, got {config.intermediate_size}"
+            )
+        shared = config.shared_experts
+        if shared is not None and shared.intermediate_size % self.num_ranks:
+            raise ValueError(
+                f"the {self.num_ranks} ranks of expert_axis and tensor_axis must divide the intermediate_size of the shared "
+                f"experts, got {shared.intermediate_size}"
+            )
+
+    def position(self, names: tuple[str, ...]) -> jax.Array | int:
+        """Inside `jax.shard_map`: this device's position along the flattened `names`."""
+        return jax.lax.axis_index(names) if names else 0
+
+    def is_first(self, names: tuple[str, ...]) -> jax.Array | bool:
+        """Inside `jax.shard_map`: whether this device is the first along the flattened `names`."""
+        return self.position(names) == 0
+
+    def spec(self, *dimensions: tuple[str, ...]) -> PartitionSpec:
+        """A partition spec from one tuple of axes per dimension; an empty tuple is not split."""
+        return PartitionSpec(*(names or None for names in dimensions))
+
+    @property
+    def has_explicit_axes(self) -> bool:
+        """Whether the mesh puts shardings into the types of arrays."""
+        return AxisType.Explicit in self.mesh.axis_types
+
+    def shard_map(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """`jax.shard_map` of `function` over this mesh, or over the same mesh with the axis types of the context."""
+        mesh = None if self._is_in_context() else self.mesh
+        # Loops inside an expert implementation start from constants, which the check of varying axes would refuse.
+        return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def _is_in_context(self) -> bool:
+        return not jax.sharding.get_abstract_mesh().empty

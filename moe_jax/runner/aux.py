@@ -1,0 +1,30 @@
+"""What a layer's call reports beside its result."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MoEAux:
+    """Routing of one call: arrays only, so that it leaves `jax.jit` and comes out of `jax.lax.scan` stacked per layer."""
+
+    topk_ids: Int[Array, "... K"]
+    """Logical expert ids, int32, as `forced_ids` takes them back: -1 no expert, num_experts and above zero experts."""
+    topk_weights: Float[Array, "... K"]
+    """float32 weights, scaled if the scaling plan says that the router scales."""
+    router_logits: Float[Array, "... E"]
+    """Logits before scoring."""
+    expert_load: Int[Array, "E"]
+    """Chosen (token, slot) pairs per logical expert, int32; padding and zero experts are not counted."""
+    dropped_rows: Int[Array, ""]
+    """(token, slot) pairs that no rank had room for; 0 unless the dispatch strategy has a capacity."""
+
+
+def count_expert_load(topk_ids: Int[Array, "T K"], num_experts: int) -> Int[Array, "E"]:
+    """How many (token, slot) pairs chose each of `num_experts` experts; ids outside [0, num_experts) are not counted."""
+    # A comparison with every expert rather than a scatter: it keeps its sharding under any mesh, and XLA fuses it.
+    return jnp.sum(topk_ids.reshape(-1, 1) == jnp.arange(num_experts), axis=0, dtype=jnp.int32)

@@ -1,0 +1,112 @@
+"""Who scales and who reduces: two decisions taken once, when a layer is put together, and shown by its `repr`.
+
+Scaling applied twice or not at all, and shared experts reduced twice, are the bugs that upstream met again and again
+(spec 11.7, 11.8). Each decision is therefore made in one place, and the rest of the layer only carries it out.
+"""
+
+import dataclasses
+from typing import Any, Literal, Self
+
+import jax.numpy as jnp
+
+from moe_jax.config import MoEConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScalingPlan:
+    """Where `routed_scaling_factor` is applied: exactly one place (spec 1.3, 1.6)."""
+
+    factor: float
+    """The model's factor on the routed output."""
+    applied_to: Literal["router weights", "routed output"]
+    """The router multiplies its weights, or the runner multiplies the routed experts' output."""
+    inverse_on_shared_in_float16: bool
+    """In float16 the routed output stays as it is and the shared output is divided by the factor instead."""
+
+    @classmethod
+    def of(cls, config: MoEConfig, *, has_shared_experts: bool) -> Self:
+        """The plan of a layer.
+
+        Raises:
+            ValueError: a part of the output would miss the factor. The float16 trick divides the shared output by a factor
+                that the router has already applied, unless `apply_scale_to_output`; zero experts are added after the
+                output is scaled (spec 1.4 step 11), so only their weights can carry it.
+        """
+        router = config.router
+        if config.inverse_scale_shared_in_float16 and not router.apply_scale_to_output:
+            raise ValueError("inverse_scale_shared_in_float16 needs router.apply_scale_to_output=True, got False")
+        if router.num_zero_experts and router.apply_scale_to_output and router.routed_scaling_factor != 1.0:
+            raise ValueError(
+                "num_zero_experts needs router.apply_scale_to_output=False when routed_scaling_factor is not 1, "
+                f"got True with factor {router.routed_scaling_factor}"
+            )
+        return cls(
+            factor=float(router.routed_scaling_factor),
+            applied_to="routed output" if router.apply_scale_to_output else "router weights",
+            inverse_on_shared_in_float16=config.inverse_scale_shared_in_float16 and has_shared_experts,
+        )
+
+    @property
+    def router_factor(self) -> float:
+        """What the router multiplies its weights by."""
+        return self.factor if self.applied_to == "router weights" else 1.0
+
+    def output_factors(self, dtype: Any) -> tuple[float, float]:
+        """What the runner multiplies the routed and the shared output by, when computing in `dtype`."""
+        if self.applied_to == "router weights":
+            return 1.0, 1.0
+        if self.inverse_on_shared_in_float16 and jnp.dtype(dtype) == jnp.float16:
+            return 1.0, 1.0 / self.factor
+        return self.factor, 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReductionPlan:
+    """Which sums over the layer's ranks happen, and when (spec 1.4 steps 5, 6 and 10).
+
+    Each rank's experts give a partial result of the routed output, and its slice of the shared experts one of the shared
+    output. At most one of "each alone" and "their sum" is reduced, so nothing is summed twice.
+    """
+
+    num_ranks: int
+    """Ranks that hold partial results of the same tokens; 1 means that nothing is ever summed."""
+    routed_before_transform: bool
+    """Sum the routed output alone, before the output transform, which may be non-linear."""
+    shared_alone: bool
+    """Sum the shared output alone, because the routed one has been summed already."""
+    final: bool
+    """Sum the layer's result, routed plus shared, once."""
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        num_ranks: int,
+        reduce_results: bool,
+        has_shared_experts: bool,
+        has_output_transform: bool,
+        has_zero_experts: bool,
+    ) -> Self:
+        """The plan of a layer.
+
+        Args:
+            num_ranks: positions along the expert and tensor axes.
+            reduce_results: False asks for partial results. Zero experts, whose part every rank holds whole, and an output
+                transform, which needs the whole routed output, reduce nevertheless, as upstream does.
+            has_shared_experts: the layer has shared experts.
+            has_output_transform: the layer has a `routed_output_transform`.
+            has_zero_experts: the router has zero experts.
+        """
+        parallel = num_ranks > 1
+        before_transform = parallel and has_output_transform
+        return cls(
+            num_ranks=num_ranks,
+            routed_before_transform=before_transform,
+            shared_alone=before_transform and has_shared_experts,
+            final=parallel and not before_transform and (reduce_results or has_zero_experts),
+        )
+
+    @property
+    def result_is_partial(self) -> bool:
+        """Whether the layer returns `[ranks, ..., H]` for its caller to sum, instead of `[..., H]`."""
+        return self.num_ranks > 1 and not (self.routed_before_transform or self.final)

@@ -1,0 +1,327 @@
+"""The Mixture-of-Experts layer."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx import reprlib
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from moe_jax.config import MoEConfig
+from moe_jax.experts import ExpertWeights, RoutedExperts, SharedExperts
+from moe_jax.experts.replicas import ReplicaMap
+from moe_jax.parallel import LayerAxes, replicated
+from moe_jax.routing import Router, split_zero_experts
+from moe_jax.runner.aux import MoEAux, count_expert_load
+from moe_jax.runner.interface import MoERunnerInterface
+from moe_jax.runner.plans import ReductionPlan, ScalingPlan
+
+Transform = Callable[[Array], Any]
+"""`f(x [T, H])` -> `[T, H']`, or a tuple whose first element is that (an `nnx.Module` or a function)."""
+
+
+class MoERunner(MoERunnerInterface):
+    """Router, routed experts, shared experts and transforms, run in the order of vLLM's runner (spec 1.4 and 1.5).
+
+    1. `routed_input_transform` gives the routed path its input; shared experts keep the original hidden states. A caller who
+       passes `shared_experts_input` has applied the transform already, so it is skipped.
+    2. The router turns the routed input, or the caller's `router_logits`, into weights and logical ids; redundant experts
+       turn logical ids into physical ones.
+    3. Routed and shared experts run; the two plans say where their outputs are scaled and summed over the ranks.
+    4. `routed_output_transform`, then the shared output is added, then the zero experts' part: the routed input times the
+       weight that its zero experts got.
+
+    Every part may be replaced after construction: the plans are derived from the parts that are there.
+
+    Attributes:
+        router: hidden states -> weights and ids.
+        routed_experts: the experts' weights and computation.
+        shared_experts: dense experts that every token passes, or None.
+        replicas: placement of redundant experts, or None when there are none.
+        routed_input_transform: applied to the routed path's input, or None.
+        routed_output_transform: applied to the routed output before the shared output is added, or None.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        *,
+        rngs: nnx.Rngs,
+        router: Callable[..., Any] | None = None,
+        routed_experts: RoutedExperts | None = None,
+        shared_experts: Callable[[Array], Array] | None = None,
+        routed_input_transform: Transform | None = None,
+        routed_output_transform: Transform | None = None,
+        mesh: Mesh | None = None,
+    ):
+        """Put a layer together; parts that are not given are created from the config.
+
+        Args:
+            config: sizes, routing, shared experts, parallel axes and number formats.
+            rngs: source of the `params` keys of the parts created here.
+            router: called like `Router`; one without a `weight` needs `router_logits` in every call.
+            routed_experts: experts that exist already.
+            shared_experts: a dense module that exists already, in place of `config.shared_experts`.
+            routed_input_transform: latent projection of the routed path (spec 1.4 step 1).
+            routed_output_transform: its way back, applied before the shared output is added.
+            mesh: devices over which `config.parallel` splits the layer; parameters created here are placed on it.
+
+        Raises:
+            ValueError: the scaling plan cannot be kept; the config names mesh axes without a mesh, axes that the mesh lacks,
+                or ranks that do not divide the layer; shared experts that cannot be split over ranks.
+        """
+        self.config = config
+        self.axes = _resolve_axes(config, mesh)
+        self.router = Router(config, rngs=rngs) if router is None else router
+        self.routed_experts = RoutedExperts(config, rngs=rngs) if routed_experts is None else routed_experts
+        if shared_experts is None and config.shared_experts is not None:
+            shared_experts = SharedExperts(config, rngs=rngs)
+        self.shared_experts = _as_part(shared_experts)
+        redundant = config.num_redundant_experts
+        self.replicas = nnx.data(ReplicaMap.initial(config.num_experts, redundant) if redundant else None)
+        self.routed_input_transform = _as_part(routed_input_transform)
+        self.routed_output_transform = _as_part(routed_output_transform)
+        self._check_parts()
+        if self.axes is not None:
+            self._place_on_mesh()
+
+    @property
+    def is_internal_router(self) -> bool:
+        """Whether the router holds the gate's weight; otherwise every call must bring `router_logits`."""
+        return getattr(self.router, "weight", None) is not None
+
+    @property
+    def scaling_plan(self) -> ScalingPlan:
+        """Who applies `routed_scaling_factor`."""
+        return ScalingPlan.of(self.config, has_shared_experts=self.shared_experts is not None)
+
+    @property
+    def reduction_plan(self) -> ReductionPlan:
+        """Who sums the ranks' partial results, and when."""
+        return ReductionPlan.of(
+            num_ranks=1 if self.axes is None else self.axes.num_ranks,
+            reduce_results=self.config.parallel.reduce_results,
+            has_shared_experts=self.shared_experts is not None,
+            has_output_transform=self.routed_output_transform is not None,
+            has_zero_experts=self.config.router.num_zero_experts > 0,
+        )
+
+    def __call__(
+        self,
+        hidden_states: Float[Array, "... D"],
+        *,
+        router_logits: Float[Array, "... E"] | None = None,
+        input_ids: Int[Array, "..."] | None = None,
+        shared_experts_input: Float[Array, "... S"] | None = None,
+        forced_ids: Int[Array, "... K"] | None = None,
+        key: Array | None = None,
+        with_aux: bool = False,
+    ) -> Float[Array, "... D"] | tuple[Float[Array, "... D"], MoEAux]:
+        """Run the layer on any number of tokens, zero included.
+
+        Args:
+            hidden_states: tokens, with any leading dimensions, which the other arrays share.
+            router_logits: logits of an external gate, in place of the router's own.
+            input_ids: token ids, for routers that choose by them.
+            shared_experts_input: what the shared experts see; `hidden_states` are then the routed path's input, already
+                transformed.
+            forced_ids: logical ids to route to, as `MoEAux.topk_ids` reports them.
+            key: randomness, for simulated routing.
+            with_aux: also return a `MoEAux`.
+
+        Returns:
+            The layer's output in the computation dtype, and the aux if asked for. `[ranks, ..., D]` partial results if
+            `reduction_plan.result_is_partial`.
+
+        Raises:
+            ValueError: an argument that the router needs is missing, or leading dimensions differ.
+        """
+        arrays = (hidden_states, router_logits, input_ids, shared_experts_input, forced_ids, key)
+        if self.axes is None or not self.axes.has_explicit_axes:
+            return self._forward(*arrays, with_aux=with_aux)
+
+        # Routing and reshapes are written for arrays whose sharding the compiler chooses, so the layer runs as an island
+        # with Auto axes, and its results take on the sharding of the hidden states.
+        graph, state = nnx.split(self)
+
+        def island(state, *arrays):
+            return nnx.merge(graph, state)._forward(*arrays, with_aux=with_aux)
+
+        leading = tuple(jax.typeof(hidden_states).sharding.spec)[:-1]
+        out_sharding = self._out_sharding(leading, with_aux=with_aux)
+        return jax.sharding.auto_axes(island, axes=self.axes.mesh.axis_names, out_sharding=out_sharding)(state, *arrays)
+
+    def _forward(
+        self, hidden_states, router_logits, input_ids, shared_experts_input, forced_ids, key, *, with_aux
+    ) -> Array | tuple[Array, MoEAux]:
+        leading = hidden_states.shape[:-1]
+        tokens = _flatten("hidden_states", self._in_computation_dtype(hidden_states), leading, 1)
+
+        if shared_experts_input is None:
+            shared_input = tokens
+            routed_input = _first(self.routed_input_transform(tokens)) if self.routed_input_transform else tokens
+        else:
+            shared_input = self._in_computation_dtype(shared_experts_input)
+            shared_input = _flatten("shared_experts_input", shared_input, leading, 1)
+            routed_input = tokens
+
+        topk_weights, topk_ids, logits = self.router(
+            routed_input,
+            router_logits=_flatten("router_logits", router_logits, leading, 1),
+            input_ids=_flatten("input_ids", input_ids, leading, 0),
+            forced_ids=_flatten("forced_ids", forced_ids, leading, 1),
+            key=key,
+        )
+        output = self._run_experts(routed_input, shared_input, topk_weights, topk_ids)
+        output = output.reshape(*output.shape[:-2], *leading, output.shape[-1])
+        if not with_aux:
+            return output
+        aux = MoEAux(
+            topk_ids=topk_ids.reshape(*leading, -1),
+            topk_weights=topk_weights.reshape(*leading, -1),
+            router_logits=logits.reshape(*leading, -1),
+            expert_load=count_expert_load(topk_ids, self.config.num_experts),
+            dropped_rows=jnp.zeros((), jnp.int32),
+        )
+        return output, aux
+
+    def _run_experts(
+        self,
+        routed_input: Float[Array, "T H"],
+        shared_input: Float[Array, "T S"],
+        topk_weights: Float[Array, "T K"],
+        topk_ids: Int[Array, "T K"],
+    ) -> Float[Array, "T D"] | Float[Array, "ranks T D"]:
+        """Everything after routing: spec 1.4 steps 5 to 11."""
+        plan, num_tokens = self.reduction_plan, routed_input.shape[0]
+        routed_factor, shared_factor = self.scaling_plan.output_factors(routed_input.dtype)
+        split = split_zero_experts(topk_weights, topk_ids, num_experts=self.config.num_experts)
+        physical_ids = split.topk_ids if self.replicas is None else self.replicas(split.topk_ids)
+
+        routed = self._run_routed(routed_input, split.topk_weights, physical_ids)
+        if plan.routed_before_transform:
+            routed = replicated.sum_over_ranks(self.axes, routed, num_tokens)
+        output = routed if routed_factor == 1.0 else routed * routed_factor
+        if self.routed_output_transform is not None:
+            output = _first(self.routed_output_transform(output))
+
+        if self.shared_experts is not None:
+            shared = self._run_shared(shared_input)
+            if plan.shared_alone:
+                shared = replicated.sum_over_ranks(self.axes, shared, num_tokens)
+            output = output + (shared if shared_factor == 1.0 else shared * shared_factor)
+
+        if plan.final:
+            output = replicated.sum_over_ranks(self.axes, output, num_tokens)
+        if plan.result_is_partial:
+            output = output[:, :num_tokens]
+        if self.config.router.num_zero_experts:
+            output = output + split.identity_weight[:, None].astype(output.dtype) * routed_input
+        return output
+
+    def _run_routed(self, x: Array, topk_weights: Array, physical_ids: Array) -> Array:
+        """`[T, H]`, or `[ranks, Tpadded, H]` partial results if the layer has several ranks."""
+        experts = self.routed_experts
+        if self.axes is None:
+            return experts(x, topk_weights, physical_ids)
+        partials = replicated.routed_partials(
+            self.axes, experts.compute, x, topk_weights, physical_ids, experts.weights()
+        )
+        return self._unwrap_single_rank(partials, x.shape[0])
+
+    def _run_shared(self, x: Array) -> Array:
+        """Like `_run_routed`, of the shared experts."""
+        if self.axes is None or not isinstance(self.shared_experts, SharedExperts):
+            return self.shared_experts(x)
+        return self._unwrap_single_rank(replicated.shared_partials(self.axes, self.shared_experts, x), x.shape[0])
+
+    def _unwrap_single_rank(self, partials: Array, num_tokens: int) -> Array:
+        return partials if self.axes.num_ranks > 1 else partials[0, :num_tokens]
+
+    def partition_specs(self) -> nnx.State:
+        """How each parameter is split over the mesh, as a state of `PartitionSpec`s; replicated where nothing is said."""
+        return nnx.map_state(lambda path, _: self._partition_spec(path), nnx.state(self))
+
+    def _partition_spec(self, path: tuple[Any, ...]) -> PartitionSpec:
+        if self.axes is None:
+            return PartitionSpec()
+        part, *rest = path
+        if part == "routed_experts" and rest[0] in ExpertWeights._fields:
+            return getattr(replicated.expert_weight_specs(self.axes), rest[0])
+        if part == "shared_experts" and isinstance(self.shared_experts, SharedExperts):
+            return replicated.shared_expert_spec(self.axes, tuple(rest))
+        return PartitionSpec()
+
+    def _place_on_mesh(self) -> None:
+        """Split the parameters as `partition_specs` says."""
+        mesh = self.axes.mesh
+        place = lambda path, value: jax.device_put(value, NamedSharding(mesh, self._partition_spec(path)))  # noqa: E731
+        nnx.update(self, nnx.map_state(place, nnx.state(self)))
+
+    def _check_parts(self) -> None:
+        """Raise ValueError unless the plans can be kept with the parts that are there."""
+        _ = self.scaling_plan
+        if self.axes is None:
+            return
+        self.axes.validate(self.config)
+        if self.routed_experts.expert_map_manager is not None:
+            raise ValueError(
+                "a layer on a mesh splits its experts itself: routed_experts.expert_map_manager must be None, "
+                f"got {self.routed_experts.expert_map_manager}"
+            )
+        has_foreign_shared = self.shared_experts is not None and not isinstance(self.shared_experts, SharedExperts)
+        if has_foreign_shared and self.axes.num_ranks > 1:
+            raise ValueError(
+                f"shared_experts must be a SharedExperts, which can be split over {self.axes.num_ranks} ranks, "
+                f"got {type(self.shared_experts).__name__}"
+            )
+
+    def _in_computation_dtype(self, array: Array) -> Array:
+        return array if self.config.dtype is None else array.astype(self.config.dtype)
+
+    def _out_sharding(self, leading: tuple[Any, ...], *, with_aux: bool) -> Any:
+        """Shardings of the call's results, their leading dimensions split like those of the hidden states."""
+        mesh, rows = self.axes.mesh, PartitionSpec(*leading, None)
+        output = PartitionSpec(self.axes.reduce, *leading, None) if self.reduction_plan.result_is_partial else rows
+        if not with_aux:
+            return NamedSharding(mesh, output)
+        aux = MoEAux(rows, rows, rows, PartitionSpec(), PartitionSpec())
+        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), (output, aux))
+
+    def __nnx_repr__(self) -> Iterator[Any]:
+        yield from super().__nnx_repr__()
+        yield reprlib.Attr("scaling_plan", self.scaling_plan)
+        yield reprlib.Attr("reduction_plan", self.reduction_plan)
+
+
+def _resolve_axes(config: MoEConfig, mesh: Mesh | None) -> LayerAxes | None:
+    """The layer's axes on `mesh`, or None without a mesh."""
+    if mesh is not None:
+        return LayerAxes.resolve(config.parallel, mesh)
+    parallel = config.parallel
+    if any((parallel.expert_axis, parallel.tensor_axis, parallel.data_axis, parallel.sequence_axis)):
+        raise ValueError(f"a layer with parallel axes needs mesh=, got None with {parallel}")
+    return None
+
+
+def _as_part(part: Any) -> Any:
+    """`part` as an attribute that may later change between a module and None; functions stay static."""
+    return nnx.data(part) if part is None or isinstance(part, nnx.Module) else part
+
+
+def _flatten(name: str, array: Array | None, leading: tuple[int, ...], trailing_dims: int) -> Array | None:
+    """`[..., *trailing]` -> `[T, *trailing]`; None stays None."""
+    if array is None:
+        return None
+    if array.ndim != len(leading) + trailing_dims or array.shape[: len(leading)] != leading:
+        raise ValueError(f"{name} must have the leading dimensions {leading} of hidden_states, got shape {array.shape}")
+    return array.reshape(math.prod(leading), *array.shape[len(leading) :])
+
+
+def _first(result: Any) -> Array:
+    """The output of a transform that may return `(output, extra)`."""
+    return result[0] if isinstance(result, tuple) else result
