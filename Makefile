@@ -1,0 +1,97 @@
+# Every target sets up what it needs, from a machine that has nothing but Python 3.12 or newer. See `make help`.
+
+SHELL := bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+VENV := .venv
+GOLDEN_VENV := .venv-golden
+BIN := $(VENV)/bin
+PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check
+TEST_WORKERS ?= 2
+
+# The environment that these targets set up holds the CPU build of jax; JAX_PLATFORMS=... overrides.
+export JAX_PLATFORMS ?= cpu
+
+##@ For everyone
+
+demo: $(VENV)/.installed  ## Inspect, convert, verify and run the example checkpoint (examples/demo_model)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh build/demo
+
+test: $(VENV)/.installed-test  ## Run the tests (those marked slow excepted)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
+
+help:  ## Show this text
+	@awk -F ':.*##' '/^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*##/ {printf "  make %-20s%s\n", $$1, $$2}' Makefile
+
+##@ For contributors
+
+test-slow: $(VENV)/.installed-test  ## Run the slow tests only
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m "slow and not transformers" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.installed-test  ## Run all tests
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not transformers" $(PYTEST_ARGS)
+
+lint: style types  ## Check style, formatting and types
+
+style: $(VENV)/.installed-test  ## Check style and formatting (ruff)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-test  ## Format the code
+	$(BIN)/ruff check --fix-only --exit-zero .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.installed-test  ## Check types, on the sources laid out as they are installed (build/types)
+	@rm -rf build/types
+	$(BIN)/python -W ignore setup.py --quiet build --build-base build/setuptools --build-lib build/types
+	$(BIN)/basedpyright
+
+golden-env: $(GOLDEN_VENV)/.installed  ## Set up torch and transformers in .venv-golden (Python 3.11, 1.2 GB)
+
+golden: $(GOLDEN_VENV)/.installed  ## Write the golden files of tests/golden anew, with transformers
+	$(GOLDEN_VENV)/bin/python tests/golden/make_golden.py
+
+check-transformers: $(VENV)/.installed-test $(GOLDEN_VENV)/.installed  ## Run the checks that need transformers itself
+	$(BIN)/python -m pytest -m transformers $(PYTEST_ARGS) tests/transformers
+
+bench: $(VENV)/.installed-test  ## Measure on this machine; JSON under build/benchmarks
+	@mkdir -p build/benchmarks
+	$(BIN)/python benchmarks/import_time.py --json build/benchmarks/import_time.json
+
+constraints: $(VENV)/.installed-test  ## Write constraints.txt from what .venv holds now
+	@mkdir -p build
+	@{ grep '^#' constraints.txt; $(BIN)/python -m pip freeze --all --exclude moe-jax --exclude pip; } > build/constraints.txt
+	mv build/constraints.txt constraints.txt
+
+clean:  ## Remove what was built, and the environments
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis $(VENV) $(GOLDEN_VENV)
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Set-up. A stamp inside the environment remembers that it is complete; it is redone when what it was made from changes.
+
+$(VENV)/bin/python: | scripts/find-python
+	@python="$${PYTHON:-$$(scripts/find-python)}" && test -n "$$python" && \
+	echo "Setting up $(VENV) with $$("$$python" -V) ($$python)" && \
+	"$$python" -m venv --clear $(VENV)
+
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt | $(VENV)/bin/python
+	@echo "Installing moe_jax into $(VENV)"
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt setuptools
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@echo "Installing the test tools into $(VENV)"
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e '.[test]'
+	touch $@
+
+$(GOLDEN_VENV)/.installed: tests/golden/requirements.txt
+	@python="$${GOLDEN_PYTHON:-$$(scripts/find-python 3.11 3.11)}" && test -n "$$python" && \
+	echo "Setting up $(GOLDEN_VENV) with $$("$$python" -V) ($$python)" && \
+	"$$python" -m venv --clear $(GOLDEN_VENV)
+	$(GOLDEN_VENV)/bin/python $(PIP_INSTALL) -r tests/golden/requirements.txt
+	touch $@
+
+.PHONY: demo test help test-slow test-all lint style format types golden-env golden check-transformers bench constraints clean
