@@ -1,0 +1,130 @@
+"""Grouped-query attention in all the variants that a `GroupedQueryAttention` description can have."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_jax.families.decoder import GroupedQueryAttention, Rope
+from moe_jax.models.cache import LayerCache, store
+from moe_jax.models.rotary import Rotation, rotate
+
+
+class AttentionInputs(NamedTuple):
+    """What all layers share in a call, computed once."""
+
+    rotations: Mapping[Rope, Rotation]
+    """Angles of every kind of rotary embedding in the decoder."""
+    masks: Mapping[int | None, Bool[Array, "B 1 S N"]]
+    """Which keys each token sees, by sliding window."""
+    slots: Int[Array, "B S"]
+    """Where a cache stores the new tokens."""
+
+
+def attend(
+    query: Float[Array, "B S N D"],
+    key: Float[Array, "B T M D"],
+    value: Float[Array, "B T M V"],
+    mask: Bool[Array, "B 1 S T"],
+    *,
+    scale: float,
+    sinks: Float[Array, "N"] | None = None,
+) -> Float[Array, "B S N V"]:
+    """Softmax attention, N a multiple of M; the softmax is float32.
+
+    `sinks` are logits of an imaginary key per head whose value is zero: with them, the weights of the real keys sum to
+    `sigmoid(log-sum-exp of their logits - sink)` instead of 1.
+    """
+    features = value.shape[-1]
+    width = max(features, key.shape[-1])  # jax.nn wants one width for keys and values; zeros change nothing
+    query, key, value = (_widen(array, width) for array in (query, key, value))
+    if sinks is None:
+        output = jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale)
+    else:
+        output, log_sum_exp = jax.nn.dot_product_attention(
+            query, key, value, mask=mask, scale=scale, return_residual=True
+        )
+        share = jax.nn.sigmoid(log_sum_exp.astype(jnp.float32) - sinks.astype(jnp.float32))
+        output = (output * share[..., None]).astype(value.dtype)
+    return output[..., :features]
+
+
+class MultiHeadAttention(nnx.Module):
+    """Projections, optional norms and clipping, rotary embedding, attention, output projection.
+
+    Children: `q_proj`, `k_proj`, `v_proj`, `o_proj` (`nnx.Linear`), `q_norm` and `k_norm` or None, `sinks` `[N]` or None.
+    """
+
+    def __init__(
+        self,
+        description: GroupedQueryAttention,
+        *,
+        hidden_size: int,
+        norm_epsilon: float,
+        dtype: Any,
+        param_dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        """Create the parameters in `param_dtype`; computation is in `dtype`."""
+        self.description = description
+        queries = description.num_heads * description.head_dim
+        keys = description.num_kv_heads * description.head_dim
+        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.q_proj = nnx.Linear(hidden_size, queries, use_bias=description.qkv_bias, **dtypes)
+        self.k_proj = nnx.Linear(hidden_size, keys, use_bias=description.qkv_bias, **dtypes)
+        self.v_proj = nnx.Linear(hidden_size, keys, use_bias=description.qkv_bias, **dtypes)
+        self.o_proj = nnx.Linear(queries, hidden_size, use_bias=description.output_bias, **dtypes)
+
+        def norm(projection: int) -> nnx.RMSNorm | None:
+            if description.qk_norm is None:
+                return None
+            size = description.head_dim if description.qk_norm == "head" else projection
+            return nnx.RMSNorm(size, epsilon=norm_epsilon, **dtypes)
+
+        self.q_norm = nnx.data(norm(queries))
+        self.k_norm = nnx.data(norm(keys))
+        sinks = jnp.zeros(description.num_heads, param_dtype)
+        self.sinks = nnx.data(nnx.Param(sinks) if description.sinks else None)
+
+    def __call__(
+        self, x: Float[Array, "B S H"], inputs: AttentionInputs, cache: LayerCache | None
+    ) -> tuple[Float[Array, "B S H"], LayerCache | None]:
+        """Attend to the new tokens and, with a cache, to those before them; returns the cache with the new ones added."""
+        description = self.description
+        query = self._heads(self.q_proj(x), self.q_norm)
+        key = self._heads(self.k_proj(x), self.k_norm)
+        value = self._heads(self.v_proj(x), None)
+        turn = inputs.rotations[description.rope]
+        query, key = rotate(query, description.rope, turn), rotate(key, description.rope, turn)
+        if cache is not None:
+            cache = store(cache, (key, value), inputs.slots)
+            key, value = (array.astype(query.dtype) for array in cache)
+        output = attend(
+            query,
+            key,
+            value,
+            inputs.masks[description.sliding_window],
+            scale=description.scale,
+            sinks=None if self.sinks is None else self.sinks[...],
+        )
+        return self.o_proj(output.reshape(*x.shape[:-1], -1)), cache
+
+    def _heads(self, projected: Float[Array, "B S N*D"], norm: nnx.RMSNorm | None) -> Float[Array, "B S N D"]:
+        """Normalise, clip and split into heads."""
+        if norm is not None and self.description.qk_norm == "projection":
+            projected = norm(projected)
+        if self.description.clip_qkv is not None:
+            projected = jnp.clip(projected, -self.description.clip_qkv, self.description.clip_qkv)
+        heads = projected.reshape(*projected.shape[:-1], -1, self.description.head_dim)
+        if norm is not None and self.description.qk_norm == "head":
+            heads = norm(heads)
+        return heads
+
+
+def _widen(array: Float[Array, "B T N D"], width: int) -> Float[Array, "B T N W"]:
+    """Append zeros to the last axis."""
+    missing = width - array.shape[-1]
+    return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, missing)]) if missing else array

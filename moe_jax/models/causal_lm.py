@@ -1,0 +1,179 @@
+"""A decoder-only language model, put together from a `Decoder` description."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from moe_jax.config import ParallelConfig
+from moe_jax.families.decoder import Decoder
+from moe_jax.models.attention import AttentionInputs
+from moe_jax.models.cache import KVCache, init_cache
+from moe_jax.models.layer_stack import BuildOptions, LayerStack
+from moe_jax.models.rotary import rotation
+from moe_jax.models.scan_plan import plan_segments
+from moe_jax.models.sequence import Sequence
+from moe_jax.runner import MoEAux
+
+
+class CausalLM(nnx.Module):
+    """Token ids in, logits out.
+
+    Attributes:
+        decoder: what the model is made of.
+        embedder: `nnx.Embed` `[V, H]`.
+        stacks: one `LayerStack` per segment of the scan plan.
+        final_norm: `nnx.RMSNorm`.
+        lm_head: `nnx.Linear` `[H, V]`, or None when the embedding table is used.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        parallel: ParallelConfig = ParallelConfig(),
+        mesh: Mesh | None = None,
+        implementation: str | None = None,
+    ):
+        """Create a model with random weights.
+
+        Args:
+            decoder: sizes and kinds of layers.
+            rngs: source of the `params` keys.
+            dtype: computation dtype.
+            param_dtype: dtype in which parameters are created; the router's correction bias is always float32.
+            parallel: how every MoE layer is split over `mesh`.
+            mesh: devices of `parallel`'s axes.
+            implementation: implementation of the expert computation; None chooses by device and shape.
+        """
+        self.decoder = decoder
+        self.dtype = jnp.dtype(dtype)
+        options = BuildOptions(
+            dtype=self.dtype, param_dtype=param_dtype, parallel=parallel, mesh=mesh, implementation=implementation
+        )
+        dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.embedder = nnx.Embed(decoder.vocab_size, decoder.hidden_size, **dtypes)
+        self.stacks = nnx.List(
+            [LayerStack(segment, decoder, options, rngs=rngs) for segment in plan_segments(decoder.layers)]
+        )
+        self.final_norm = nnx.RMSNorm(decoder.hidden_size, epsilon=decoder.norm_epsilon, **dtypes)
+        head = None
+        if not decoder.tie_word_embeddings:
+            head = nnx.Linear(
+                decoder.hidden_size,
+                decoder.vocab_size,
+                use_bias=False,
+                preferred_element_type=jnp.float32,
+                **dtypes,
+            )
+        self.lm_head = nnx.data(head)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B S"],
+        *,
+        attention_mask: Int[Array, "B S"] | None = None,
+        positions: Int[Array, "B S"] | None = None,
+        cache: KVCache | None = None,
+        with_aux: bool = False,
+        forced_ids: Int[Array, "L B S K"] | None = None,
+    ) -> Any:
+        """Logits of every token.
+
+        Args:
+            input_ids: token ids; with a cache, only the new ones.
+            attention_mask: 1 at real tokens of `input_ids`, 0 at padding, which may stand on either side.
+            positions: for the rotary embedding; by default tokens are counted from the row's first real one, cached ones
+                included.
+            cache: earlier tokens, see `init_cache`; rows may hold different numbers of them.
+            with_aux: also return the routing of all MoE layers.
+            forced_ids: experts to use, per MoE layer, as `MoEAux.topk_ids` reports them.
+
+        Returns:
+            Logits `[B, S, V]` float32 (meaningless at padding); with a cache `(logits, cache)`; with `with_aux` a
+            `MoEAux` follows, whose arrays have a leading axis of the L MoE layers.
+        """
+        hidden, new_cache, aux = self.hidden_states(
+            input_ids,
+            attention_mask=attention_mask,
+            positions=positions,
+            cache=cache,
+            with_aux=with_aux,
+            forced_ids=forced_ids,
+        )
+        results = [self.logits(hidden)]
+        results += [] if cache is None else [new_cache]
+        results += [aux] if with_aux else []
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def hidden_states(
+        self,
+        input_ids: Int[Array, "B S"],
+        *,
+        attention_mask: Int[Array, "B S"] | None = None,
+        positions: Int[Array, "B S"] | None = None,
+        cache: KVCache | None = None,
+        with_aux: bool = False,
+        forced_ids: Int[Array, "L B S K"] | None = None,
+    ) -> tuple[Float[Array, "B S H"], KVCache | None, MoEAux | None]:
+        """What `logits` makes logits of: the normalised hidden states, with the cache and aux of `__call__`.
+
+        Prompts are long and only their last token's logits are needed: take its hidden state and call `logits` on that.
+        """
+        sequence = Sequence.of(
+            input_ids,
+            attention_mask,
+            lengths=None if cache is None else cache.lengths,
+            cached_slots=None if cache is None else cache.max_length,
+        )
+        inputs = self._attention_inputs(sequence, sequence.positions if positions is None else positions)
+        x, segments, auxes, first = self.embedder(input_ids), [], [], 0
+        for index, stack in enumerate(self.stacks):
+            last = first + stack.num_moe_layers
+            x, caches, aux = stack(
+                x,
+                inputs,
+                None if cache is None else cache.segments[index],
+                is_real=sequence.is_real,
+                forced_ids=forced_ids[first:last] if forced_ids is not None and last > first else None,
+                with_aux=with_aux,
+            )
+            first = last
+            segments.append(caches)
+            auxes += [] if aux is None else [aux]
+        x = self.final_norm(x)
+
+        if cache is not None:
+            lengths = cache.lengths + sequence.new_tokens
+            x = jnp.where((lengths > cache.max_length)[:, None, None], jnp.nan, x)
+            cache = KVCache(tuple(segments), lengths)
+        aux = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *auxes) if auxes else None
+        return x, cache, aux
+
+    def logits(self, hidden_states: Float[Array, "... H"]) -> Float[Array, "... V"]:
+        """float32 logits of normalised hidden states."""
+        if self.lm_head is not None:
+            return self.lm_head(hidden_states)
+        table = self.embedder.embedding[...].astype(self.dtype)
+        return jnp.einsum("...h,vh->...v", hidden_states, table, preferred_element_type=jnp.float32)
+
+    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
+        """An empty cache for rows of up to `max_length` tokens, in `dtype` (default: the computation dtype)."""
+        plan = tuple(stack.segment for stack in self.stacks)
+        dtype = self.dtype if dtype is None else dtype
+        return init_cache(self.decoder, plan, batch_size=batch_size, max_length=max_length, dtype=dtype)
+
+    def _attention_inputs(self, sequence: Sequence, positions: Int[Array, "B S"]) -> AttentionInputs:
+        kinds = [layer.attention for layer in self.decoder.layers]
+        windows = {getattr(kind, "sliding_window", None) for kind in kinds}
+        return AttentionInputs(
+            rotations={rope: rotation(rope, positions) for rope in {kind.rope for kind in kinds}},
+            masks={window: sequence.mask(window) for window in windows},
+            slots=sequence.order,
+        )

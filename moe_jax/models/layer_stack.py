@@ -1,0 +1,164 @@
+"""Decoder layers, and stacks of them that are scanned with one compiled body per kind."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_jax.config import MoEConfig, ParallelConfig
+from moe_jax.families.decoder import Decoder, GroupedQueryAttention, Layer
+from moe_jax.models.attention import AttentionInputs, MultiHeadAttention
+from moe_jax.models.cache import LayerCache
+from moe_jax.models.feed_forward import GatedMLP, run_mixture
+from moe_jax.models.latent_attention import MultiHeadLatentAttention
+from moe_jax.models.scan_plan import Segment
+from moe_jax.runner import MoEAux, MoERunner
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """How the layers of a model are built, beside what the decoder's description says."""
+
+    dtype: Any
+    """Computation dtype."""
+    param_dtype: Any
+    """Dtype in which parameters are created."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How experts are split over `mesh`."""
+    mesh: Mesh | None = None
+    """Devices of `parallel`'s axes."""
+    implementation: str | None = None
+    """Implementation of the expert computation; None chooses by device and shape."""
+
+
+class DecoderLayer(nnx.Module):
+    """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`.
+
+    Children: `attention_norm`, `attention`, `feed_forward_norm`, `feed_forward` (a `GatedMLP` or a `MoERunner`).
+    """
+
+    def __init__(self, layer: Layer, decoder: Decoder, options: BuildOptions, *, rngs: nnx.Rngs):
+        """Create one layer of `decoder`."""
+        dtypes: dict[str, Any] = {"dtype": options.dtype, "param_dtype": options.param_dtype, "rngs": rngs}
+        hidden, epsilon = decoder.hidden_size, decoder.norm_epsilon
+        self.attention_norm = nnx.RMSNorm(hidden, epsilon=epsilon, **dtypes)
+        if isinstance(layer.attention, GroupedQueryAttention):
+            self.attention = MultiHeadAttention(layer.attention, hidden_size=hidden, norm_epsilon=epsilon, **dtypes)
+        else:
+            self.attention = MultiHeadLatentAttention(layer.attention, hidden_size=hidden, **dtypes)
+        self.feed_forward_norm = nnx.RMSNorm(hidden, epsilon=epsilon, **dtypes)
+        if isinstance(layer.feed_forward, MoEConfig):
+            config = dataclasses.replace(
+                layer.feed_forward,
+                dtype=options.dtype,
+                param_dtype=options.param_dtype,
+                parallel=options.parallel,
+                implementation=options.implementation,
+            )
+            self.feed_forward = MoERunner(config, mesh=options.mesh, rngs=rngs)
+        else:
+            self.feed_forward = GatedMLP(layer.feed_forward, hidden_size=hidden, **dtypes)
+
+    def __call__(
+        self,
+        x: Float[Array, "B S H"],
+        inputs: AttentionInputs,
+        cache: LayerCache | None,
+        *,
+        is_real: Bool[Array, "B S"] | None,
+        forced_ids: Int[Array, "B S K"] | None,
+    ) -> tuple[Float[Array, "B S H"], LayerCache | None, MoEAux | None]:
+        """Returns hidden states, cache and, from a Mixture of Experts, its aux."""
+        attended, cache = self.attention(self.attention_norm(x), inputs, cache)
+        x = x + attended
+        normed = self.feed_forward_norm(x)
+        if isinstance(self.feed_forward, MoERunner):
+            output, aux = run_mixture(self.feed_forward, normed, is_real=is_real, forced_ids=forced_ids)
+        else:
+            output, aux = self.feed_forward(normed), None
+        return x + output, cache, aux
+
+
+class LayerStack(nnx.Module):
+    """The layers of one segment of the scan plan, with stacked weights.
+
+    Attributes:
+        blocks: one `DecoderLayer` per position in the group, whose parameters have a leading axis `repeats`.
+    """
+
+    def __init__(self, segment: Segment, decoder: Decoder, options: BuildOptions, *, rngs: nnx.Rngs):
+        """Create `segment.period` blocks of `segment.repeats` layers each."""
+        self.segment = segment
+        layers = decoder.layers[segment.start : segment.start + segment.period]
+        self.moe_positions = tuple(i for i, layer in enumerate(layers) if isinstance(layer.feed_forward, MoEConfig))
+        self.blocks = nnx.List([_stacked(layer, decoder, options, segment.repeats, rngs=rngs) for layer in layers])
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers with a Mixture of Experts."""
+        return len(self.moe_positions) * self.segment.repeats
+
+    def __call__(
+        self,
+        x: Float[Array, "B S H"],
+        inputs: AttentionInputs,
+        caches: tuple[LayerCache, ...] | None,
+        *,
+        is_real: Bool[Array, "B S"] | None,
+        forced_ids: Int[Array, "L B S K"] | None,
+        with_aux: bool,
+    ) -> tuple[Float[Array, "B S H"], tuple[LayerCache, ...] | None, MoEAux | None]:
+        """Run the layers in order.
+
+        Args:
+            x: hidden states.
+            inputs: what all layers share.
+            caches: per position, arrays with the leading axis `repeats`.
+            is_real: False at padding.
+            forced_ids: experts to use in each of the segment's L MoE layers.
+            with_aux: collect the MoE layers' aux.
+
+        Returns:
+            Hidden states, caches, and the aux stacked over the L MoE layers in their order (None without any).
+        """
+        graphs, states = zip(*(nnx.split(block) for block in self.blocks), strict=True)
+        groups = (self.segment.repeats, len(self.moe_positions))
+        if forced_ids is not None:
+            forced_ids = forced_ids.reshape(*groups, *forced_ids.shape[1:])
+
+        def run_group(x: Array, group: tuple) -> tuple[Array, tuple]:
+            states, caches, forced = group
+            new_caches, auxes = [], []
+            for position, (graph, state) in enumerate(zip(graphs, states, strict=True)):
+                is_forced = forced is not None and position in self.moe_positions
+                x, cache, aux = nnx.merge(graph, state)(
+                    x,
+                    inputs,
+                    None if caches is None else caches[position],
+                    is_real=is_real,
+                    forced_ids=forced[self.moe_positions.index(position)] if is_forced else None,
+                )
+                new_caches.append(cache)
+                auxes += [aux] if aux is not None and with_aux else []
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes) if auxes else None
+            return x, (None if caches is None else tuple(new_caches), stacked)
+
+        x, (caches, aux) = jax.lax.scan(run_group, x, (states, caches, forced_ids), length=self.segment.repeats)
+        if aux is not None:
+            aux = jax.tree.map(lambda leaf: leaf.reshape(self.num_moe_layers, *leaf.shape[2:]), aux)
+        return x, caches, aux
+
+
+def _stacked(layer: Layer, decoder: Decoder, options: BuildOptions, repeats: int, *, rngs: nnx.Rngs) -> DecoderLayer:
+    """`repeats` layers of one kind as one module whose parameters have a leading axis."""
+    keys = jax.random.split(rngs.params(), repeats)
+
+    def create(key: Array) -> DecoderLayer:
+        return DecoderLayer(layer, decoder, options, rngs=nnx.Rngs(params=key))
+
+    graph = nnx.graphdef(nnx.eval_shape(create, keys[0]))
+    return nnx.merge(graph, jax.vmap(lambda key: nnx.state(create(key)))(keys))
