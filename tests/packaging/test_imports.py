@@ -1,0 +1,128 @@
+"""What may import what: read from the sources, so that an import inside a function counts too."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LIBRARY_FOLDERS = ("moe_jax", "kernels", "checkpoints")
+PYTHON_FOLDERS = (*LIBRARY_FOLDERS, "benchmarks", "examples", "tests")
+
+# Who may import whom inside the project; a part may always import itself. Dependencies point one way.
+ALLOWED = {
+    "kernels": set(),
+    "config": {"kernels"},
+    "families": {"config", "kernels"},
+    "placement": {"config"},
+    "routing": {"config", "placement"},
+    "experts": {"config", "kernels", "placement"},
+    "parallel": {"config", "kernels", "experts"},
+    "runner": {"config", "kernels", "routing", "experts", "placement", "parallel"},
+    "models": {"config", "kernels", "families", "runner"},
+    "checkpoints": {"config", "kernels", "families"},
+}
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(file for folder in folders for file in (ROOT / folder).rglob("*.py"))
+
+
+def module_name(file: Path) -> str:
+    """The name under which a source file is imported."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    parts = parts[:-1] if parts[-1] == "__init__" else parts
+    return ".".join(parts if parts[0] == "moe_jax" else ("moe_jax", *parts))
+
+
+def imported_modules(file: Path, *, at_run_time: bool = False) -> set[str]:
+    """Full names of all modules that a file imports; `at_run_time` leaves out those under `if TYPE_CHECKING`."""
+    tree = ast.parse(file.read_text(), file.name)
+    hidden = set()
+    for node in ast.walk(tree):
+        if at_run_time and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            hidden |= {id(inner) for statement in node.body for inner in ast.walk(statement)}
+    package = module_name(file).split(".")
+    if file.name != "__init__.py":
+        package = package[:-1]
+    modules = set()
+    for node in ast.walk(tree):
+        if id(node) in hidden:
+            continue
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            modules |= {source, *(f"{source}.{alias.name}" for alias in node.names)}
+    return modules
+
+
+def part_of(module: str) -> str | None:
+    """The part of the project that a module belongs to: `moe_jax.kernels.fused_moe` → `kernels`."""
+    names = module.split(".")
+    return names[1] if names[0] == "moe_jax" and len(names) > 1 else None
+
+
+def importers(forbidden: set[str], *folders: str) -> list[str]:
+    """The files that import one of these top-level modules."""
+    return [
+        str(file.relative_to(ROOT))
+        for file in python_files(*folders)
+        if forbidden & {module.split(".")[0] for module in imported_modules(file)}
+    ]
+
+
+def test_mapped_folders_are_never_imported_by_their_top_level_names():
+    assert importers({"kernels", "checkpoints"}, *PYTHON_FOLDERS) == []
+
+
+def test_the_library_imports_neither_torch_nor_pickle():
+    assert importers({"torch", "transformers", "pickle"}, *LIBRARY_FOLDERS) == []
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_dependencies_point_one_way(part):
+    parts = {part_of(module_name(file)) for file in python_files(*LIBRARY_FOLDERS)} - {None}
+    files = [file for file in python_files(*LIBRARY_FOLDERS) if part_of(module_name(file)) == part]
+    assert files, f"no source file belongs to {part}"
+    for file in files:
+        imported = {part_of(module) for module in imported_modules(file, at_run_time=True)} & parts
+        assert imported <= ALLOWED[part] | {part}, (
+            f"{file.relative_to(ROOT)} imports {imported - ALLOWED[part] - {part}}"
+        )
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import moe_jax",
+        "import moe_jax; [getattr(moe_jax, name) for name in ('MoEConfig', 'MoERunner', 'ExpertMapManager')]",
+        "import moe_jax.kernels",
+    ],
+)
+def test_importing_the_layer_loads_no_library_of_the_converter_or_the_command_line(code, tmp_path):
+    script = f"""
+import sys, jax, flax.nnx
+before = set(sys.modules)
+{code}
+print(*sorted({{name.split(".")[0] for name in set(sys.modules) - before}}))
+"""
+    loaded = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    heavy = {"orbax", "tensorstore", "matplotlib", "rich", "tokenizers", "huggingface_hub", "safetensors", "jinja2"}
+    assert "moe_jax" in loaded.stdout.split()
+    assert not heavy & set(loaded.stdout.split())
+
+
+def test_every_public_name_exists_and_is_listed(tmp_path):
+    script = (
+        "import moe_jax; missing = [n for n in moe_jax.__all__ if getattr(moe_jax, n, None) is None]; print(missing)"
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
