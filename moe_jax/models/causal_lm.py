@@ -1,5 +1,7 @@
 """A decoder-only language model, put together from a `Decoder` description."""
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -24,6 +26,8 @@ class CausalLM(nnx.Module):
 
     Attributes:
         decoder: what the model is made of.
+        dtype: computation dtype.
+        mesh: devices that the model is spread over, or None.
         embedder: `nnx.Embed` `[V, H]`.
         stacks: one `LayerStack` per segment of the scan plan.
         final_norm: `nnx.RMSNorm`.
@@ -40,6 +44,7 @@ class CausalLM(nnx.Module):
         parallel: ParallelConfig = ParallelConfig(),
         mesh: Mesh | None = None,
         implementation: str | None = None,
+        hf_config: Mapping[str, Any] | None = None,
     ):
         """Create a model with random weights.
 
@@ -51,9 +56,12 @@ class CausalLM(nnx.Module):
             parallel: how every MoE layer is split over `mesh`.
             mesh: devices of `parallel`'s axes.
             implementation: implementation of the expert computation; None chooses by device and shape.
+            hf_config: the `config.json` that `decoder` was made from, kept for `save_pretrained`.
         """
         self.decoder = decoder
         self.dtype = jnp.dtype(dtype)
+        self.mesh = mesh
+        self._hf_config = None if hf_config is None else json.dumps(dict(hf_config))  # text, for modules hold hashables
         options = BuildOptions(
             dtype=self.dtype, param_dtype=param_dtype, parallel=parallel, mesh=mesh, implementation=implementation
         )
@@ -73,6 +81,11 @@ class CausalLM(nnx.Module):
                 **dtypes,
             )
         self.lm_head = nnx.data(head)
+
+    @property
+    def hf_config(self) -> dict[str, Any] | None:
+        """The `config.json` that the model was made from, if it is known."""
+        return None if self._hf_config is None else json.loads(self._hf_config)
 
     def __call__(
         self,

@@ -1,0 +1,44 @@
+"""How a model's parameters, stacked for scanning, correspond to the parameters of single layers in `parameter_shapes`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from moe_jax.models.causal_lm import CausalLM
+
+StatePath = tuple[Any, ...]
+"""Path of a parameter in `nnx.state(model)`."""
+
+
+def parameter_sources(model: CausalLM) -> Mapping[StatePath, str | tuple[str, ...]]:
+    """Path of every parameter in the model -> its path in our tree, or one path per layer that is stacked in it."""
+    return {path: _source(model, path) for path, _ in nnx.to_flat_state(nnx.state(model))}
+
+
+def parameter_shardings(model: CausalLM) -> Mapping[StatePath, Sharding]:
+    """Where every parameter lives: MoE layers as their `partition_specs` say, all else replicated over the model's mesh.
+
+    Without a mesh, everything is on the default device.
+    """
+    paths = [path for path, _ in nnx.to_flat_state(nnx.state(model))]
+    if model.mesh is None:
+        return dict.fromkeys(paths, jnp.zeros(()).sharding)
+    specs = dict.fromkeys(paths, PartitionSpec())
+    for index, stack in enumerate(model.stacks):
+        for position in stack.moe_positions:
+            layer_specs = nnx.to_flat_state(stack.blocks[position].feed_forward.partition_specs())
+            prefix = ("stacks", index, "blocks", position, "feed_forward")
+            specs |= {(*prefix, *path): PartitionSpec(None, *spec[...]) for path, spec in layer_specs}
+    return {path: NamedSharding(model.mesh, spec) for path, spec in specs.items()}
+
+
+def _source(model: CausalLM, path: StatePath) -> str | tuple[str, ...]:
+    match path:
+        case ("stacks", stack, "blocks", position, *rest):
+            leaf = ".".join(map(str, rest))
+            return tuple(f"layers.{i}.{leaf}" for i in model.stacks[stack].segment.layers_at(position))
+        case _:
+            return ".".join(map(str, path))
