@@ -1,7 +1,12 @@
 """Routed experts: the weights of a layer's experts and the computation of those that each token chose."""
 
-from typing import TYPE_CHECKING, Optional
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Optional, Self
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.nn import initializers
 from jaxtyping import Array, Float, Int
@@ -16,6 +21,58 @@ if TYPE_CHECKING:
 default_expert_init = initializers.variance_scaling(
     1.0, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2, batch_axis=(0,)
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertComputation:
+    """How experts compute, without their weights: hashable, so that it can be a static argument of a jitted function."""
+
+    activation: Activation
+    """Function between the projections."""
+    apply_router_weight_on_input: bool
+    """Multiply the expert's input by the router weight instead of its output."""
+    implementation: str | None
+    """Implementation of `fused_moe`; None chooses by device and shape."""
+
+    @classmethod
+    def of(cls, config: MoEConfig) -> Self:
+        """The computation that a layer's config describes."""
+        return cls(
+            activation=Activation.of(config.activation),
+            apply_router_weight_on_input=config.apply_router_weight_on_input,
+            implementation=config.implementation,
+        )
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def __call__(
+        self,
+        x: Float[Array, "T H"],
+        topk_weights: Float[Array, "T K"],
+        topk_ids: Int[Array, "T K"],
+        weights: ExpertWeights,
+        expert_offset: Int[Array, ""] | None = None,
+    ) -> Float[Array, "T H"]:
+        """Run `weights`, those of the experts from `expert_offset` (None: 0) on; other ids contribute nothing.
+
+        Computes in the dtype of `x`, to which the weights are converted. Jitted, because outside of `jax.jit` the loops of
+        an implementation would run operation by operation.
+        """
+        gate_up_proj, down_proj, gate_up_bias, down_bias = (
+            None if array is None else array.astype(x.dtype) for array in weights
+        )
+        return fused_moe(
+            x,
+            topk_weights,
+            topk_ids,
+            gate_up_proj,
+            down_proj,
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
+            activation=self.activation,
+            expert_offset=0 if expert_offset is None else expert_offset,
+            apply_router_weight_on_input=self.apply_router_weight_on_input,
+            implementation=self.implementation,
+        )
 
 
 class RoutedExperts(nnx.Module):
@@ -49,15 +106,13 @@ class RoutedExperts(nnx.Module):
             kernel_init: initializer of both projections.
             rngs: source of the `params` keys.
         """
-        self.activation = Activation.of(config.activation)
-        self.apply_router_weight_on_input = config.apply_router_weight_on_input
-        self.implementation = config.implementation
+        self.computation = ExpertComputation.of(config)
         self.expert_map_manager = expert_map_manager
         experts = config.num_physical_experts if expert_map_manager is None else expert_map_manager.local_num_experts
         hidden, intermediate, halves = (
             config.hidden_size,
             config.intermediate_size,
-            2 if self.activation.is_gated else 1,
+            2 if self.computation.activation.is_gated else 1,
         )
 
         def zeros(*shape: int) -> nnx.Param | None:
@@ -85,36 +140,6 @@ class RoutedExperts(nnx.Module):
             None if self.down_bias is None else self.down_bias[...],
         )
 
-    def compute(
-        self,
-        x: Float[Array, "T H"],
-        topk_weights: Float[Array, "T K"],
-        topk_ids: Int[Array, "T K"],
-        weights: ExpertWeights,
-        *,
-        expert_offset: int | Array = 0,
-    ) -> Float[Array, "T H"]:
-        """Run `weights`, those of the experts from `expert_offset` on; ids outside of them contribute nothing.
-
-        Computes in the dtype of `x`, to which the weights are converted.
-        """
-        gate_up_proj, down_proj, gate_up_bias, down_bias = (
-            None if array is None else array.astype(x.dtype) for array in weights
-        )
-        return fused_moe(
-            x,
-            topk_weights,
-            topk_ids,
-            gate_up_proj,
-            down_proj,
-            gate_up_bias=gate_up_bias,
-            down_bias=down_bias,
-            activation=self.activation,
-            expert_offset=expert_offset,
-            apply_router_weight_on_input=self.apply_router_weight_on_input,
-            implementation=self.implementation,
-        )
-
     def __call__(
         self, x: Float[Array, "T H"], topk_weights: Float[Array, "T K"], topk_ids: Int[Array, "T K"]
     ) -> Float[Array, "T H"]:
@@ -126,5 +151,13 @@ class RoutedExperts(nnx.Module):
             topk_ids: physical expert ids; -1, and ids of experts that are not held here, contribute nothing.
         """
         if self.expert_map_manager is not None:
-            topk_ids = self.expert_map_manager.map_global_to_local(topk_ids)
-        return self.compute(x, topk_weights, topk_ids, self.weights())
+            topk_ids = _map_to_local(topk_ids, self.expert_map_manager.expert_map)
+        return self.computation(x, topk_weights, topk_ids, self.weights())
+
+
+def _map_to_local(topk_ids: Int[Array, "T K"], expert_map: np.ndarray | None) -> Int[Array, "T K"]:
+    """Local indices of global ids; -1 for experts that live elsewhere, and for ids that name none."""
+    if expert_map is None:
+        return topk_ids
+    is_expert = (topk_ids >= 0) & (topk_ids < len(expert_map))
+    return jnp.where(is_expert, jnp.asarray(expert_map)[jnp.where(is_expert, topk_ids, 0)], -1)

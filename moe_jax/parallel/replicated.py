@@ -8,7 +8,7 @@ the runner's, written down once. Tokens may be split over data axes; no rank eve
 Source: spec 1.4, 1.8; vLLM's tensor- and expert-parallel path without all-to-all kernels.
 """
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -17,13 +17,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from moe_jax.experts.routed import ExpertComputation
 from moe_jax.experts.shared import SharedExperts
 from moe_jax.experts.weights import ExpertWeights
 from moe_jax.parallel.axes import LayerAxes
-
-RoutedComputation = Callable[..., Float[Array, "T H"]]
-"""`compute(x, topk_weights, topk_ids, weights, expert_offset=)` over the experts of one rank."""
-
 
 def expert_weight_specs(axes: LayerAxes) -> ExpertWeights:
     """How each array of `ExpertWeights` is split: experts over the expert axes, intermediate size over the tensor axes."""
@@ -46,9 +43,10 @@ def shared_expert_spec(axes: LayerAxes, path: tuple[Any, ...]) -> PartitionSpec:
     }.get(tuple(path), PartitionSpec())
 
 
+@functools.partial(jax.jit, static_argnames=("axes", "compute"))
 def routed_partials(
     axes: LayerAxes,
-    compute: RoutedComputation,
+    compute: ExpertComputation,
     x: Float[Array, "T H"],
     topk_weights: Float[Array, "T K"],
     topk_ids: Int[Array, "T K"],
@@ -60,8 +58,8 @@ def routed_partials(
         if weights.down_bias is not None:
             # Every tensor rank holds the whole bias, which must enter the sum once.
             weights = weights._replace(down_bias=jnp.where(axes.is_first(axes.tensor), weights.down_bias, 0))
-        first_expert = axes.position(axes.expert) * weights.gate_up_proj.shape[0]
-        return compute(x, topk_weights, topk_ids, weights, expert_offset=first_expert)[None]
+        first_expert = axes.position(axes.expert) * weights.gate_up_proj.shape[0] if axes.expert else None
+        return compute(x, topk_weights, topk_ids, weights, first_expert)[None]
 
     rows = axes.spec(axes.data, ())
     specs = ExpertWeights(
@@ -77,10 +75,15 @@ def shared_partials(
 ) -> Float[Array, "ranks Tpadded D"]:
     """Each rank's part of the shared experts' output."""
     graph, state = nnx.split(shared_experts)
+    return _shared_partials(axes, graph, state, x)
 
+
+@functools.partial(jax.jit, static_argnames=("axes", "graph"))
+def _shared_partials(axes: LayerAxes, graph: nnx.GraphDef, state: nnx.State, x: Array) -> Array:
     def on_rank(x, state):
         local = nnx.merge(graph, state)
         if local.down_proj.bias is not None:
+            # Every rank holds the whole bias, which must enter the sum once.
             local.down_proj.bias[...] = jnp.where(axes.is_first(axes.reduce), local.down_proj.bias[...], 0)
         return local(x)[None]
 
@@ -88,6 +91,7 @@ def shared_partials(
     return axes.shard_map(on_rank, (axes.spec(axes.data, ()), specs), _partial_spec(axes))(_pad_tokens(axes, x), state)
 
 
+@functools.partial(jax.jit, static_argnames=("axes", "num_tokens"))
 def sum_over_ranks(axes: LayerAxes, partials: Float[Array, "ranks Tpadded D"], num_tokens: int) -> Float[Array, "T D"]:
     """The all-reduce of partial results, in their dtype, without the rows that padding added."""
 

@@ -25,21 +25,8 @@ class ScalingPlan:
 
     @classmethod
     def of(cls, config: MoEConfig, *, has_shared_experts: bool) -> Self:
-        """The plan of a layer.
-
-        Raises:
-            ValueError: a part of the output would miss the factor. The float16 trick divides the shared output by a factor
-                that the router has already applied, unless `apply_scale_to_output`; zero experts are added after the
-                output is scaled (spec 1.4 step 11), so only their weights can carry it.
-        """
+        """The plan of a layer, whose config has refused combinations in which a part of the output misses the factor."""
         router = config.router
-        if config.inverse_scale_shared_in_float16 and not router.apply_scale_to_output:
-            raise ValueError("inverse_scale_shared_in_float16 needs router.apply_scale_to_output=True, got False")
-        if router.num_zero_experts and router.apply_scale_to_output and router.routed_scaling_factor != 1.0:
-            raise ValueError(
-                "num_zero_experts needs router.apply_scale_to_output=False when routed_scaling_factor is not 1, "
-                f"got True with factor {router.routed_scaling_factor}"
-            )
         return cls(
             factor=float(router.routed_scaling_factor),
             applied_to="routed output" if router.apply_scale_to_output else "router weights",

@@ -228,9 +228,8 @@ class MoERunner(MoERunnerInterface):
         experts = self.routed_experts
         if self.axes is None:
             return experts(x, topk_weights, physical_ids)
-        partials = replicated.routed_partials(
-            self.axes, experts.compute, x, topk_weights, physical_ids, experts.weights()
-        )
+        arrays = (x, topk_weights, physical_ids, experts.weights())
+        partials = replicated.routed_partials(self.axes, experts.computation, *arrays)
         return self._unwrap_single_rank(partials, x.shape[0])
 
     def _run_shared(self, x: Array) -> Array:
