@@ -1,0 +1,18 @@
+"""Text generation: sampling, the settings of a checkpoint, and the compiled loop."""
+
+from moe_jax.generation.sampling import greedy, in_nucleus, sample
+from moe_jax.generation.settings import GenerationSettings, read_generation_settings, settings_from_hf
+from moe_jax.generation.text_generation import FinishReason, Generation, Timing, generate
+
+__all__ = [
+    "FinishReason",
+    "Generation",
+    "GenerationSettings",
+    "Timing",
+    "generate",
+    "greedy",
+    "in_nucleus",
+    "read_generation_settings",
+    "sample",
+    "settings_from_hf",
+]

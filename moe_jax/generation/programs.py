@@ -1,0 +1,245 @@
+"""The two compiled programs of a generation: prefill reads the prompts, decode appends tokens.
+
+Both depend on shapes alone, and the shapes come in few sizes (`bucket`), so that neither a token nor, usually,
+another prompt length compiles anything. Everything that changes between calls (lengths, limits, seeds, temperature)
+is an argument.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from moe_jax.generation.sampling import greedy, row_keys, sample
+
+SMALLEST_BUCKET = 16
+MAX_PROGRAMS = 32
+"""Compiled programs kept; the least recently used go first."""
+
+
+def bucket(length: int) -> int:
+    """The length to which `length` is padded: the next power of two, at least `SMALLEST_BUCKET`."""
+    return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Controls:
+    """What may change from call to call without compiling."""
+
+    seed_key: Key[Array, ""]
+    temperature: Float[Array, ""]
+    top_p: Float[Array, ""]
+    eos_token_ids: Int[Array, "N"]
+    pad_token_id: Int[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """A generation under way; `step` tokens of each row exist."""
+
+    cache: Any
+    tokens: Int[Array, "B N"]
+    """New tokens, then padding; N is `Signature.room`."""
+    lengths: Int[Array, "B"]
+    """New tokens of each row, its end-of-sequence token included."""
+    ended: Bool[Array, "B"]
+    """The row's latest token ended it."""
+    positions: Int[Array, "B"]
+    """Position of the next token."""
+    step: Int[Array, ""]
+    expert_load: Int[Array, "L E"] | None
+    """Chosen (token, slot) pairs per MoE layer and expert so far; None if not asked for."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Signature:
+    """Everything that the programs depend on; equal signatures share them."""
+
+    graphdef: Any
+    """Structure of the model (`nnx.split`)."""
+    state_structure: Any
+    """Tree structure of the model's state."""
+    state_leaves: tuple[jax.ShapeDtypeStruct, ...]
+    """Shape, dtype and sharding of every array of the model."""
+    batch_size: int
+    prompt_length: int
+    """Prompts are padded on the left to this length."""
+    room: int
+    """How many new tokens fit."""
+    num_eos: int
+    do_sample: bool
+    top_k: int | None
+    use_top_p: bool
+    with_expert_load: bool
+
+    @property
+    def cache_length(self) -> int:
+        """Tokens of a row that the cache holds."""
+        return self.prompt_length + self.room
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The compiled programs of one signature."""
+
+    prefill: jax.stages.Compiled
+    """`prefill` without its first argument."""
+    decode: jax.stages.Compiled
+    """`decode` without its first argument; it consumes `progress`."""
+
+
+def signature_of(model: nnx.Module, **sizes: Any) -> tuple[Signature, Any]:
+    """The signature of `model` with `sizes` (the remaining fields of `Signature`), and the model's state."""
+    graphdef, state = nnx.split(model)
+    leaves, structure = jax.tree.flatten(state)
+    avals = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves)
+    return Signature(graphdef=graphdef, state_structure=structure, state_leaves=avals, **sizes), state
+
+
+def choose_tokens(
+    logits: Float[Array, "B V"], controls: Controls, step: Int[Array, ""], signature: Signature
+) -> Int[Array, "B"]:
+    """The next token of each row, greedy or drawn."""
+    if not signature.do_sample:
+        return greedy(logits)
+    return sample(
+        logits,
+        row_keys(controls.seed_key, step, signature.batch_size),
+        temperature=controls.temperature,
+        top_k=signature.top_k,
+        top_p=controls.top_p if signature.use_top_p else None,
+    )
+
+
+def run_model(
+    signature: Signature, model: Any, input_ids: Int[Array, "B S"], **inputs: Any
+) -> tuple[Float[Array, "B V"], Any, Int[Array, "L E"] | None]:
+    """Logits after the last token of each row, the new cache, and the expert load if asked for."""
+    hidden, cache, aux = model.hidden_states(input_ids, with_aux=signature.with_expert_load, **inputs)
+    return model.logits(hidden[:, -1]), cache, None if aux is None else aux.expert_load
+
+
+def is_any_of(tokens: Int[Array, "B"], candidates: Int[Array, "N"]) -> Bool[Array, "B"]:
+    """Whether each token is one of `candidates`, of which there may be none."""
+    return jnp.any(tokens[:, None] == candidates, axis=-1)
+
+
+def prefill(
+    signature: Signature,
+    state: Any,
+    input_ids: Int[Array, "B S"],
+    attention_mask: Bool[Array, "B S"],
+    controls: Controls,
+) -> tuple[Progress, Int[Array, "B"], Bool[Array, "B"]]:
+    """Read the prompts and choose the first new token of each row.
+
+    Args:
+        signature: what was compiled for.
+        state: arrays of the model.
+        input_ids: prompts, padded on the left.
+        attention_mask: False at padding.
+        controls: sampling and end-of-sequence tokens.
+
+    Returns:
+        The generation under way, the chosen tokens, and which rows they end.
+    """
+    model = nnx.merge(signature.graphdef, state)
+    # Padding gets position 0; the mask keeps everybody from looking at it.
+    positions = jnp.maximum(jnp.cumsum(attention_mask, axis=-1, dtype=jnp.int32) - 1, 0)
+    logits, cache, expert_load = run_model(
+        signature,
+        model,
+        input_ids,
+        attention_mask=attention_mask,
+        positions=positions,
+        cache=model.init_cache(signature.batch_size, signature.cache_length),
+    )
+    first = choose_tokens(logits, controls, jnp.int32(0), signature)
+    tokens = jnp.full((signature.batch_size, signature.room), controls.pad_token_id, jnp.int32)
+    ended = is_any_of(first, controls.eos_token_ids)
+    progress = Progress(
+        cache=cache,
+        tokens=tokens.at[:, 0].set(first),
+        lengths=jnp.ones(signature.batch_size, jnp.int32),
+        ended=ended,
+        positions=positions[:, -1] + 1,
+        step=jnp.int32(1),
+        expert_load=expert_load,
+    )
+    return progress, first, jnp.copy(ended)
+
+
+def decode(
+    signature: Signature, state: Any, progress: Progress, controls: Controls, limit: Int[Array, ""]
+) -> tuple[Progress, Int[Array, "B"], Bool[Array, "B"]]:
+    """Append tokens until `limit` of each row exist or all rows have ended.
+
+    Returns:
+        The generation under way, the latest tokens, and which rows have ended.
+    """
+
+    def unfinished(progress: Progress) -> Bool[Array, ""]:
+        return (progress.step < limit) & ~jnp.all(progress.ended)
+
+    def append(progress: Progress) -> Progress:
+        latest = jax.lax.dynamic_index_in_dim(progress.tokens, progress.step - 1, axis=1)
+        logits, cache, expert_load = run_model(
+            signature,
+            nnx.merge(signature.graphdef, state),
+            latest,
+            # Rows that have ended still take part in the batch; masked, they count nowhere.
+            attention_mask=~progress.ended[:, None],
+            positions=progress.positions[:, None],
+            cache=progress.cache,
+        )
+        chosen = choose_tokens(logits, controls, progress.step, signature)
+        chosen = jnp.where(progress.ended, controls.pad_token_id, chosen)
+        return Progress(
+            cache=cache,
+            tokens=jax.lax.dynamic_update_index_in_dim(progress.tokens, chosen, progress.step, axis=1),
+            lengths=progress.lengths + ~progress.ended,
+            ended=progress.ended | is_any_of(chosen, controls.eos_token_ids),
+            positions=progress.positions + 1,
+            step=progress.step + 1,
+            expert_load=None if expert_load is None else progress.expert_load + expert_load,
+        )
+
+    progress = jax.lax.while_loop(unfinished, append, progress)
+    latest = jax.lax.dynamic_index_in_dim(progress.tokens, progress.step - 1, axis=1, keepdims=False)
+    # A copy: `progress` is consumed by the next call while the caller still reads this.
+    return progress, latest, jnp.copy(progress.ended)
+
+
+@functools.lru_cache(maxsize=MAX_PROGRAMS)
+def compile_programs(signature: Signature) -> Programs:
+    """Compile both programs; a signature that was seen before costs nothing."""
+    state = jax.tree.unflatten(signature.state_structure, signature.state_leaves)
+    prompts = (signature.batch_size, signature.prompt_length)
+    controls = Controls(
+        seed_key=jax.eval_shape(jax.random.key, 0),
+        temperature=jax.ShapeDtypeStruct((), jnp.float32),
+        top_p=jax.ShapeDtypeStruct((), jnp.float32),
+        eos_token_ids=jax.ShapeDtypeStruct((signature.num_eos,), jnp.int32),
+        pad_token_id=jax.ShapeDtypeStruct((), jnp.int32),
+    )
+    lowered_prefill = jax.jit(functools.partial(prefill, signature)).lower(
+        state, jax.ShapeDtypeStruct(prompts, jnp.int32), jax.ShapeDtypeStruct(prompts, jnp.bool_), controls
+    )
+    compiled_prefill = lowered_prefill.compile()
+    # Decode hands its result to itself, so it keeps the shardings in which prefill delivers.
+    progress, *_ = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        lowered_prefill.out_info,
+        compiled_prefill.output_shardings,
+    )
+    jitted_decode = jax.jit(
+        functools.partial(decode, signature), donate_argnums=1, out_shardings=compiled_prefill.output_shardings
+    )
+    compiled_decode = jitted_decode.lower(state, progress, controls, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+    return Programs(compiled_prefill, compiled_decode)

@@ -1,0 +1,155 @@
+"""What a generation is asked to do, and what a checkpoint's `generation_config.json` says about it."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moe_jax.json_files import read_json_object
+
+DEFAULT_NEW_TOKENS = 128
+"""How many tokens are generated at most when neither the caller nor the checkpoint says."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """How tokens are chosen and when a row ends."""
+
+    max_new_tokens: int | None = None
+    """A row ends after this many new tokens; None: `DEFAULT_NEW_TOKENS`, or as many as the model's positions allow."""
+    do_sample: bool = False
+    """Draw tokens at random; otherwise take the most likely one, and the three settings below have no effect."""
+    temperature: float = 1.0
+    """Logits are divided by this before anything else; below 1 sharpens, above 1 flattens."""
+    top_k: int | None = None
+    """Draw from this many of the most likely tokens; None: from all."""
+    top_p: float | None = None
+    """Draw from the smallest set of tokens that reaches this probability; None: from all."""
+    eos_token_ids: tuple[int, ...] = ()
+    """A row ends with the first of these; the token itself is part of the result."""
+    pad_token_id: int = 0
+    """Fills the result after a row has ended."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature} (for 0, use do_sample=False)")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, or None for all tokens; got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], or None for all tokens; got {self.top_p}")
+        if any(token < 0 for token in self.eos_token_ids):
+            raise ValueError(f"eos_token_ids must not be negative, got {self.eos_token_ids}")
+
+
+NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "num_return_sequences": (1,),
+    "penalty_alpha": (0.0,),
+    "dola_layers": (),
+    "repetition_penalty": (1.0,),
+    "encoder_repetition_penalty": (1.0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "guidance_scale": (1.0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "exponential_decay_length_penalty": (),
+    "bad_words_ids": ([],),
+    "force_words_ids": ([],),
+    "constraints": ([],),
+    "sequence_bias": ([], {}),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "forced_decoder_ids": ([],),
+    "watermarking_config": (),
+    "stop_strings": ([],),
+    "max_time": (),
+}
+"""Settings of Hugging Face's `GenerationConfig` that are not supported, and the values (beside null) with which they
+do nothing."""
+
+NEUTRAL_VALUES_WHEN_SAMPLING: Mapping[str, tuple[Any, ...]] = {
+    "min_p": (0.0,),
+    "typical_p": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "top_h": (),
+}
+"""The same for settings that have an effect only when tokens are drawn at random."""
+
+
+def refuse_unsupported(generation_config: Mapping[str, Any], *, sampling: bool) -> None:
+    """Raise ValueError if `generation_config` asks for something that would change the result and is not supported."""
+    neutral_values = NEUTRAL_VALUES | (NEUTRAL_VALUES_WHEN_SAMPLING if sampling else {})
+    unsupported = [
+        f"{name}={generation_config[name]!r}"
+        for name, neutral in neutral_values.items()
+        if generation_config.get(name) is not None and generation_config[name] not in neutral
+    ]
+    if unsupported:
+        raise ValueError(
+            f"generation_config.json asks for {', '.join(unsupported)}, which is not supported; supported are "
+            "do_sample, temperature, top_k, top_p, max_new_tokens, eos_token_id and pad_token_id"
+        )
+
+
+def token_ids(setting: int | list[int] | None) -> tuple[int, ...]:
+    """An `eos_token_id` as Hugging Face writes it (null, an int, or a list of ints) as a tuple."""
+    if setting is None:
+        return ()
+    return tuple(setting) if isinstance(setting, list) else (setting,)
+
+
+def settings_from_hf(
+    generation_config: Mapping[str, Any], config: Mapping[str, Any], **overrides: Any
+) -> GenerationSettings:
+    """The settings that a checkpoint asks for, with the caller's own instead where given.
+
+    A `top_k` that the file leaves out restricts nothing (as in vLLM; `transformers` would take 50). `max_length`,
+    which counts the prompt too, is not read: `max_new_tokens` takes its place.
+
+    Args:
+        generation_config: content of `generation_config.json`; empty if the checkpoint has none.
+        config: content of `config.json`, where older checkpoints keep `eos_token_id` and `pad_token_id`.
+        **overrides: fields of `GenerationSettings`; those that are not None win over the checkpoint's.
+
+    Raises:
+        ValueError: the checkpoint asks for something that would change the result and is not supported, or a value is
+            illegal.
+    """
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    given = {name: value for name, value in generation_config.items() if value is not None}
+    settings: dict[str, Any] = {name: given[name] for name in ("max_new_tokens", "do_sample", "top_p") if name in given}
+    # `temperature: 0` and `top_k: 0` are in use for "greedy" and "all tokens".
+    if given.get("temperature") == 0:
+        settings["do_sample"] = False
+    elif "temperature" in given:
+        settings["temperature"] = given["temperature"]
+    settings["top_k"] = given.get("top_k") or None
+    settings["eos_token_ids"] = token_ids(given.get("eos_token_id", config.get("eos_token_id")))
+    pad = given.get("pad_token_id", config.get("pad_token_id"))
+    if pad is None:
+        pad = settings["eos_token_ids"][0] if settings["eos_token_ids"] else 0
+    settings["pad_token_id"] = pad
+    merged = GenerationSettings(**{**settings, **overrides})
+    refuse_unsupported(generation_config, sampling=merged.do_sample)
+    return merged
+
+
+def read_generation_settings(folder: str | os.PathLike[str], **overrides: Any) -> GenerationSettings:
+    """`settings_from_hf` of a checkpoint folder (Hugging Face's or a converted one).
+
+    Raises:
+        FileNotFoundError: the folder has no `config.json`.
+        ValueError: a file is not JSON, or see `settings_from_hf`.
+    """
+    folder = Path(folder)
+    generation_config_file = folder / "generation_config.json"
+    generation_config = read_json_object(generation_config_file) if generation_config_file.exists() else {}
+    return settings_from_hf(generation_config, read_json_object(folder / "config.json"), **overrides)

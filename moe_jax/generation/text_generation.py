@@ -1,0 +1,205 @@
+"""Generate tokens: batches of prompts of any lengths, greedy or sampled, streamed if wanted."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from moe_jax.generation.programs import Controls, Signature, bucket, compile_programs, signature_of
+from moe_jax.generation.settings import DEFAULT_NEW_TOKENS, GenerationSettings
+
+FinishReason = Literal["eos", "length"]
+TokenCallback = Callable[[int, int], None]
+"""`f(row, token)`, called for every new token as soon as it is known."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Where the time of a generation went."""
+
+    compile_seconds: float
+    """Compiling, if the shapes were not seen before; otherwise nearly nothing."""
+    prefill_seconds: float
+    """Reading the prompts, up to the first new token of every row."""
+    prompt_tokens: int
+    """Tokens in all prompts, padding not counted."""
+    decode_seconds: float
+    """Everything after the first new token."""
+    decoded_tokens: int
+    """New tokens of all rows but the first of each."""
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens read per second."""
+        return self.prompt_tokens / self.prefill_seconds
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """New tokens per second, over all rows; 0 if there was nothing to decode."""
+        return self.decoded_tokens / self.decode_seconds if self.decoded_tokens else 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What `generate` returns; B rows, N the length of the longest."""
+
+    tokens: Int[np.ndarray, "B N"]
+    """New tokens, int32, without the prompt; a row that ended early is filled with the padding token."""
+    lengths: Int[np.ndarray, "B"]
+    """How many tokens of each row count, its end-of-sequence token included."""
+    finish_reasons: tuple[FinishReason, ...]
+    """Why each row ended: an end-of-sequence token, or max_new_tokens."""
+    expert_load: Int[np.ndarray, "L E"] | None
+    """How often each expert of each MoE layer was chosen, over prompts and new tokens; None unless asked for."""
+    timing: Timing
+
+    def row(self, index: int) -> list[int]:
+        """The new tokens of one row, without what fills it."""
+        return self.tokens[index, : self.lengths[index]].tolist()
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]] | Int[np.ndarray, "B S"],
+    settings: GenerationSettings | None = None,
+    *,
+    attention_mask: Any = None,
+    seed: int = 0,
+    on_token: TokenCallback | None = None,
+    with_expert_load: bool = False,
+) -> Generation:
+    """Continue every prompt until it ends or has `settings.max_new_tokens` new tokens.
+
+    Prompts are padded to a power of two, and so is the room for new tokens; only another padded shape (or batch size)
+    compiles. What a row gets depends on its prompt, its number in the batch and `seed`, not on the other rows.
+
+    Args:
+        model: a causal language model, see `moe_jax.from_pretrained`.
+        prompts: token ids of each prompt, of any lengths; or an array in which `attention_mask` tells them from
+            padding.
+        settings: greedy for 128 tokens by default; `read_generation_settings` gives a checkpoint's own.
+        attention_mask: [B, S], nonzero at the tokens of a padded array of prompts, whichever side the padding is on.
+        seed: where randomness starts from, when `settings.do_sample`.
+        on_token: called with (row, token) for every new token when it is known, and then tokens are computed one by
+            one. Without it the whole loop runs on the device.
+        with_expert_load: count how often each expert is chosen.
+
+    Raises:
+        ValueError: there is no prompt, one is empty or holds an id outside the vocabulary, or prompt and new tokens
+            together exceed the positions that the model was made for.
+    """
+    settings = settings or GenerationSettings()
+    rows = unpadded(prompts, attention_mask)
+    max_new_tokens = check_prompts(rows, settings.max_new_tokens, model.decoder)
+    signature, state = signature_of(
+        model,
+        batch_size=len(rows),
+        prompt_length=bucket(max(map(len, rows))),
+        room=bucket(max_new_tokens),
+        num_eos=len(settings.eos_token_ids),
+        do_sample=settings.do_sample,
+        top_k=settings.top_k if settings.do_sample else None,
+        use_top_p=settings.do_sample and settings.top_p is not None,
+        with_expert_load=with_expert_load,
+    )
+    settings = dataclasses.replace(settings, max_new_tokens=max_new_tokens)
+    return run(signature, state, rows, settings, seed, on_token)
+
+
+def unpadded(prompts: Any, attention_mask: Any) -> list[Int[np.ndarray, "length"]]:
+    """The prompts one by one, without padding."""
+    if attention_mask is None:
+        return [np.asarray(prompt, np.int32) for prompt in prompts]
+    prompts, mask = np.asarray(prompts, np.int32), np.asarray(attention_mask) != 0
+    if prompts.shape != mask.shape:
+        raise ValueError(f"attention_mask must have the shape of the prompts, {prompts.shape}, got {mask.shape}")
+    return [ids[kept] for ids, kept in zip(prompts, mask, strict=True)]
+
+
+def check_prompts(rows: Sequence[Int[np.ndarray, "length"]], max_new_tokens: int | None, decoder: Any) -> int:
+    """How many new tokens to generate; ValueError unless the model can continue every prompt by that many."""
+    if not rows:
+        raise ValueError("there is no prompt to continue")
+    for number, row in enumerate(rows):
+        if row.size == 0:
+            raise ValueError(f"prompt {number} has no tokens; a prompt needs at least one")
+        if row.min() < 0 or row.max() >= decoder.vocab_size:
+            raise ValueError(
+                f"prompt {number} holds token ids from {row.min()} to {row.max()}; "
+                f"legal are 0 to {decoder.vocab_size - 1}"
+            )
+    longest = max(map(len, rows))
+    if max_new_tokens is None:
+        max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, decoder.max_positions - longest))
+    if longest + max_new_tokens > decoder.max_positions:
+        raise ValueError(
+            f"a prompt has {longest} tokens, which with max_new_tokens={max_new_tokens} exceeds the model's "
+            f"{decoder.max_positions} positions"
+        )
+    return max_new_tokens
+
+
+def pad_left(rows: Sequence[Int[np.ndarray, "length"]], width: int) -> tuple[Int[np.ndarray, "B width"], np.ndarray]:
+    """Token ids with zeros on the left, and the mask that is True at tokens."""
+    input_ids, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
+    for number, row in enumerate(rows):
+        input_ids[number, width - len(row) :], mask[number, width - len(row) :] = row, True
+    return input_ids, mask
+
+
+def run(
+    signature: Signature,
+    state: Any,
+    rows: Sequence[Int[np.ndarray, "length"]],
+    settings: GenerationSettings,
+    seed: int,
+    on_token: TokenCallback | None,
+) -> Generation:
+    """Run the programs of `signature` on checked prompts."""
+    started = time.perf_counter()
+    programs = compile_programs(signature)
+    compiled = time.perf_counter()
+    controls = Controls(
+        seed_key=jax.random.key(seed),
+        temperature=np.float32(settings.temperature),
+        top_p=np.float32(1.0 if settings.top_p is None else settings.top_p),
+        eos_token_ids=np.asarray(settings.eos_token_ids, np.int32),
+        pad_token_id=np.int32(settings.pad_token_id),
+    )
+
+    prefill_started = time.perf_counter()
+    progress, latest, ended = programs.prefill(state, *pad_left(rows, signature.prompt_length), controls)
+    latest, ended = np.asarray(latest), np.asarray(ended)
+    first_token = time.perf_counter()
+    if on_token is None:
+        progress, _, _ = programs.decode(state, progress, controls, np.int32(settings.max_new_tokens))
+    else:
+        running = np.ones(len(rows), bool)
+        for step in range(1, settings.max_new_tokens + 1):
+            for row in np.flatnonzero(running):
+                on_token(int(row), int(latest[row]))
+            running = ~ended
+            if step == settings.max_new_tokens or not running.any():
+                break
+            progress, latest, ended = programs.decode(state, progress, controls, np.int32(step + 1))
+            latest, ended = np.asarray(latest), np.asarray(ended)
+    lengths = np.array(progress.lengths)
+    finished = time.perf_counter()
+
+    return Generation(
+        tokens=np.array(progress.tokens)[:, : lengths.max()],
+        lengths=lengths,
+        finish_reasons=tuple("eos" if row_ended else "length" for row_ended in np.array(progress.ended)),
+        expert_load=None if progress.expert_load is None else np.array(progress.expert_load),
+        timing=Timing(
+            compile_seconds=compiled - started,
+            prefill_seconds=first_token - prefill_started,
+            prompt_tokens=sum(map(len, rows)),
+            decode_seconds=finished - first_token,
+            decoded_tokens=int(lengths.sum()) - len(rows),
+        ),
+    )

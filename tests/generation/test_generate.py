@@ -1,0 +1,213 @@
+"""The generation loop, on a model whose results a few lines of numpy know."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from fading_memory_model import FadingMemoryModel, expected_greedy, expected_load, expected_logits
+
+from moe_jax.generation import GenerationSettings, generate
+from moe_jax.generation.programs import bucket
+
+VOCAB = 23
+
+
+@pytest.fixture
+def table(rng):
+    return rng.standard_normal((VOCAB, VOCAB)).astype(np.float32)
+
+
+@pytest.fixture
+def model(table):
+    return FadingMemoryModel(table)
+
+
+def draw_prompts(rng, *lengths):
+    return [rng.integers(0, VOCAB, length).tolist() for length in lengths]
+
+
+def count_compilations(function):
+    """How many programs XLA compiles while `function` runs, and its result."""
+    compilations = []
+
+    def listen(event, duration, **_):
+        if event.endswith("backend_compile_duration"):
+            compilations.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        result = function()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    return len(compilations), result
+
+
+def test_greedy_tokens_are_those_of_the_definition_for_prompts_of_any_length(model, table, rng):
+    prompts = draw_prompts(rng, 1, 5, 16, 11)
+    result = generate(model, prompts, GenerationSettings(max_new_tokens=20))
+    for row, prompt in enumerate(prompts):
+        assert result.row(row) == expected_greedy(table, prompt, 20)
+    assert result.finish_reasons == ("length",) * 4
+    assert result.lengths.tolist() == [20] * 4
+
+
+@pytest.mark.parametrize("side", ["left", "right", "scattered"])
+def test_padding_does_not_matter_wherever_it_is(model, table, rng, side):
+    prompts = draw_prompts(rng, 3, 9, 7)
+    ids, mask = rng.integers(0, VOCAB, (3, 12)), np.zeros((3, 12), int)
+    for row, prompt in enumerate(prompts):
+        where = {
+            "left": np.arange(12)[12 - len(prompt) :],
+            "right": np.arange(len(prompt)),
+            "scattered": np.sort(rng.permutation(12)[: len(prompt)]),
+        }[side]
+        ids[row, where], mask[row, where] = prompt, 1
+    result = generate(model, ids, GenerationSettings(max_new_tokens=6), attention_mask=mask)
+    assert [result.row(row) for row in range(3)] == [expected_greedy(table, prompt, 6) for prompt in prompts]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_each_row_stops_at_its_own_end_and_is_filled_with_padding(model, table, rng, streamed):
+    prompts = draw_prompts(rng, 2, 6, 4)
+    unlimited = [expected_greedy(table, prompt, 12) for prompt in prompts]
+    eos = (unlimited[0][3], unlimited[1][7])  # rows 0 and 1 end by these at the latest
+    expected = [expected_greedy(table, prompt, 12, eos) for prompt in prompts]
+    seen = [[], [], []]
+    settings = GenerationSettings(max_new_tokens=12, eos_token_ids=eos, pad_token_id=VOCAB + 1)
+    result = generate(
+        model, prompts, settings, on_token=(lambda row, token: seen[row].append(token)) if streamed else None
+    )
+    assert [result.row(row) for row in range(3)] == expected
+    assert result.finish_reasons == tuple("eos" if tokens[-1] in eos else "length" for tokens in expected)
+    for row, tokens in enumerate(expected):
+        assert (result.tokens[row, len(tokens) :] == VOCAB + 1).all()
+    assert result.tokens.shape[1] == max(map(len, expected))
+    if streamed:
+        assert seen == expected
+
+
+def test_a_row_may_end_with_its_first_token(model, table, rng):
+    (prompt,) = draw_prompts(rng, 4)
+    eos = expected_greedy(table, prompt, 1)[0]
+    result = generate(model, [prompt], GenerationSettings(max_new_tokens=9, eos_token_ids=(eos,)))
+    assert result.row(0) == [eos]
+    assert result.finish_reasons == ("eos",)
+    assert result.timing.decode_tokens_per_second == 0
+
+
+def test_streamed_tokens_are_those_of_the_loop_on_the_device(model, rng):
+    prompts = draw_prompts(rng, 8, 3)
+    settings = GenerationSettings(max_new_tokens=15, do_sample=True, temperature=1.3, top_k=9, top_p=0.9)
+    on_device = generate(model, prompts, settings, seed=7)
+    seen = [[], []]
+    streamed = generate(model, prompts, settings, seed=7, on_token=lambda row, token: seen[row].append(token))
+    np.testing.assert_array_equal(on_device.tokens, streamed.tokens)
+    assert seen == streamed.tokens.tolist()
+
+
+def test_a_seed_repeats_a_generation_and_another_seed_changes_it(model, rng):
+    prompts = draw_prompts(rng, 8, 3)
+    settings = GenerationSettings(max_new_tokens=30, do_sample=True, temperature=2.0)
+    first, again, other = (generate(model, prompts, settings, seed=seed).tokens for seed in (3, 3, 4))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+def test_what_a_row_draws_does_not_depend_on_the_other_rows(model, rng):
+    prompts = draw_prompts(rng, 8, 3)
+    settings = GenerationSettings(max_new_tokens=10, do_sample=True)
+    together = generate(model, prompts, settings, seed=1)
+    changed = generate(model, [prompts[0], *draw_prompts(rng, 14)], settings, seed=1)
+    np.testing.assert_array_equal(together.tokens[0], changed.tokens[0])
+
+
+def test_sampled_first_tokens_follow_the_distribution(table, rng):
+    """Chi-squared against the float64 softmax; beyond 6 standard deviations of its distribution is no accident."""
+    (prompt,) = draw_prompts(rng, 5)
+    draws = 4096
+    settings = GenerationSettings(max_new_tokens=1, do_sample=True, temperature=1.5)
+    seed = int(rng.integers(2**31))
+    result = generate(FadingMemoryModel(table), [prompt] * draws, settings, seed=seed)
+    logits = expected_logits(table, prompt) / 1.5
+    probabilities = np.exp(logits - logits.max())
+    probabilities /= probabilities.sum()
+    observed = np.bincount(result.tokens[:, 0], minlength=VOCAB)
+    statistic = ((observed - draws * probabilities) ** 2 / (draws * probabilities)).sum()
+    degrees = VOCAB - 1
+    assert statistic < degrees + 6 * np.sqrt(2 * degrees)
+
+
+def test_expert_load_counts_prompt_and_new_tokens_but_neither_padding_nor_ended_rows(model, table, rng):
+    prompts = draw_prompts(rng, 2, 9)
+    eos = (expected_greedy(table, prompts[0], 4)[2],)
+    result = generate(model, prompts, GenerationSettings(max_new_tokens=8, eos_token_ids=eos), with_expert_load=True)
+    # The last token of a row is never read again.
+    texts = [prompt + result.row(row)[:-1] for row, prompt in enumerate(prompts)]
+    np.testing.assert_array_equal(result.expert_load, sum(expected_load(text) for text in texts))
+
+
+def test_tokens_and_prompt_lengths_within_a_bucket_compile_nothing(model, rng):
+    settings = GenerationSettings(max_new_tokens=10, do_sample=True, temperature=0.7, top_p=0.8)
+    generate(model, draw_prompts(rng, 3, 5), settings)
+    model.traces.clear()
+
+    def more():
+        for lengths, seed in (((1, 16), 1), ((9, 9), 2), ((16, 2), 3)):
+            changed = dataclasses.replace(settings, max_new_tokens=16 - seed, temperature=0.5 + seed, top_p=0.3 * seed)
+            generate(model, draw_prompts(rng, *lengths), changed, seed=seed)
+            generate(model, draw_prompts(rng, *lengths), changed, seed=seed, on_token=lambda *_: None)
+
+    compilations, _ = count_compilations(more)
+    assert compilations == 0
+    assert not model.traces
+
+
+def test_only_another_bucket_compiles_and_then_two_programs(model, rng):
+    settings = GenerationSettings(max_new_tokens=11)
+    generate(model, draw_prompts(rng, 3), settings)
+    compilations, _ = count_compilations(lambda: generate(model, draw_prompts(rng, 17), settings))
+    assert compilations == 2
+
+
+def test_new_weights_are_used_without_compiling(table, rng):
+    model = FadingMemoryModel(table)
+    (prompt,) = draw_prompts(rng, 6)
+    settings = GenerationSettings(max_new_tokens=5)
+    generate(model, [prompt], settings)
+    changed = table[:, ::-1].copy()
+    model.table[...] = changed
+    compilations, result = count_compilations(lambda: generate(model, [prompt], settings))
+    assert compilations == 0
+    assert result.row(0) == expected_greedy(changed, prompt, 5)
+
+
+@pytest.mark.parametrize(("length", "padded"), [(1, 16), (16, 16), (17, 32), (32, 32), (33, 64), (1000, 1024)])
+def test_lengths_are_padded_to_powers_of_two(length, padded):
+    assert bucket(length) == padded
+
+
+@pytest.mark.parametrize(
+    ("prompts", "max_new_tokens", "message"),
+    [
+        ([], 4, "there is no prompt"),
+        ([[1], []], 4, "prompt 1 has no tokens"),
+        ([[1, VOCAB]], 4, f"legal are 0 to {VOCAB - 1}"),
+        ([[3, -1]], 4, "token ids from -1 to 3"),
+        ([[1] * 500], 13, "exceeds the model's 512 positions"),
+    ],
+)
+def test_prompts_that_cannot_be_continued_are_refused(model, prompts, max_new_tokens, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, prompts, GenerationSettings(max_new_tokens=max_new_tokens))
+
+
+def test_a_mask_of_another_shape_is_refused(model):
+    with pytest.raises(ValueError, match=r"\(1, 3\).*\(1, 2\)"):
+        generate(model, np.ones((1, 3), int), attention_mask=np.ones((1, 2), int))
+
+
+def test_a_prompt_may_use_every_position(model, table, rng):
+    (prompt,) = draw_prompts(rng, 500)
+    result = generate(model, [prompt], GenerationSettings(max_new_tokens=12))
+    assert result.row(0) == expected_greedy(table, prompt, 12)

@@ -1,0 +1,111 @@
+"""What `generation_config.json` means, and what is refused."""
+
+import json
+
+import pytest
+
+from moe_jax.generation import GenerationSettings, read_generation_settings, settings_from_hf
+
+
+def test_a_checkpoint_without_generation_config_is_greedy_and_ends_as_its_config_says():
+    assert settings_from_hf({}, {"eos_token_id": 2}) == GenerationSettings(eos_token_ids=(2,), pad_token_id=2)
+    assert settings_from_hf({}, {"eos_token_id": None}) == GenerationSettings()
+
+
+def test_every_supported_setting_is_read():
+    generation_config = {
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_k": 20,
+        "top_p": 0.95,
+        "max_new_tokens": 77,
+        "eos_token_id": [151645, 151643],
+        "pad_token_id": 151643,
+        "transformers_version": "4.51.0",
+    }
+    assert settings_from_hf(generation_config, {"eos_token_id": 1}) == GenerationSettings(
+        do_sample=True,
+        temperature=0.6,
+        top_k=20,
+        top_p=0.95,
+        max_new_tokens=77,
+        eos_token_ids=(151645, 151643),
+        pad_token_id=151643,
+    )
+
+
+def test_the_callers_settings_win_and_none_means_the_checkpoints():
+    settings = settings_from_hf({"do_sample": True, "top_k": 20}, {}, do_sample=False, top_k=None, max_new_tokens=3)
+    assert (settings.do_sample, settings.top_k, settings.max_new_tokens) == (False, 20, 3)
+
+
+@pytest.mark.parametrize(
+    ("generation_config", "field", "value"),
+    [({"top_k": 0}, "top_k", None), ({"do_sample": True, "temperature": 0}, "do_sample", False)],
+)
+def test_customary_ways_to_switch_a_setting_off_are_understood(generation_config, field, value):
+    assert getattr(settings_from_hf(generation_config, {}), field) == value
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("num_beams", 4),
+        ("repetition_penalty", 1.05),
+        ("no_repeat_ngram_size", 3),
+        ("suppress_tokens", [5]),
+        ("bad_words_ids", [[7]]),
+        ("min_new_tokens", 2),
+        ("forced_eos_token_id", 2),
+        ("guidance_scale", 1.5),
+        ("stop_strings", ["###"]),
+    ],
+)
+def test_a_setting_that_would_change_the_result_is_refused_by_name(setting, value):
+    with pytest.raises(ValueError, match=setting):
+        settings_from_hf({setting: value}, {})
+
+
+def test_neutral_values_of_unsupported_settings_are_accepted():
+    settings_from_hf({"num_beams": 1, "repetition_penalty": 1.0, "suppress_tokens": None, "bad_words_ids": []}, {})
+
+
+def test_settings_of_sampling_matter_only_when_sampling():
+    settings_from_hf({"min_p": 0.1, "typical_p": 0.9}, {})
+    with pytest.raises(ValueError, match=r"min_p=0\.1, typical_p=0\.9"):
+        settings_from_hf({"min_p": 0.1, "typical_p": 0.9, "do_sample": True}, {})
+    settings_from_hf({"min_p": 0.1, "do_sample": True}, {}, do_sample=False)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("max_new_tokens", 0, "max_new_tokens must be at least 1, got 0"),
+        ("temperature", -1.0, "temperature must be positive, got -1.0"),
+        ("top_k", -3, "top_k must be at least 1.*got -3"),
+        ("top_p", 1.2, r"top_p must be in \(0, 1\].*got 1.2"),
+        ("top_p", 0.0, "got 0.0"),
+        ("eos_token_ids", (-1,), "must not be negative"),
+    ],
+)
+def test_illegal_values_are_refused(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        GenerationSettings(**{field: value})
+
+
+def test_settings_are_read_from_a_checkpoint_folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 9, "pad_token_id": 4}))
+    assert read_generation_settings(tmp_path).eos_token_ids == (9,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2], "do_sample": True}))
+    settings = read_generation_settings(tmp_path, max_new_tokens=5)
+    assert settings == GenerationSettings(do_sample=True, eos_token_ids=(1, 2), pad_token_id=4, max_new_tokens=5)
+
+
+def test_a_broken_file_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "generation_config.json").write_text("{not json")
+    with pytest.raises(ValueError, match=r"generation_config\.json is not valid JSON"):
+        read_generation_settings(tmp_path)
+    (tmp_path / "generation_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="must hold a JSON object, got list"):
+        read_generation_settings(tmp_path)
