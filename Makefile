@@ -17,7 +17,7 @@ export JAX_PLATFORMS ?= cpu
 ##@ For everyone
 
 demo: $(VENV)/.installed  ## Inspect, convert, verify and run the example checkpoint (examples/demo_model)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh build/demo
+	@PATH="$(CURDIR)/$(BIN):$$PATH" scripts/demo build/demo
 
 test: $(VENV)/.installed-test  ## Run the tests (those marked slow excepted)
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
