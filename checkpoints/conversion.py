@@ -1,0 +1,257 @@
+"""`convert`: a Hugging Face folder, streamed into a converted folder, part by part; interrupted, it goes on where it was.
+
+The life of an output folder:
+
+1. `OUT.incomplete/` is created, with `conversion.json`: the future manifest, and so the identity of this conversion.
+2. Each part is written by Orbax in `OUT.incomplete/pending/`, forced to the disk, then renamed into `parts/`.
+3. The small files are copied, `conversion.json` is renamed to `moe_jax.json`, and `OUT.incomplete` to `OUT`.
+
+A kill between any two steps leaves either the same state or the next one. Reading a part overlaps with writing the ones before
+it; what is in flight is bounded in bytes, not in parts.
+"""
+
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .checkpoint import Checkpoint
+from .dtypes import weight_dtype
+from .errors import CheckpointError
+from .hub import resolve_source
+from .manifest import MANIFEST_NAME, PARTS_FOLDER, Manifest, plan_conversion
+from .opening import open_checkpoint
+from .parts import Part
+from .progress import Progress, ProgressCallback
+from .side_files import copy_side_files
+from .staging import check_output, check_space, clear, commit, exclusive, incomplete_folder, sync, sync_tree, write_file
+
+PLAN_NAME = "conversion.json"
+PENDING_FOLDER = "pending"
+DEFAULT_PART_BYTES = 256 << 20
+"""Large enough that a part's fixed costs vanish, small enough that a few of them are little memory."""
+
+_WRITERS = 2
+_PARTS_IN_FLIGHT = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConversionReport:
+    """What `convert` did."""
+
+    output: Path
+    family: str
+    form: str
+    """Form of the source."""
+    quantization: str | None
+    """Method by which the source was quantized, if it was; the output holds ordinary numbers."""
+    dtypes: Mapping[str, int]
+    """Dtype -> bytes in the output."""
+    parameters: int
+    """Parameters (arrays) written."""
+    parts: int
+    """Parts of the output."""
+    parts_resumed: int
+    """Parts that an interrupted run had left finished."""
+    nbytes: int
+    """Bytes of all parameters in the output."""
+    dropped: Mapping[str, str]
+    """Tensors of the source left out on purpose -> why."""
+    seconds: float
+
+
+def convert(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    overwrite: bool = False,
+    expert_group_bytes: int = DEFAULT_PART_BYTES,
+    progress: ProgressCallback | None = None,
+) -> ConversionReport:
+    """Convert a checkpoint; call it again after an interruption and it goes on where it was.
+
+    Args:
+        source: A Hugging Face folder, the id of a model on its hub, or a converted folder.
+        output: The folder to create.
+        dtype: Dtype of the parameters (bfloat16, float16, float32), except those that must stay float32; None: the source's.
+        overwrite: Replace `output` if it exists, and discard what an interrupted conversion with another source or other
+            options has left.
+        expert_group_bytes: Size of a part, at most, unless a single expert's weights are larger.
+        progress: Called with `Progress(done_bytes, total_bytes, label)` after each part.
+
+    Returns:
+        What was converted, and which tensors were left out on purpose.
+
+    Raises:
+        CheckpointError: The source isn't whole (every problem is listed, nothing is written), the output exists, there is no
+            space left, or an interrupted conversion of something else is in the way.
+    """
+    folder = resolve_source(source)
+    if folder.resolve() == Path(output).resolve():
+        raise CheckpointError(f"{output}: source and output are the same folder")
+    check_output(Path(output).absolute(), overwrite)
+    return write_converted(
+        open_checkpoint(folder),
+        output,
+        dtype=dtype,
+        overwrite=overwrite,
+        expert_group_bytes=expert_group_bytes,
+        progress=progress,
+    )
+
+
+def write_converted(
+    reader: Checkpoint,
+    output: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    overwrite: bool = False,
+    expert_group_bytes: int = DEFAULT_PART_BYTES,
+    progress: ProgressCallback | None = None,
+) -> ConversionReport:
+    """Write any checkpoint as a converted folder; arguments and errors are those of `convert`.
+
+    A reader without a digest (a model in memory) is always written from the beginning.
+    """
+    started = time.monotonic()
+    output = Path(output).absolute()
+    check_output(output, overwrite)
+    manifest = plan_conversion(reader, None if dtype is None else weight_dtype(dtype), expert_group_bytes)
+    work = incomplete_folder(output)
+    with exclusive(work):
+        _prepare(work, manifest, overwrite)
+        done = _finished_parts(work, manifest)
+        missing = [part for part in manifest.parts if part.name not in done]
+        check_space(work, sum(map(manifest.part_bytes, missing)))
+        _write_parts(reader, work, manifest, missing, progress)
+        copy_side_files(reader, work)
+        _finish(work, output)
+    dtypes: dict[str, int] = {}
+    for leaf in manifest.leaves.values():
+        dtypes[leaf.dtype.name] = dtypes.get(leaf.dtype.name, 0) + leaf.nbytes
+    return ConversionReport(
+        output=output,
+        family=manifest.family,
+        form=manifest.form,
+        quantization=manifest.quantization,
+        dtypes=dtypes,
+        parameters=len(manifest.leaves),
+        parts=len(manifest.parts),
+        parts_resumed=len(done),
+        nbytes=manifest.nbytes,
+        dropped=manifest.dropped,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _prepare(work: Path, manifest: Manifest, overwrite: bool) -> None:
+    """Make `work` a folder of this conversion, keeping what an earlier run of the same one has left."""
+    text = manifest.to_json()
+    shutil.rmtree(work / PENDING_FOLDER, ignore_errors=True)
+    for name in (PLAN_NAME, MANIFEST_NAME):
+        if not (work / name).exists():
+            continue
+        if manifest.digest is not None and (work / name).read_text(encoding="utf-8") == text:
+            # Only the very last rename may be missing; until it happens the plan keeps its name.
+            os.replace(work / name, work / PLAN_NAME)
+            (work / PENDING_FOLDER).mkdir()
+            return
+        if manifest.digest is not None and not overwrite:
+            raise CheckpointError(
+                f"{work}: holds an interrupted conversion of another source, or with other options; "
+                "delete it, or discard it with --overwrite (overwrite=True)"
+            )
+    if not (work / PLAN_NAME).exists() and not (work / MANIFEST_NAME).exists():
+        strangers = {entry.name for entry in work.iterdir()} - {f"{PLAN_NAME}.tmp"}
+        if strangers:
+            raise CheckpointError(f"{work}: is in the way and is not an interrupted conversion: {sorted(strangers)}")
+    for name in (MANIFEST_NAME, PLAN_NAME):
+        (work / name).unlink(missing_ok=True)
+    clear(work)
+    (work / PARTS_FOLDER).mkdir()
+    (work / PENDING_FOLDER).mkdir()
+    write_file(work / PLAN_NAME, text)
+
+
+def _finished_parts(work: Path, manifest: Manifest) -> set[str]:
+    return {entry.name for entry in (work / PARTS_FOLDER).iterdir()} & {part.name for part in manifest.parts}
+
+
+def _write_parts(
+    reader: Checkpoint, work: Path, manifest: Manifest, missing: list[Part], progress: ProgressCallback | None
+) -> None:
+    """Read parts one after the other while those before them are being written."""
+    from .orbax_part import PartWriter
+
+    total = manifest.nbytes
+    done = total - sum(map(manifest.part_bytes, missing))
+    if progress is not None:
+        progress(Progress(done_bytes=done, total_bytes=total, label="start"))
+    largest = max(map(manifest.part_bytes, missing), default=0)
+    # Two ordinary parts may wait to be written; beside a part that is huge, because one expert is, none may.
+    allowed = min(_PARTS_IN_FLIGHT * largest, max(largest, _PARTS_IN_FLIGHT * DEFAULT_PART_BYTES))
+    writers = [PartWriter() for _ in range(_WRITERS)]
+    idle = list(writers)
+    in_flight: dict[Future[None], tuple[Part, PartWriter]] = {}
+
+    def settle(until: int) -> None:
+        """Wait until a writer is idle and no more than `until` bytes are in flight."""
+        nonlocal done
+        while in_flight and (not idle or sum(manifest.part_bytes(part) for part, _ in in_flight.values()) > until):
+            finished, _ = wait(in_flight, return_when=FIRST_COMPLETED)
+            for future in finished:
+                part, writer = in_flight.pop(future)
+                idle.append(writer)
+                future.result()
+                done += manifest.part_bytes(part)
+                if progress is not None:
+                    progress(Progress(done_bytes=done, total_bytes=total, label=part.name))
+
+    try:
+        with ThreadPoolExecutor(_WRITERS) as pool:
+            for part in missing:
+                settle(max(0, allowed - manifest.part_bytes(part)))
+                arrays = {
+                    s.path: reader.read_slice(s.path, s.start, s.stop, manifest.leaves[s.path].dtype)
+                    for s in part.slices
+                }
+                writer = idle.pop()
+                in_flight[pool.submit(_write_part, writer, work, part.name, arrays)] = (part, writer)
+                del arrays
+            settle(-1)
+    finally:
+        for writer in writers:
+            writer.close()
+
+
+def _write_part(writer: Any, work: Path, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+    pending = work / PENDING_FOLDER / name
+    try:
+        writer.write(pending, arrays)
+        sync_tree(pending)
+        os.rename(pending, work / PARTS_FOLDER / name)
+        sync(work / PARTS_FOLDER)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{pending}: could not be written: {error}. The finished parts are kept in {work}: "
+            "when the cause is removed (is there space left?), the same conversion goes on from them"
+        ) from error
+
+
+def _finish(work: Path, output: Path) -> None:
+    """Everything is there: make it look so, at once."""
+    shutil.rmtree(work / PENDING_FOLDER)
+    for entry in work.iterdir():
+        if entry.is_file():
+            sync(entry)  # the parts are on the disk already
+    sync(work)
+    os.replace(work / PLAN_NAME, work / MANIFEST_NAME)
+    sync(work)
+    commit(output)

@@ -1,0 +1,112 @@
+"""Reads a converted folder."""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from moe_jax.families import parameter_shapes
+from moe_jax.families.names import CheckpointForm
+
+from .checkpoint import SlicedReader, describe, target_dtype
+from .errors import CheckpointError
+from .layout import Shape
+from .manifest import MANIFEST_NAME, PARTS_FOLDER, Manifest
+from .parts import Slice
+from .safetensors_folder import read_json_object
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """A slice of a parameter and the part that holds it."""
+
+    part: str
+    slice: Slice
+
+
+class ConvertedCheckpoint(SlicedReader):
+    """A folder that `convert` wrote; see `moe_jax.checkpoints.checkpoint.Checkpoint`.
+
+    Raises:
+        CheckpointError: The folder isn't whole, or doesn't fit its `config.json`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = Manifest.from_json(read_json_object(folder / MANIFEST_NAME), folder / MANIFEST_NAME)
+        self.config: dict[str, Any] = read_json_object(folder / "config.json")
+        self.family, self.decoder = describe(self.config, folder / "config.json")
+        self.form = cast(CheckpointForm, self.manifest.form)
+        self.quantization = self.manifest.quantization
+        self.dropped: Mapping[str, str] = self.manifest.dropped
+        self.shapes: Mapping[str, Shape] = parameter_shapes(self.decoder)
+        problems = self._problems()
+        if problems:
+            raise CheckpointError(f"{folder}: not a whole converted checkpoint:", problems)
+
+    @property
+    def digest(self) -> str:
+        """That of the source, and of what was asked for."""
+        return f"{self.manifest.digest}:{self.manifest.dtype}"
+
+    @cached_property
+    def _slices(self) -> Mapping[str, list[_Stored]]:
+        slices: dict[str, list[_Stored]] = {}
+        for part in self.manifest.parts:
+            for piece in part.slices:
+                slices.setdefault(piece.path, []).append(_Stored(part.name, piece))
+        return slices
+
+    def _problems(self) -> list[str]:
+        leaves = self.manifest.leaves
+        problems = [f"{path}: missing in {MANIFEST_NAME}" for path in self.shapes if path not in leaves]
+        problems += [f"{path}: unexpected in {MANIFEST_NAME}" for path in leaves if path not in self.shapes]
+        for path, shape in self.shapes.items():
+            if path not in leaves:
+                continue
+            if leaves[path].shape != shape:
+                problems.append(f"{path}: shape must be {list(shape)}, got {list(leaves[path].shape)}")
+                continue
+            position = 0
+            for stored in self._slices.get(path, []):
+                if stored.slice.start != position:
+                    break
+                position = stored.slice.stop
+            if position != shape[leaves[path].axis]:
+                problems.append(f"{path}: the parts do not hold all of it")
+        for part in self.manifest.parts:
+            if not (self.folder / PARTS_FOLDER / part.name).is_dir():
+                problems.append(f"{self.folder / PARTS_FOLDER / part.name}: missing")
+        return problems
+
+    def sliced_axis(self, path: str) -> int:
+        """The axis along which the parts split it."""
+        self.shape_of(path)
+        return self.manifest.leaves[path].axis
+
+    def dtype_of(self, path: str) -> np.dtype:
+        """The dtype on disk."""
+        self.shape_of(path)
+        return self.manifest.leaves[path].dtype
+
+    def read_slice(self, path: str, start: int, stop: int, dtype: Any = None) -> np.ndarray:
+        """See `Checkpoint.read_slice`."""
+        from .orbax_part import read_part_into
+
+        shape, axis, stored_dtype = list(self.shape_of(path)), self.sliced_axis(path), self.dtype_of(path)
+        shape[axis] = stop - start
+        out = np.empty(shape, target_dtype(path, stored_dtype, dtype))
+        for stored in self._slices.get(path, []):
+            begin, end = max(start, stored.slice.start), min(stop, stored.slice.stop)
+            if begin >= end:
+                continue
+            window = out[(slice(None),) * axis + (slice(begin - start, end - start),)]
+            piece = window if out.dtype == stored_dtype else np.empty(window.shape, stored_dtype)
+            folder = cast(Path, self.folder) / PARTS_FOLDER / stored.part
+            read_part_into(piece, folder, path, axis, begin - stored.slice.start)
+            if piece is not window:
+                window[...] = piece
+        return out

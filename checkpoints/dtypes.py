@@ -1,0 +1,46 @@
+"""Dtypes of the safetensors format and their numpy counterparts."""
+
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+
+from .errors import CheckpointError
+
+SAFETENSORS_DTYPES: Mapping[str, np.dtype] = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "BOOL": np.bool_,
+        "U8": np.uint8,
+        "I8": np.int8,
+        "U16": np.uint16,
+        "I16": np.int16,
+        "U32": np.uint32,
+        "I32": np.int32,
+        "U64": np.uint64,
+        "I64": np.int64,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+        "F32": np.float32,
+        "F64": np.float64,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    }.items()
+}
+
+SAFETENSORS_NAMES: Mapping[np.dtype, str] = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+WEIGHT_DTYPES = tuple(np.dtype(dtype) for dtype in (ml_dtypes.bfloat16, np.float16, np.float32))
+"""Dtypes that an unquantized parameter may have."""
+
+
+def weight_dtype(dtype: object) -> np.dtype:
+    """`dtype` (a name, numpy or JAX dtype) as numpy's; CheckpointError unless parameters may have it."""
+    try:
+        result = np.dtype(dtype)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise CheckpointError(f"unknown dtype {dtype!r}") from error
+    if result not in WEIGHT_DTYPES:
+        raise CheckpointError(f"dtype must be one of {', '.join(d.name for d in WEIGHT_DTYPES)}; got {result.name!r}")
+    return result

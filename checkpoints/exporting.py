@@ -1,0 +1,237 @@
+"""`export`: any checkpoint back to a Hugging Face folder, with their names, layouts and shards.
+
+Every tensor's place in its file is fixed before a byte is written, so parameters are read slice by slice, in whatever order they
+are stored, and each slice is written to where it belongs.
+"""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_jax.families.names import CheckpointForm
+
+from .checkpoint import Checkpoint, target_dtype
+from .dtypes import SAFETENSORS_NAMES, weight_dtype
+from .errors import CheckpointError
+from .opening import open_checkpoint
+from .parts import plan_parts
+from .progress import Progress, ProgressCallback
+from .safetensors_folder import INDEX_NAME, SINGLE_NAME
+from .side_files import copy_side_files
+from .staging import check_output, check_space, clear, commit, exclusive, incomplete_folder, sync_tree
+from .tensor_plan import StoredTensor, TensorPlan, plan_tensors
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+"""What the Hugging Face libraries use."""
+
+_SLICE_BYTES = 256 << 20
+_MARK = "export.unfinished"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What `export` did."""
+
+    output: Path
+    family: str
+    form: str
+    """Form that was written."""
+    tensors: int
+    files: tuple[str, ...]
+    """Names of the safetensors files."""
+    nbytes: int
+    """Bytes of all tensors."""
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a tensor goes."""
+
+    file: str
+    offset: int
+
+
+def export(
+    source: str | os.PathLike[str] | Checkpoint,
+    output: str | os.PathLike[str],
+    *,
+    form: CheckpointForm | None = None,
+    dtype: Any = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+    progress: ProgressCallback | None = None,
+) -> ExportReport:
+    """Write a checkpoint as a Hugging Face folder that `transformers` loads.
+
+    Args:
+        source: A converted folder (or a Hugging Face one), or an open checkpoint.
+        output: The folder to create.
+        form: "per_expert" or "fused"; None: the form that the checkpoint came in.
+        dtype: Convert to this dtype; None: as stored.
+        max_shard_bytes: Size of a safetensors file, at most, unless one tensor is larger.
+        overwrite: Replace `output` if it exists.
+        progress: Called with `Progress(done_bytes, total_bytes, label)` after each slice.
+
+    Raises:
+        CheckpointError: The source isn't whole, the family has no such form, the output exists, or there is no space left.
+    """
+    started = time.monotonic()
+    output = Path(output).absolute()
+    reader = open_checkpoint(source) if isinstance(source, str | os.PathLike) else source
+    if reader.folder is not None and reader.folder.resolve() == output.resolve():
+        raise CheckpointError(f"{output}: source and output are the same folder")
+    check_output(output, overwrite)
+    if max_shard_bytes < 1:
+        raise CheckpointError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
+    plan = plan_tensors(reader.decoder, reader.family, form or reader.form)
+    asked = None if dtype is None else weight_dtype(dtype)
+    dtypes = {path: target_dtype(path, reader.dtype_of(path), asked) for path in plan.shapes}
+    shards = _shards(plan, dtypes, max_shard_bytes)
+    total = sum(_nbytes(tensor, dtypes) for tensor in plan)
+    work = incomplete_folder(output)
+    with exclusive(work):
+        _prepare(work)
+        check_space(work, total)
+        try:
+            places = _write_headers(work, shards, dtypes)
+            _write_tensors(reader, plan, dtypes, work, places, total, progress)
+            copy_side_files(reader, work, _exported_config(reader, dtypes))
+            if len(shards) > 1:
+                _write_index(work, places, total)
+        except OSError as error:
+            raise CheckpointError(f"{work}: could not be written: {error}") from error
+        (work / _MARK).unlink()
+        sync_tree(work)
+        commit(output)
+    return ExportReport(
+        output=output,
+        family=reader.family.model_type,
+        form=plan.form,
+        tensors=len(places),
+        files=tuple(shards),
+        nbytes=total,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _prepare(work: Path) -> None:
+    """Make `work` an empty folder, discarding what an interrupted export has left; a mark says that it is one."""
+    if any(work.iterdir()) and not (work / _MARK).exists():
+        raise CheckpointError(f"{work}: is in the way and is not an interrupted export; delete it")
+    clear(work)
+    (work / _MARK).touch()
+
+
+def _nbytes(tensor: StoredTensor, dtypes: Mapping[str, np.dtype]) -> int:
+    return int(np.prod(tensor.shape, dtype=np.int64)) * dtypes[tensor.path].itemsize
+
+
+def _shards(
+    tensors: Iterable[StoredTensor], dtypes: Mapping[str, np.dtype], max_shard_bytes: int
+) -> dict[str, list[StoredTensor]]:
+    """File name -> its tensors, filled in the order of a forward pass."""
+    shards: list[list[StoredTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        nbytes = _nbytes(tensor, dtypes)
+        if shards[-1] and filled + nbytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += nbytes
+    if len(shards) == 1:
+        return {SINGLE_NAME: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
+
+
+def _write_headers(
+    work: Path, shards: Mapping[str, list[StoredTensor]], dtypes: Mapping[str, np.dtype]
+) -> dict[str, _Place]:
+    """Create every file with its header and final size; where each tensor's data goes."""
+    places: dict[str, _Place] = {}
+    for file, tensors in shards.items():
+        # Wider numbers first, as the reference implementation does: every tensor stays aligned to its numbers.
+        tensors = sorted(tensors, key=lambda tensor: -dtypes[tensor.path].itemsize)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offsets: dict[str, int] = {}
+        position = 0
+        for tensor in tensors:
+            end = position + _nbytes(tensor, dtypes)
+            header[tensor.name] = {
+                "dtype": SAFETENSORS_NAMES[dtypes[tensor.path]],
+                "shape": list(tensor.shape),
+                "data_offsets": [position, end],
+            }
+            offsets[tensor.name], position = position, end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with open(work / file, "wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            stream.truncate(8 + len(text) + position)
+        places |= {name: _Place(file, 8 + len(text) + offset) for name, offset in offsets.items()}
+    return places
+
+
+def _write_tensors(
+    reader: Checkpoint,
+    plan: TensorPlan,
+    dtypes: Mapping[str, np.dtype],
+    work: Path,
+    places: Mapping[str, _Place],
+    total: int,
+    progress: ProgressCallback | None,
+) -> None:
+    sizes = {}
+    for path, shape in plan.shapes.items():
+        length = shape[plan.sliced_axis(path)]
+        sizes[path] = (length, int(np.prod(shape, dtype=np.int64)) * dtypes[path].itemsize // max(length, 1))
+    done = 0
+    if progress is not None:
+        progress(Progress(done_bytes=0, total_bytes=total, label="start"))
+    for piece in (piece for part in plan_parts(sizes, _SLICE_BYTES) for piece in part.slices):
+        values = reader.read_slice(piece.path, piece.start, piece.stop, dtypes[piece.path])
+        for tensor in plan.tensors[piece.path]:
+            if rows := tensor.rows(piece.start, piece.stop):
+                stored = np.ascontiguousarray(tensor.layout.to_stored(tensor.region(values, piece.start)))
+                place = places[tensor.name]
+                row_bytes = stored.nbytes // len(rows)
+                _pwrite(work / place.file, stored, place.offset + rows.start * row_bytes)
+        done += values.nbytes
+        if progress is not None:
+            progress(Progress(done_bytes=done, total_bytes=total, label=piece.path))
+
+
+def _pwrite(file: Path, values: np.ndarray, offset: int) -> None:
+    data = memoryview(values.reshape(-1).view(np.uint8))
+    descriptor = os.open(file, os.O_WRONLY)
+    try:
+        done = 0
+        while done < len(data):
+            done += os.pwrite(descriptor, data[done:], offset + done)
+    finally:
+        os.close(descriptor)
+
+
+def _write_index(work: Path, places: Mapping[str, _Place], total: int) -> None:
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {name: place.file for name, place in sorted(places.items())},
+    }
+    (work / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _exported_config(reader: Checkpoint, dtypes: Mapping[str, np.dtype]) -> dict[str, Any]:
+    """`config.json` without the quantization that is gone, and with the dtype that most bytes have."""
+    config = {key: value for key, value in reader.config.items() if key != "quantization_config"}
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    main = dtypes["embedder.embedding"].name
+    if config.get(key) != main:
+        config[key] = main
+    return config

@@ -1,0 +1,125 @@
+"""Reads a Hugging Face folder as our parameters, lazily and without torch."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_jax.families.names import CheckpointForm
+
+from .accounting import account, detect_form
+from .checkpoint import SlicedReader, describe, target_dtype
+from .dtypes import weight_dtype
+from .errors import CheckpointError
+from .layout import Shape
+from .quantization_config import read_quantization
+from .safetensors_file import read_header_bytes
+from .safetensors_folder import list_tensors, read_json_object
+from .stored_rows import MXFP4Rows, StoredRows
+from .tensor_plan import StoredTensor, TensorPlan
+
+CONFIG_NAME = "config.json"
+DECODED_DTYPE = "bfloat16"
+"""Dtype of decoded quantized weights when `config.json` names none."""
+
+_TRANSPOSED_ROWS = 256
+"""Rows transposed at a time: enough for whole cache lines in the result, few enough to stay in the cache."""
+_PIECE_BYTES = 1 << 23
+
+
+class HuggingFaceCheckpoint(SlicedReader):
+    """A folder with `config.json` and safetensors files, in either form; see `moe_jax.checkpoints.checkpoint.Checkpoint`.
+
+    Opening reads and checks every header; parameters are read when asked for. Quantized weights are decoded on the way.
+
+    Raises:
+        CheckpointError: Listing every problem of the folder: damaged files, tensors that are missing, unexpected or of wrong
+            shape or dtype, an unknown family or quantization.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config: dict[str, Any] = read_json_object(folder / CONFIG_NAME)
+        self.family, self.decoder = describe(self.config, folder / CONFIG_NAME)
+        try:
+            quantization = read_quantization(self.config)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder / CONFIG_NAME}: {error}") from error
+        self.tensors = list_tensors(folder)
+        self.plan: TensorPlan = detect_form(self.family, self.decoder, self.tensors)
+        accounting = account(self.plan, self.family, self.decoder, self.tensors, quantization)
+        if accounting.problems:
+            raise CheckpointError(f"{folder}: not a whole {self.family.model_type} checkpoint:", accounting.problems)
+        self.form: CheckpointForm = self.plan.form
+        self.quantization: str | None = None if quantization is None else quantization.method
+        self.dropped: Mapping[str, str] = accounting.dropped
+        self.shapes: Mapping[str, Shape] = self.plan.shapes
+        self._rows = accounting.rows
+        self._decoded_dtype = weight_dtype(self.config.get("dtype") or self.config.get("torch_dtype") or DECODED_DTYPE)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The safetensors files, in order."""
+        return tuple(sorted({entry.file for entry in self.tensors.values()}))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over `config.json` and each file's name, header, size and time of change."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for file in self.files:
+            header, size = read_header_bytes(file)
+            digest.update(f"{file.name}\0{size}\0{file.stat().st_mtime_ns}\0".encode())
+            digest.update(header)
+        return digest.hexdigest()
+
+    def sliced_axis(self, path: str) -> int:
+        """The axis that is consecutive in the files."""
+        self.shape_of(path)
+        return self.plan.sliced_axis(path)
+
+    def dtype_of(self, path: str) -> np.dtype:
+        """The files' dtype; for decoded weights that of `config.json`, bfloat16 if it names none."""
+        self.shape_of(path)
+        return self._rows[self.plan.tensors[path][0].name].dtype or self._decoded_dtype
+
+    def read_slice(self, path: str, start: int, stop: int, dtype: Any = None) -> np.ndarray:
+        """See `Checkpoint.read_slice`; tensors are read and decoded by several threads."""
+        shape, axis = list(self.shape_of(path)), self.sliced_axis(path)
+        shape[axis] = stop - start
+        part = np.empty(shape, target_dtype(path, self.dtype_of(path), dtype))
+        wanted = [(tensor, rows) for tensor in self.plan.tensors[path] if (rows := tensor.rows(start, stop))]
+
+        def fill(job: tuple[StoredTensor, range]) -> None:
+            tensor, rows = job
+            source = self._rows[tensor.name]
+            _fill(tensor, source, tensor.region(part, start), rows)
+
+        if len(wanted) == 1:
+            fill(wanted[0])
+        else:
+            with ThreadPoolExecutor(min(len(wanted) or 1, os.process_cpu_count() or 1)) as pool:
+                list(pool.map(fill, wanted))
+        return part
+
+
+def _fill(tensor: StoredTensor, source: StoredRows, region: np.ndarray, rows: range) -> None:
+    """Read `rows` of a tensor into `region`, straight if the layout is a plain copy, else piece by piece."""
+    packed = isinstance(source, MXFP4Rows) and tensor.packed_layout is not None
+    layout = tensor.packed_layout if packed else tensor.layout
+    target = layout.split_view(region)
+    if target.flags.c_contiguous:
+        source.read_into(target.reshape(layout.stored_shape(region.shape)), rows.start)
+        return
+    stored_shape = layout.stored_shape(region.shape)
+    row_bytes = region.nbytes // max(len(rows), 1)
+    step = max(1, min(_TRANSPOSED_ROWS, _PIECE_BYTES // max(row_bytes, 1)))
+    for begin in range(0, len(rows), step):
+        count = min(step, len(rows) - begin)
+        piece = np.empty((count, *stored_shape[1:]), region.dtype)
+        source.read_into(piece, rows.start + begin)
+        target[begin : begin + count] = piece.reshape(count, *target.shape[1:])

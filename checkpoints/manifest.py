@@ -1,0 +1,133 @@
+"""`moe_jax.json`: what a converted folder holds and where. It is written last, so a folder that has it is whole."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from .checkpoint import Checkpoint, target_dtype
+from .errors import CheckpointError
+from .layout import Shape
+from .parts import Part, Slice, plan_parts
+
+MANIFEST_NAME = "moe_jax.json"
+FORMAT_VERSION = 1
+PARTS_FOLDER = "parts"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Leaf:
+    """One parameter as stored."""
+
+    shape: Shape
+    dtype: np.dtype
+    axis: int
+    """The axis along which it may be split over several parts."""
+
+    @property
+    def slice_bytes(self) -> int:
+        """Bytes of one step along the axis."""
+        return self.nbytes // max(self.shape[self.axis], 1)
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The content of `moe_jax.json`."""
+
+    family: str
+    """`model_type`."""
+    form: str
+    """Form of the source."""
+    digest: str | None
+    """Digest of the source."""
+    quantization: str | None
+    """Method by which the source was quantized; the parts hold ordinary numbers."""
+    dropped: Mapping[str, str]
+    """Tensors of the source left out on purpose -> why."""
+    dtype: str | None
+    """Dtype asked for, None if each parameter kept its own."""
+    leaves: Mapping[str, Leaf]
+    parts: tuple[Part, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters."""
+        return sum(leaf.nbytes for leaf in self.leaves.values())
+
+    def part_bytes(self, part: Part) -> int:
+        """Bytes of the parameters in one part."""
+        return sum((s.stop - s.start) * self.leaves[s.path].slice_bytes for s in part.slices)
+
+    def to_json(self) -> str:
+        """The file's text."""
+        content = {
+            "format_version": FORMAT_VERSION,
+            "family": self.family,
+            "source": {
+                "form": self.form,
+                "digest": self.digest,
+                "quantization": self.quantization,
+                "dropped": dict(self.dropped),
+            },
+            "dtype": self.dtype,
+            "leaves": {
+                path: {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "axis": leaf.axis}
+                for path, leaf in self.leaves.items()
+            },
+            "parts": {part.name: {s.path: [s.start, s.stop] for s in part.slices} for part in self.parts},
+        }
+        return json.dumps(content, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], where: object) -> "Manifest":
+        """The manifest of a file's JSON object; CheckpointError naming `where` when it isn't one of this version."""
+        version = content.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(f"{where}: format_version must be {FORMAT_VERSION}, got {version!r}")
+        try:
+            source = content["source"]
+            return cls(
+                family=content["family"],
+                form=source["form"],
+                digest=source["digest"],
+                quantization=source["quantization"],
+                dropped=source["dropped"],
+                dtype=content["dtype"],
+                leaves={
+                    path: Leaf(shape=tuple(leaf["shape"]), dtype=np.dtype(leaf["dtype"]), axis=leaf["axis"])
+                    for path, leaf in content["leaves"].items()
+                },
+                parts=tuple(
+                    Part(name, tuple(Slice(path, start, stop) for path, (start, stop) in slices.items()))
+                    for name, slices in content["parts"].items()
+                ),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{where}: is not a manifest of format version {FORMAT_VERSION}: {error!r}"
+            ) from error
+
+
+def plan_conversion(reader: Checkpoint, dtype: Any, group_bytes: int) -> Manifest:
+    """What converting `reader` will write."""
+    leaves = {
+        path: Leaf(shape=shape, dtype=target_dtype(path, reader.dtype_of(path), dtype), axis=reader.sliced_axis(path))
+        for path, shape in reader.shapes.items()
+    }
+    sizes = {path: (leaf.shape[leaf.axis], leaf.slice_bytes) for path, leaf in leaves.items()}
+    return Manifest(
+        family=reader.family.model_type,
+        form=reader.form,
+        digest=reader.digest,
+        quantization=reader.quantization,
+        dropped=reader.dropped,
+        dtype=None if dtype is None else np.dtype(dtype).name,
+        leaves=leaves,
+        parts=plan_parts(sizes, group_bytes),
+    )

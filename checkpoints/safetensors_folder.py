@@ -1,0 +1,136 @@
+"""The tensors of a Hugging Face folder: which files hold them, and whether index and files agree."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .errors import CheckpointError
+from .safetensors_file import TensorEntry, read_header
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`; CheckpointError naming the file when there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file}: does not exist") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def list_tensors(folder: Path) -> dict[str, TensorEntry]:
+    """Name -> entry of every tensor of the checkpoint in `folder`.
+
+    The files are those of `model.safetensors.index.json`, else `model.safetensors`, else every `*.safetensors`.
+
+    Raises:
+        CheckpointError: With every problem found: absent or damaged files, paths outside the folder, an index that disagrees
+            with the files, a tensor in two files, or a folder that has only pickles.
+    """
+    weight_map = _weight_map(folder)
+    problems: list[str] = []
+    files = _files(folder, weight_map, problems)
+    tensors: dict[str, TensorEntry] = {}
+    readable: set[Path] = set()
+    for file in files:
+        try:
+            entries = read_header(file)
+        except CheckpointError as error:
+            problems.extend(error.problems)
+            continue
+        readable.add(file)
+        for entry in entries:
+            if entry.name in tensors:
+                problems.append(f"{file}: {entry.name}: is also in {tensors[entry.name].file.name}")
+            tensors.setdefault(entry.name, entry)
+    if weight_map is not None:
+        problems += _disagreements(folder, weight_map, tensors, readable)
+    if problems:
+        raise CheckpointError(f"{folder}: the checkpoint's files cannot be used:", problems)
+    return tensors
+
+
+def _weight_map(folder: Path) -> Mapping[str, str] | None:
+    index = folder / INDEX_NAME
+    if not index.exists():
+        return None
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index}: weight_map must be an object of tensor name -> file name")
+    return weight_map
+
+
+def _files(folder: Path, weight_map: Mapping[str, str] | None, problems: list[str]) -> list[Path]:
+    if weight_map is not None:
+        names = sorted(set(weight_map.values()))
+    elif (folder / SINGLE_NAME).exists():
+        names = [SINGLE_NAME]
+    else:
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+        if not names:
+            raise CheckpointError(_no_weights(folder))
+    files = []
+    for name in names:
+        file = folder / name
+        if not _stays_inside(folder, name):
+            problems.append(
+                f"{folder / INDEX_NAME if weight_map is not None else file}: names {name!r}, outside the folder"
+            )
+        elif not file.exists():
+            problems.append(f"{file}: does not exist, but {INDEX_NAME} names it")
+        else:
+            files.append(file)
+    return files
+
+
+def _stays_inside(folder: Path, name: str) -> bool:
+    """Whether `name` leads to a file inside `folder`, links followed.
+
+    In the Hugging Face cache a snapshot consists of links into `blobs` beside `snapshots`: that is inside, too.
+    """
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
+        return False
+    root = folder.resolve()
+    inside = [root]
+    if root.parent.name == "snapshots":
+        inside.append(root.parent.parent / "blobs")
+    return any((root / name).resolve().is_relative_to(allowed) for allowed in inside)
+
+
+def _no_weights(folder: Path) -> str:
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        return (
+            f"{folder}: only has pickled weights ({', '.join(pickles[:3])}); they are refused, because opening a pickle "
+            "runs whatever code it contains. Save the model as safetensors first"
+        )
+    return f"{folder}: has no *.safetensors file"
+
+
+def _disagreements(
+    folder: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry], readable: set[Path]
+) -> list[str]:
+    index = folder / INDEX_NAME
+    problems = []
+    for name, file in weight_map.items():
+        actual = tensors.get(name)
+        if actual is None:
+            if folder / file in readable:
+                problems.append(f"{folder / file}: {name}: is missing, but {INDEX_NAME} says it is there")
+        elif actual.file != folder / file:
+            problems.append(f"{index}: {name}: said to be in {file}, is in {actual.file.name}")
+    problems += [
+        f"{entry.file}: {name}: is not listed in {INDEX_NAME}"
+        for name, entry in tensors.items()
+        if name not in weight_map
+    ]
+    return problems

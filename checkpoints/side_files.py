@@ -1,0 +1,34 @@
+"""The small files that travel with a model: configuration, generation settings, tokenizer."""
+
+import json
+import shutil
+from pathlib import Path
+
+from .checkpoint import Checkpoint
+from .safetensors_folder import read_json_object
+
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def copy_side_files(reader: Checkpoint, target: Path, config: dict | None = None) -> None:
+    """Put `config.json` and what else belongs to `reader` into `target`; `config` replaces the reader's configuration."""
+    wanted = dict(reader.config) if config is None else config
+    original = None if reader.folder is None else reader.folder / "config.json"
+    if original is not None and original.exists() and read_json_object(original) == wanted:
+        shutil.copyfile(original, target / "config.json")
+    else:
+        (target / "config.json").write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+    for name in SIDE_FILES:
+        if reader.folder is not None and (reader.folder / name).is_file():
+            shutil.copyfile(reader.folder / name, target / name)

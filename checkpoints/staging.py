@@ -1,0 +1,110 @@
+"""Folders that appear whole or not at all: work goes on in a sibling, one rename commits it.
+
+OUT.incomplete   where the work goes on; survives an interruption
+OUT              appears by a rename
+OUT.replaced     the folder that is being overwritten, from just before that rename until just after
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import CheckpointError
+
+INCOMPLETE_SUFFIX = ".incomplete"
+REPLACED_SUFFIX = ".replaced"
+_MODEL_FILES = ("moe_jax.json", "config.json")
+
+
+def incomplete_folder(output: Path) -> Path:
+    """Where work on `output` goes on."""
+    return output.with_name(output.name + INCOMPLETE_SUFFIX)
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raise CheckpointError unless a model may be written to `output`."""
+    if not output.name:
+        raise CheckpointError(f"{output}: is not a folder that can be created")
+    if not output.parent.is_dir():
+        raise CheckpointError(f"{output}: the folder {output.parent} does not exist")
+    if not os.path.lexists(output):
+        return
+    if not overwrite:
+        raise CheckpointError(f"{output}: exists; overwrite it with --overwrite (overwrite=True)")
+    if output.is_symlink() or not output.is_dir():
+        raise CheckpointError(f"{output}: is not a folder and will not be overwritten")
+    if any(output.iterdir()) and not any((output / name).exists() for name in _MODEL_FILES):
+        raise CheckpointError(
+            f"{output}: has neither {' nor '.join(_MODEL_FILES)}, so it is not a model and will not be overwritten"
+        )
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise CheckpointError when the disk of `folder` plainly has no room for `needed` bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(f"{folder}: no space left: {needed:,} bytes are needed, {free:,} are free")
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold `folder` (created if absent); CheckpointError when another process holds it."""
+    folder.mkdir(exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(f"{folder}: another process is writing to it") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def sync(path: Path) -> None:
+    """Force a file's content, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Force everything in `folder` to the disk, names included."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            sync(Path(parent, name))
+        sync(Path(parent))
+
+
+def write_file(path: Path, content: str) -> None:
+    """Write a file that is whole whenever it exists."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(content, encoding="utf-8")
+    sync(unfinished)
+    os.replace(unfinished, path)
+    sync(path.parent)
+
+
+def commit(output: Path) -> None:
+    """Turn the finished `OUT.incomplete` into `OUT`, in place of what may be there."""
+    replaced = output.with_name(output.name + REPLACED_SUFFIX)
+    if output.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(output, replaced)
+    os.rename(incomplete_folder(output), output)
+    sync(output.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def clear(folder: Path) -> None:
+    """Remove everything in `folder`, not the folder itself."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()

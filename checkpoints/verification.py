@@ -1,0 +1,144 @@
+"""`verify`: does an output hold every number of its source?"""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from moe_jax.families import Family
+
+from .checkpoint import Checkpoint
+from .errors import CheckpointError
+from .hub import resolve_source
+from .opening import open_checkpoint
+from .parts import Slice, plan_parts
+from .progress import Progress, ProgressCallback
+from .tensor_plan import StoredTensor, plan_tensors
+
+_SLICE_BYTES = 128 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A tensor that is not the same in source and output."""
+
+    tensor: str
+    """The source's name of it."""
+    parameter: str
+    """Our path."""
+    values: int
+    """How many of its values differ."""
+    largest: float
+    """Largest absolute difference; NaN if a NaN takes part."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerificationReport:
+    """What `verify` found."""
+
+    source: Path
+    output: Path
+    tensors: int
+    """Tensors compared, by the source's names."""
+    nbytes: int
+    """Bytes compared, in the output's dtypes."""
+    dropped: Mapping[str, str]
+    """Tensors of the source left out on purpose -> why."""
+    converted: Mapping[str, str]
+    """Parameters whose dtype was changed -> "float32 -> bfloat16"."""
+    differences: tuple[Difference, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every value is the same, bit by bit."""
+        return not self.differences
+
+
+def verify(
+    source: str | os.PathLike[str], output: str | os.PathLike[str], *, progress: ProgressCallback | None = None
+) -> VerificationReport:
+    """Compare every value of `source` with `output`, bit by bit, in little memory.
+
+    Either may be a Hugging Face folder, in either form, or a converted folder. Where the output has another dtype, the source's
+    values are rounded to it first; quantized weights are decoded.
+
+    Args:
+        source: Folder or hub id of the original.
+        output: Folder of the copy.
+        progress: Called with `Progress(done_bytes, total_bytes, label)` after each slice.
+
+    Raises:
+        CheckpointError: One of them isn't whole, or they are models of different configuration.
+    """
+    original, copy = open_checkpoint(resolve_source(source)), open_checkpoint(output)
+    if original.family is not copy.family or original.shapes != copy.shapes:
+        raise CheckpointError(
+            f"{source} and {output} are different models: {_describe(original.family, original)} "
+            f"against {_describe(copy.family, copy)}"
+        )
+    plan = plan_tensors(original.decoder, original.family, original.form)
+    sizes = {}
+    for path, shape in original.shapes.items():
+        length = shape[original.sliced_axis(path)]
+        sizes[path] = (length, int(np.prod(shape, dtype=np.int64)) * copy.dtype_of(path).itemsize // max(length, 1))
+    total = sum(length * step for length, step in sizes.values())
+    done = 0
+    if progress is not None:
+        progress(Progress(done_bytes=0, total_bytes=total, label="start"))
+    differences: dict[str, Difference] = {}
+    for piece in (piece for part in plan_parts(sizes, _SLICE_BYTES) for piece in part.slices):
+        for difference in _compare(original, copy, plan.tensors[piece.path], piece):
+            known = differences.get(difference.tensor)
+            differences[difference.tensor] = difference if known is None else _merged(known, difference)
+        done += (piece.stop - piece.start) * sizes[piece.path][1]
+        if progress is not None:
+            progress(Progress(done_bytes=done, total_bytes=total, label=piece.path))
+    return VerificationReport(
+        source=Path(source),
+        output=Path(output),
+        tensors=sum(1 for _ in plan),
+        nbytes=total,
+        dropped=original.dropped,
+        converted={
+            path: f"{original.dtype_of(path).name} -> {copy.dtype_of(path).name}"
+            for path in original.shapes
+            if original.dtype_of(path) != copy.dtype_of(path)
+        },
+        differences=tuple(differences.values()),
+    )
+
+
+def _describe(family: Family, checkpoint: Checkpoint) -> str:
+    return f"{family.model_type} with {len(checkpoint.decoder.layers)} layers and {len(checkpoint.shapes)} parameters"
+
+
+def _compare(
+    original: Checkpoint, copy: Checkpoint, tensors: tuple[StoredTensor, ...], piece: Slice
+) -> Iterator[Difference]:
+    got = copy.read_slice(piece.path, piece.start, piece.stop)
+    expected = original.read_slice(piece.path, piece.start, piece.stop).astype(got.dtype, copy=False)
+    if np.array_equal(_bits(expected), _bits(got)):
+        return
+    for tensor in tensors:
+        if not tensor.rows(piece.start, piece.stop):
+            continue
+        theirs, ours = tensor.region(expected, piece.start), tensor.region(got, piece.start)
+        unequal = _bits(theirs) != _bits(ours)
+        if unequal.any():
+            with np.errstate(invalid="ignore"):
+                distance = np.abs(theirs[unequal].astype(np.float64) - ours[unequal].astype(np.float64))
+            yield Difference(
+                tensor=tensor.name, parameter=tensor.path, values=int(unequal.sum()), largest=float(distance.max())
+            )
+
+
+def _bits(values: np.ndarray) -> np.ndarray:
+    return values.view(f"u{values.dtype.itemsize}")
+
+
+def _merged(first: Difference, second: Difference) -> Difference:
+    return dataclasses.replace(
+        first, values=first.values + second.values, largest=float(np.maximum(first.largest, second.largest))
+    )
