@@ -1,6 +1,7 @@
 """A decoder-only language model, put together from a `Decoder` description."""
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ class CausalLM(nnx.Module):
         decoder: what the model is made of.
         dtype: computation dtype.
         mesh: devices that the model is spread over, or None.
+        source_folder: the folder that the model was loaded from, with its tokenizer and generation settings, or None.
         embedder: `nnx.Embed` `[V, H]`.
         stacks: one `LayerStack` per segment of the scan plan.
         final_norm: `nnx.RMSNorm`.
@@ -45,6 +47,7 @@ class CausalLM(nnx.Module):
         mesh: Mesh | None = None,
         implementation: str | None = None,
         hf_config: Mapping[str, Any] | None = None,
+        source_folder: str | os.PathLike[str] | None = None,
     ):
         """Create a model with random weights.
 
@@ -57,10 +60,12 @@ class CausalLM(nnx.Module):
             mesh: devices of `parallel`'s axes.
             implementation: implementation of the expert computation; None chooses by device and shape.
             hf_config: the `config.json` that `decoder` was made from, kept for `save_pretrained`.
+            source_folder: where its tokenizer and generation settings are.
         """
         self.decoder = decoder
         self.dtype = jnp.dtype(dtype)
         self.mesh = mesh
+        self.source_folder = None if source_folder is None else os.fspath(source_folder)
         self._hf_config = None if hf_config is None else json.dumps(dict(hf_config))  # text, for modules hold hashables
         options = BuildOptions(
             dtype=self.dtype, param_dtype=param_dtype, parallel=parallel, mesh=mesh, implementation=implementation

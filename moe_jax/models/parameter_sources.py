@@ -31,7 +31,7 @@ def parameter_shardings(model: CausalLM) -> Mapping[StatePath, Sharding]:
         for position in stack.moe_positions:
             layer_specs = nnx.to_flat_state(stack.blocks[position].feed_forward.partition_specs())
             prefix = ("stacks", index, "blocks", position, "feed_forward")
-            specs |= {(*prefix, *path): PartitionSpec(None, *spec[...]) for path, spec in layer_specs}
+            specs |= {(*prefix, *path): PartitionSpec(None, *spec) for path, spec in layer_specs}
     return {path: NamedSharding(model.mesh, spec) for path, spec in specs.items()}
 
 
