@@ -2,8 +2,10 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -126,3 +128,12 @@ def test_every_public_name_exists_and_is_listed(tmp_path):
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_the_library_imports_exactly_what_it_declares_as_dependencies():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.match(r"[\w-]+", requirement)[0] for requirement in project["dependencies"]}
+    modules = {module.split(".")[0] for file in python_files(*LIBRARY_FOLDERS) for module in imported_modules(file)}
+    imported = modules - sys.stdlib_module_names - {"moe_jax", ""}
+    distribution_of = {"orbax": "orbax-checkpoint", "ml_dtypes": "ml-dtypes", "huggingface_hub": "huggingface-hub"}
+    assert {distribution_of.get(module, module) for module in imported} == declared
