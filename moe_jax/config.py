@@ -89,8 +89,8 @@ class RouterConfig:
     """Replaces everything between logits and scaling."""
     simulation: str | None = None
     """Name of a registered routing simulation ("uniform_random", "normal_routing"). It ignores the logits and overrides
-    every field that chooses or weighs experts; the scaling factor still applies. Parameters stay as they are, so that any
-    model's routing can be simulated."""
+    every field that chooses or weighs experts; the scaling factor still applies. Parameters stay as they are, so that
+    any model's routing can be simulated."""
     round_weights_to_input_dtype: bool = False
     """Round the float32 weights to the dtype of the hidden states, where Hugging Face casts them."""
 
@@ -136,10 +136,6 @@ class RouterConfig:
             raise ValueError(f"scoring={self.scoring!r} would be ignored, because {chosen[0]} does its own scoring")
         if chosen and chosen[0] != "hash_vocab_size" and self.num_zero_experts:
             raise ValueError(f"num_zero_experts={self.num_zero_experts} cannot be combined with {chosen[0]}")
-        does_not_divide = not self.renormalize or self.custom is not None
-        if self.renormalize_epsilon and does_not_divide:
-            reason = "renormalize=False" if not self.renormalize else "custom does its own renormalisation"
-            raise ValueError(f"renormalize_epsilon={self.renormalize_epsilon} would be ignored: {reason}")
 
     def validate(self, num_experts: int, top_k: int) -> None:
         """Raise ValueError unless this router can choose `top_k` of `num_experts` experts."""

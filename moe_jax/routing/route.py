@@ -12,7 +12,7 @@ from .scoring import SCORES
 from .selection import choose_experts
 from .simulation import find_strategy
 from .sparsemixer import sparsemixer
-from .weights import gather_per_expert, renormalize, round_to_dtype
+from .weights import gather_per_expert, renormalize, round_to_dtype, spoil_tokens_with_unknown_ids
 
 
 class RoutingResult(NamedTuple):
@@ -55,7 +55,8 @@ def route(
       hidden_states: needed by `config.custom` and `config.round_weights_to_input_dtype`.
       input_ids: token ids, needed by `config.hash_vocab_size`.
       forced_ids: route to these experts, as captured from an earlier call; weights are still computed from the logits.
-        -1 is no expert; an id that no expert has makes the token's weights NaN.
+        Negative ids are no expert; an id beyond the last expert makes all weights of its token NaN, as it does in
+        `hash_table`.
       key: needed by `config.simulation`.
 
     Raises:
@@ -97,6 +98,8 @@ def route(
             weights = _score_chosen(weights, ids, config.scoring)
         if config.renormalize:
             weights = renormalize(weights, epsilon=config.renormalize_epsilon)
+    if forced_ids is not None or hash_table is not None:
+        weights = spoil_tokens_with_unknown_ids(weights, ids, num_candidates)
 
     if per_expert_scale is not None and config.simulation is None:
         weights = weights * gather_per_expert(jnp.broadcast_to(per_expert_scale.astype(jnp.float32), logits.shape), ids)

@@ -23,7 +23,8 @@ def keep_best_groups(choice: Float[Array, "T E"], limit: GroupLimit) -> Float[Ar
 
     Source: DeepSeek-V3 (arXiv 2412.19437) section 2.1.2; vLLM `grouped_topk`; spec 2.6.
     """
-    grouped = choice.reshape(*choice.shape[:-1], limit.num_groups, -1)
+    num_tokens, num_experts = choice.shape
+    grouped = choice.reshape(num_tokens, limit.num_groups, num_experts // limit.num_groups)
     experts_counted = 1 if limit.score == "max" else 2
     group_scores = top_k_lowest_index(grouped, experts_counted)[0].sum(axis=-1)
     _, kept_groups = top_k_lowest_index(group_scores, limit.groups_kept)

@@ -6,12 +6,20 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 
 def gather_per_expert(values: Float[Array, "T E"], ids: Int[Array, "T K"]) -> Float[Array, "T K"]:
-    """`values[t, ids[t, k]]`; 0 where the id is negative, NaN where it is E or more.
-
-    The NaN is deliberate: under `jit` nothing can be raised, and a wrong forced id must not pass for a weak expert.
-    """
-    found = jnp.take_along_axis(values, jnp.maximum(ids, 0), axis=-1, mode="fill", fill_value=jnp.nan)
+    """`values[t, ids[t, k]]`; 0 where the id is negative. Ids of E or more read the last expert."""
+    found = jnp.take_along_axis(values, ids, axis=-1, mode="clip")
     return jnp.where(ids < 0, 0.0, found)
+
+
+def spoil_tokens_with_unknown_ids(
+    weights: Float[Array, "T K"], ids: Int[Array, "T K"], num_candidates: int
+) -> Float[Array, "T K"]:
+    """All weights of a token NaN if one of its ids is `num_candidates` or more.
+
+    For ids that came from outside: under `jit` nothing can be raised, and a wrong id must not pass for an expert.
+    """
+    has_unknown = (ids >= num_candidates).any(axis=-1, keepdims=True)
+    return jnp.where(has_unknown, jnp.nan, weights)
 
 
 def renormalize(weights: Float[Array, "T K"], *, epsilon: float = 0.0) -> Float[Array, "T K"]:

@@ -1,0 +1,96 @@
+"""Ties, sizes at the edge of the legal, and numbers that are none."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import routing as oracle
+
+from moe_jax import routing
+from moe_jax.config import GroupLimit, RouterConfig
+from moe_jax.routing.selection import keep_best_groups, top_k_lowest_index
+
+route = jax.jit(routing.route, static_argnums=(1, 2, 3))
+
+EVERY_WAY_TO_CHOOSE = {
+    "softmax": RouterConfig(),
+    "sigmoid": RouterConfig(scoring="sigmoid"),
+    "score after top-k": RouterConfig(score_after_top_k=True),
+    "groups": RouterConfig(group_limit=GroupLimit(num_groups=4, groups_kept=2, score="max")),
+    "groups by two": RouterConfig(group_limit=GroupLimit(num_groups=4, groups_kept=2)),
+    "sparsemixer": RouterConfig(sparsemixer_jitter=0.01, renormalize=False),
+}
+every_way_to_choose = pytest.mark.parametrize("config", EVERY_WAY_TO_CHOOSE.values(), ids=EVERY_WAY_TO_CHOOSE.keys())
+
+
+@every_way_to_choose
+def test_equal_logits_choose_the_lowest_ids(config):
+    ids = route(jnp.full((3, 8), 0.7), config, 8, 2).topk_ids
+    np.testing.assert_array_equal(ids, [[0, 1]] * 3)
+
+
+@every_way_to_choose
+def test_minus_zero_and_zero_are_a_tie(config):
+    logits = jnp.tile(jnp.array([-0.0, 0.0]), (2, 4))
+    assert route(logits, config, 8, 2).topk_ids.tolist() == [[0, 1]] * 2
+
+
+def test_ties_anywhere_in_the_row_go_to_the_lowest_index(rng):
+    values = rng.choice([-1.0, -0.0, 0.0, 0.5, 2.0], size=(64, 33)).astype(np.float32)
+    found, positions = jax.jit(top_k_lowest_index, static_argnums=1)(jnp.array(values), 9)
+    expected = [oracle.best(row, 9)[0] for row in values]
+    np.testing.assert_array_equal(positions, expected)
+    np.testing.assert_array_equal(found, np.take_along_axis(values, np.array(expected), -1))
+
+
+@pytest.mark.parametrize("score", ["max", "top2_sum"])
+def test_tied_groups_are_kept_from_the_lowest_up(score):
+    limit = GroupLimit(num_groups=3, groups_kept=2, score=score)
+    kept = keep_best_groups(jnp.array([[1.0, 2.0, 2.0, 1.0, 1.0, 2.0]]), limit)
+    np.testing.assert_array_equal(kept, [[1.0, 2.0, 2.0, 1.0, -np.inf, -np.inf]])
+
+
+@every_way_to_choose
+def test_no_tokens(config):
+    weights, ids = route(jnp.zeros((0, 8)), config, 8, 2)
+    assert (weights.shape, weights.dtype) == ((0, 2), jnp.float32)
+    assert (ids.shape, ids.dtype) == ((0, 2), jnp.int32)
+
+
+def test_every_expert_may_be_chosen_and_their_number_may_be_odd(rng):
+    logits = rng.normal(size=(9, 7)).astype(np.float32)
+    weights, ids = route(jnp.array(logits), RouterConfig(), 7, 7)
+    oracle.assert_same_routing((weights, ids), oracle.route(logits, top_k=7))
+    np.testing.assert_array_equal(np.sort(ids), np.tile(np.arange(7), (9, 1)))
+
+
+def test_a_single_expert():
+    weights, ids = route(jnp.array([[-3.0], [5.0]]), RouterConfig(), 1, 1)
+    assert weights.tolist() == [[1.0], [1.0]]
+    assert ids.tolist() == [[0], [0]]
+
+
+def test_scores_that_underflow_to_nothing_leave_finite_weights():
+    logits = jnp.array([[-200.0, -300.0, -250.0]])
+    weights = route(logits, RouterConfig(scoring="sigmoid"), 3, 2).topk_weights
+    assert np.isfinite(weights).all(), "a sum of zero counts as one"
+
+
+@every_way_to_choose
+def test_nan_logits_spoil_their_own_token_only(config, rng):
+    logits = rng.normal(size=(3, 8)).astype(np.float32)
+    spoilt = logits.copy()
+    spoilt[1, rng.choice(8, size=rng.integers(1, 9), replace=False)] = np.nan
+    weights, ids = route(jnp.array(spoilt), config, 8, 2)
+    clean = route(jnp.array(logits), config, 8, 2)
+    np.testing.assert_array_equal(weights[::2], clean.topk_weights[::2])
+    np.testing.assert_array_equal(ids[::2], clean.topk_ids[::2])
+    assert ((ids >= 0) & (ids < 8)).all()
+    assert ids[1, 0] != ids[1, 1]
+
+
+def test_logits_of_any_float_dtype_are_routed_in_float32():
+    logits = jnp.array([[1.0, 3.0, 2.0, 0.0]], jnp.bfloat16)
+    weights, _ = route(logits, RouterConfig(), 4, 2)
+    assert weights.dtype == jnp.float32
+    np.testing.assert_allclose(weights, [[0.731059, 0.268941]], atol=1e-6)

@@ -1,0 +1,194 @@
+"""A configuration that cannot work is refused where it is written down, with the value and what would be legal."""
+
+import dataclasses
+
+import pytest
+
+from moe_jax.config import GroupLimit, MoEConfig, ParallelConfig, RouterConfig, SharedExpertsConfig
+
+
+def custom(hidden_states, router_logits, top_k, renormalize):
+    raise AssertionError("a configuration must not run it")
+
+
+def layer(router=None, **changes):
+    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 8, "top_k": 2}
+    return MoEConfig(**sizes | changes, router=RouterConfig() if router is None else router)
+
+
+def test_router_defaults_are_vllms():
+    config = RouterConfig()
+    assert (config.scoring, config.renormalize, config.renormalize_epsilon) == ("softmax", True, 0.0)
+    assert (config.routed_scaling_factor, config.apply_scale_to_output) == (1.0, False)
+    assert not config.correction_bias
+    assert config.group_limit is None
+
+
+def test_configurations_are_frozen_hashable_values():
+    assert layer() == layer()
+    assert hash(layer()) == hash(layer())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        layer().top_k = 3
+
+
+def test_top_k_may_reach_every_expert_and_zero_expert():
+    assert layer(top_k=8).top_k == 8
+    assert layer(RouterConfig(num_zero_experts=4, correction_bias=True, renormalize=False), top_k=12).top_k == 12
+
+
+def test_physical_experts_count_the_redundant_ones():
+    assert layer(num_redundant_experts=3).num_physical_experts == 11
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scoring": "softplus"}, "scoring must be one of softmax, sigmoid, sqrtsoftplus; got 'softplus'"),
+        ({"renormalize_epsilon": -1e-9}, "renormalize_epsilon must not be negative, got -1e-09"),
+        ({"routed_scaling_factor": 0.0}, "routed_scaling_factor must be positive and finite, got 0.0"),
+        ({"routed_scaling_factor": float("nan")}, "routed_scaling_factor must be positive and finite, got nan"),
+        ({"hash_vocab_size": 0}, "hash_vocab_size must be positive, got 0"),
+        ({"num_zero_experts": -1}, "num_zero_experts must not be negative, got -1"),
+        ({"input_norm_epsilon": 0.0}, "input_norm_epsilon must be positive, got 0.0"),
+        ({"custom": "llama4"}, "custom must be a function, got 'llama4'"),
+        ({"sparsemixer_jitter": 0.01}, "sparsemixer_jitter needs renormalize=False, got renormalize=True"),
+        (
+            {"sparsemixer_jitter": -1.0, "renormalize": False},
+            "sparsemixer_jitter must be finite and not negative, got -1.0",
+        ),
+        (
+            {"custom": custom, "sparsemixer_jitter": 0.01, "renormalize": False},
+            "at most one of custom, sparsemixer_jitter, hash_vocab_size, group_limit may choose the experts, "
+            "got custom and sparsemixer_jitter",
+        ),
+        (
+            {"hash_vocab_size": 4, "group_limit": GroupLimit(num_groups=2, groups_kept=1)},
+            "got hash_vocab_size and group_limit",
+        ),
+        (
+            {"group_limit": GroupLimit(num_groups=2, groups_kept=1), "score_after_top_k": True},
+            "score_after_top_k=True cannot be combined with group_limit",
+        ),
+        (
+            {"hash_vocab_size": 4, "correction_bias": True},
+            "correction_bias=True steers a choice by score, but hash_vocab_size chooses otherwise",
+        ),
+        (
+            {"custom": custom, "scoring": "sigmoid"},
+            "scoring='sigmoid' would be ignored, because custom does its own scoring",
+        ),
+        (
+            {"group_limit": GroupLimit(num_groups=2, groups_kept=1), "num_zero_experts": 4},
+            "num_zero_experts=4 cannot be combined with group_limit",
+        ),
+    ],
+)
+def test_routers_that_would_ignore_a_field_or_make_no_sense_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        RouterConfig(**changes)
+
+
+def test_any_router_may_be_simulated():
+    for original in (
+        RouterConfig(group_limit=GroupLimit(num_groups=2, groups_kept=1), correction_bias=True),
+        RouterConfig(hash_vocab_size=4),
+        RouterConfig(sparsemixer_jitter=0.01, renormalize=False),
+        RouterConfig(score_after_top_k=True),
+    ):
+        assert dataclasses.replace(original, simulation="uniform_random").simulation == "uniform_random"
+
+
+@pytest.mark.parametrize(
+    ("router", "changes", "message"),
+    [
+        ({}, {"top_k": 9}, r"top_k must be in \[1, 8\] \(experts and zero experts\), got 9"),
+        ({}, {"top_k": 0}, r"top_k must be in \[1, 8\] \(experts and zero experts\), got 0"),
+        (
+            {"sparsemixer_jitter": 0.01, "renormalize": False},
+            {"top_k": 3},
+            "sparsemixer routing needs top_k=2, got 3",
+        ),
+        (
+            {"group_limit": GroupLimit(num_groups=3, groups_kept=1)},
+            {},
+            "num_groups must divide num_experts=8, got 3",
+        ),
+        (
+            {"group_limit": GroupLimit(num_groups=0, groups_kept=1)},
+            {},
+            "num_groups must divide num_experts=8, got 0",
+        ),
+        (
+            {"group_limit": GroupLimit(num_groups=4, groups_kept=5)},
+            {},
+            r"groups_kept must be in \[1, num_groups=4\], got 5",
+        ),
+        (
+            {"group_limit": GroupLimit(num_groups=4, groups_kept=1, score="sum")},
+            {},
+            "score must be 'max' or 'top2_sum', got 'sum'",
+        ),
+        (
+            {"group_limit": GroupLimit(num_groups=8, groups_kept=4)},
+            {},
+            "score='top2_sum' needs at least 2 experts per group, got 1",
+        ),
+        (
+            {"group_limit": GroupLimit(num_groups=4, groups_kept=1)},
+            {"top_k": 3},
+            "top_k=3 exceeds the 2 experts of groups_kept=1 groups",
+        ),
+        ({}, {"hidden_size": 0}, "hidden_size must be positive, got 0"),
+        ({}, {"intermediate_size": -1}, "intermediate_size must be positive, got -1"),
+        ({}, {"num_experts": 0}, "num_experts must be positive, got 0"),
+        ({}, {"num_redundant_experts": -1}, "num_redundant_experts must not be negative, got -1"),
+        ({}, {"apply_router_weight_on_input": True}, "apply_router_weight_on_input needs top_k=1, got top_k=2"),
+        ({}, {"activation": "siluu"}, "siluu"),
+    ],
+)
+def test_layers_that_cannot_work_are_refused(router, changes, message):
+    with pytest.raises(ValueError, match=message):
+        layer(RouterConfig(**router), **changes)
+
+
+@pytest.mark.parametrize(
+    ("router", "changes", "message"),
+    [
+        (
+            {"routed_scaling_factor": 2.5},
+            {"inverse_scale_shared_in_float16": True},
+            "inverse_scale_shared_in_float16 needs router.apply_scale_to_output=True, got False",
+        ),
+        (
+            {"routed_scaling_factor": 2.5},
+            {"apply_router_weight_on_input": True, "top_k": 1},
+            "apply_router_weight_on_input needs router.apply_scale_to_output=True .* got False with factor 2.5",
+        ),
+        (
+            {"routed_scaling_factor": 6.0, "apply_scale_to_output": True, "num_zero_experts": 2},
+            {},
+            "num_zero_experts needs router.apply_scale_to_output=False .* got True with factor 6.0",
+        ),
+    ],
+)
+def test_a_scaling_factor_that_would_be_missed_or_applied_twice_is_refused(router, changes, message):
+    with pytest.raises(ValueError, match=message):
+        layer(RouterConfig(**router), **changes)
+
+
+def test_scaling_that_reaches_the_output_once_is_legal():
+    on_output = RouterConfig(routed_scaling_factor=2.5, apply_scale_to_output=True)
+    assert layer(on_output, inverse_scale_shared_in_float16=True).inverse_scale_shared_in_float16
+    assert layer(on_output, apply_router_weight_on_input=True, top_k=1).apply_router_weight_on_input
+    assert layer(RouterConfig(routed_scaling_factor=6.0, num_zero_experts=2)).router.num_zero_experts == 2
+
+
+@pytest.mark.parametrize("name", ["intermediate_size", "hidden_size"])
+def test_shared_experts_need_positive_sizes(name):
+    with pytest.raises(ValueError, match=f"{name} of the shared experts must be positive.*, got 0"):
+        SharedExpertsConfig(**{"intermediate_size": 4, name: 0})
+
+
+def test_nothing_is_sharded_unless_asked_for():
+    config = ParallelConfig()
+    assert (config.expert_axis, config.tensor_axis, config.data_axis, config.sequence_axis) == (None,) * 4
