@@ -1,8 +1,9 @@
 """The golden cases: checkpoints that Hugging Face `transformers` wrote, and what it computed from them.
 
-`tests/golden/<family>/<case>/` holds one model. Every form of a case (per-expert tensors, fused tensors, quantized) is another
-way of storing the *same* weights, so all of them share one `expected.npz`. Weights are stored in float32 unless `case.json` says
-otherwise, and everything in `expected.npz` was computed in float32: load models with `dtype=float32` to compare.
+`tests/golden/<family>/<case>/` holds one model. Every form of a case (per-expert tensors, fused tensors, quantized)
+is another way of storing the *same* weights, so all of them share one `expected.npz`. Weights are stored in float32
+unless `case.json` says otherwise, and everything in `expected.npz` was computed in float32: load models with
+`dtype=float32` to compare.
 
     for case, form in cases_and_forms("mixtral", "qwen3_moe"):
         folder = case.folder(form)          # a Hugging Face folder: config.json, safetensors
@@ -29,8 +30,9 @@ ROOT = Path(__file__).parent / "golden"
 class Expected:
     """What `transformers` computed: eager attention, eager experts, float32, CPU.
 
-    B prompts of the same length S; R prompts of different lengths, the longest N; V tokens in the vocabulary; G generated
-    tokens; L MoE layers; K experts per token. Padding holds arbitrary token ids, and logits at padding are zero (meaningless).
+    B prompts of the same length S; R prompts of different lengths, the longest N; V tokens in the vocabulary; G
+    generated tokens; L MoE layers; K experts per token. Padding holds arbitrary token ids, and logits at padding are
+    zero (meaningless).
     """
 
     input_ids: np.ndarray
@@ -99,13 +101,13 @@ class GoldenCase:
         return dict(_read_json(self.folder(form or self.forms[0]) / "config.json"))
 
     def hub_style_config(self, form: str | None = None) -> dict[str, Any]:
-        """The same configuration in the words of published checkpoints (`rope_theta`, `rope_scaling`, `torch_dtype`, ...)."""
+        """The same configuration as older, published checkpoints write it (`rope_theta`, `torch_dtype`, ...)."""
         config = dict(_read_json(self.root / "config_hub_style.json"))
         quantization = self.config(form).get("quantization_config")
         return config if quantization is None else {**config, "quantization_config": quantization}
 
     def write_hub_style_folder(self, form: str, destination: str | os.PathLike[str]) -> Path:
-        """Copy `form` to `destination` (created) with `config.json` replaced by `hub_style_config`; returns `destination`."""
+        """Copy `form` to the new folder `destination`, with the hub-style `config.json`; returns `destination`."""
         destination = Path(shutil.copytree(self.folder(form), destination))
         (destination / "config.json").write_text(json.dumps(self.hub_style_config(form), indent=2))
         return destination

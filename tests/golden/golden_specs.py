@@ -1,8 +1,8 @@
 """What the golden cases are: one row of data per case; `make_golden.py` turns rows into folders.
 
-Sizes are odd on purpose: 9 or 12 experts of which 3 are chosen, heads wider than hidden_size / heads where the family allows it,
-every width different from every other, so that a transposed or misread tensor cannot go unnoticed. Windows (8) and YaRN's
-original lengths (16) are shorter than the prompts (up to 40 tokens, 65 with what is generated).
+Sizes are odd on purpose: 9 or 12 experts of which 3 are chosen, heads wider than hidden_size / heads where the family
+allows it, widths that differ, so that a transposed or misread tensor cannot go unnoticed. Windows
+(8) and YaRN's original lengths (16) are shorter than the prompts (up to 40 tokens, 65 with what is generated).
 """
 
 import dataclasses
@@ -57,8 +57,8 @@ class GoldenSpec:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the stored weights (results are always computed in float32)."""
     correction_bias_mean: float = 0.0
-    """Mean of `e_score_correction_bias`; strongly negative makes biased scores negative, so that the value which masks the
-    groups left out matters."""
+    """Mean of `e_score_correction_bias`; a strongly negative one makes biased scores negative, so that the value which
+    masks the groups left out matters."""
     mtp_layer: bool = False
     """Append tensors of a multi-token-prediction layer, which a reader must drop."""
     fp8_block: tuple[int, int] | None = None
@@ -115,7 +115,7 @@ SPECS: tuple[GoldenSpec, ...] = (
     GoldenSpec(
         family="qwen3_moe",
         name="raw_probabilities",
-        covers="norm_topk_prob false, decoder_sparse_step 2, attention biases, sliding window, tied embeddings, YaRN, sharded",
+        covers="raw probabilities, decoder_sparse_step 2, attention biases, sliding window, tied, YaRN, sharded",
         config=dict(
             intermediate_size=36,
             moe_intermediate_size=20,
@@ -159,7 +159,7 @@ SPECS: tuple[GoldenSpec, ...] = (
     GoldenSpec(
         family="qwen2_moe",
         name="window_in_even_layers",
-        covers="sliding window in layers 0 and 2, mlp_only_layers, norm_topk_prob false, no biases, explicit head_dim, 12 experts",
+        covers="window in layers 0 and 2, mlp_only_layers, raw probabilities, no biases, explicit head_dim",
         config=dict(
             intermediate_size=36,
             moe_intermediate_size=16,
@@ -225,7 +225,7 @@ SPECS: tuple[GoldenSpec, ...] = (
     GoldenSpec(
         family="deepseek_v2",
         name="group_limited",
-        covers="group_limited_greedy, query low-rank, YaRN with mscale, scaling factor, norm_topk_prob (ignored), attention biases",
+        covers="group_limited_greedy, query low-rank, YaRN with mscale, norm_topk_prob (ignored), attention biases",
         config=dict(
             **MLA,
             q_lora_rank=24,
@@ -247,7 +247,7 @@ SPECS: tuple[GoldenSpec, ...] = (
     GoldenSpec(
         family="deepseek_v3",
         name="yarn",
-        covers="interleaved RoPE, YaRN with mscale, 3 groups of which 2 count, query low-rank, first layer dense, sharded",
+        covers="interleaved RoPE, YaRN with mscale, 2 of 3 groups, query low-rank, first layer dense, sharded",
         config=dict(
             **MLA,
             q_lora_rank=24,
@@ -268,7 +268,7 @@ SPECS: tuple[GoldenSpec, ...] = (
     GoldenSpec(
         family="deepseek_v3",
         name="negative_bias",
-        covers="biased scores below zero in 4 groups, norm_topk_prob false, half-split RoPE, no query low-rank, attention biases, MTP layer",
+        covers="biased scores below zero, 2 of 4 groups, not renormalized, half-split RoPE, biases, MTP layer",
         config=dict(
             **MLA,
             q_lora_rank=None,
@@ -315,7 +315,7 @@ SPECS: tuple[GoldenSpec, ...] = (
     GoldenSpec(
         family="glm4_moe",
         name="qk_norm",
-        covers="query/key norms, half of each head rotated, shared experts, first layer dense, scaling factor, MTP layer",
+        covers="query/key norms, half of each head rotated, shared experts, first layer dense, MTP layer",
         config=dict(
             intermediate_size=36,
             moe_intermediate_size=16,
@@ -337,7 +337,7 @@ SPECS: tuple[GoldenSpec, ...] = (
     GoldenSpec(
         family="glm4_moe",
         name="biases",
-        covers="attention biases, no query/key norms, a quarter of each head rotated, one group, norm_topk_prob false, 12 experts",
+        covers="attention biases, no query/key norms, a quarter of each head rotated, one group, not renormalized",
         config=dict(
             intermediate_size=36,
             moe_intermediate_size=16,
@@ -383,7 +383,7 @@ SPECS: tuple[GoldenSpec, ...] = (
     GoldenSpec(
         family="gpt_oss",
         name="bfloat16",
-        covers="stored in bfloat16 as published, other layer_types, YaRN truncated, two MXFP4 groups per row, no attention biases",
+        covers="stored in bfloat16, other layer_types, YaRN truncated, two MXFP4 groups per row, no attention biases",
         config=dict(
             hidden_size=32,
             intermediate_size=64,

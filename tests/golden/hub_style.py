@@ -19,7 +19,7 @@ ROPE_TYPE_KEY = {"deepseek_v2": "type", "deepseek_v3": "type"}
 
 
 def hub_style_config(config: dict[str, Any]) -> dict[str, Any]:
-    """`config` (written by `transformers` 5) with `rope_theta` + `rope_scaling`, `torch_dtype` and the older key names."""
+    """`config`, as `transformers` 5 writes it, with `rope_theta`, `rope_scaling`, `torch_dtype` and older key names."""
     family = config["model_type"]
     renamed = OLD_NAMES | OLD_NAMES_OF_FAMILY.get(family, {})
     result = {}

@@ -2,8 +2,8 @@
 
     python tests/golden/make_golden.py [family[/case] ...]
 
-runs in the environment that `make golden-env` creates (torch and transformers). Every case is deterministic: its seed is the first
-one for which no decision hangs by a thread (see the `MIN_` constants), and is recorded in `case.json`.
+runs in the environment that `make golden-env` creates (torch and transformers). Every case is deterministic: its seed
+is the first one for which no decision hangs by a thread (see the `MIN_` constants), and is recorded in `case.json`.
 """
 
 import argparse

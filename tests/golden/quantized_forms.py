@@ -1,7 +1,7 @@
 """Quantized ways to store a checkpoint: gpt-oss MXFP4 experts and DeepSeek block FP8.
 
-The weights are first rounded to values that the format holds exactly, so that the quantized form and the plain one are the same
-model and share their expected results.
+The weights are first rounded to values that the format holds exactly, so that the quantized form and the plain one
+are the same model and share their expected results.
 """
 
 import json
@@ -19,7 +19,7 @@ UNQUANTIZED = ("embed_tokens", "lm_head", "norm", "mlp.gate.weight", "e_score_co
 
 
 def encode_mxfp4(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[..., D] float32 -> blocks [..., D/32, 16] uint8 (even element in the low nibble) and scales [..., D/32] uint8."""
+    """[..., D] float32 -> uint8 blocks [..., D/32, 16] (even elements in low nibbles) and scales [..., D/32]."""
     groups = rows.reshape(*rows.shape[:-1], -1, MXFP4_GROUP)
     largest = groups.abs().amax(-1, keepdim=True).clamp(min=2.0**-100)
     exponent = torch.floor(torch.log2(largest)) - 2.0
