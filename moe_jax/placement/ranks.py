@@ -60,10 +60,17 @@ class ParallelRanks:
             _check_rank(kind, rank, size)
         flat_size = dp_size * pcp_size * tp_size
         flat_rank = (dp_rank * pcp_size + pcp_rank) * tp_size + tp_rank
-        common = {"dp_size": dp_size, "pcp_size": pcp_size, "sp_size": tp_size if sequence_parallel else 1}
-        if enable_expert_parallel and flat_size > 1:
-            return cls(ep_size=flat_size, ep_rank=flat_rank, use_ep=True, **common)
-        return cls(tp_size=flat_size, tp_rank=flat_rank, **common)
+        use_ep = enable_expert_parallel and flat_size > 1
+        return cls(
+            tp_size=1 if use_ep else flat_size,
+            tp_rank=0 if use_ep else flat_rank,
+            ep_size=flat_size if use_ep else 1,
+            ep_rank=flat_rank if use_ep else 0,
+            dp_size=dp_size,
+            pcp_size=pcp_size,
+            sp_size=tp_size if sequence_parallel else 1,
+            use_ep=use_ep,
+        )
 
     @property
     def use_all2all(self) -> bool:

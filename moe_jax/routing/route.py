@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from moe_jax.config import RouterConfig
+from moe_jax.config import CustomRoutingFunction, RouterConfig
 
 from .hash_table import look_up_experts
 from .scoring import SCORES
@@ -79,7 +79,7 @@ def route(
     if config.simulation is not None:
         weights, ids = _simulate(config.simulation, key, num_tokens, num_experts, top_k, forced_ids)
     elif config.custom is not None:
-        weights, ids = _call_custom(config, hidden_states, logits, top_k, forced_ids)
+        weights, ids = _call_custom(config.custom, hidden_states, logits, top_k, config.renormalize, forced_ids)
     elif config.sparsemixer_jitter is not None:
         weights, ids = sparsemixer(logits, jitter=config.sparsemixer_jitter, forced_ids=forced_ids)
     else:
@@ -137,10 +137,11 @@ def _simulate(
 
 
 def _call_custom(
-    config: RouterConfig,
+    function: CustomRoutingFunction,
     hidden_states: Float[Array, "T H"] | None,
     logits: Float[Array, "T E"],
     top_k: int,
+    renormalize_weights: bool,
     forced_ids: Int[Array, "T K"] | None,
 ) -> RoutingResult:
     if forced_ids is not None:
@@ -149,7 +150,7 @@ def _call_custom(
         )
     if hidden_states is None:
         raise ValueError("a custom routing function needs hidden_states [T, H], got None")
-    weights, ids = config.custom(hidden_states, logits, top_k, config.renormalize)
+    weights, ids = function(hidden_states, logits, top_k, renormalize_weights)
     return _checked("the custom routing function", weights, ids, logits.shape[0], top_k)
 
 
