@@ -51,7 +51,10 @@ class ChatTemplate:
     def __init__(self, source: str):
         """Compile `source`; ValueError naming line and fault if it is not valid Jinja."""
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"],
+            loader=jinja2.DictLoader({}),  # there is nothing to include
         )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
@@ -75,5 +78,5 @@ class ChatTemplate:
         variables = {"tools": None, "documents": None, **variables}
         try:
             return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
-        except (jinja2.TemplateError, jinja2.sandbox.SecurityError) as error:
+        except (jinja2.TemplateError, TypeError) as error:  # TypeError: such as text + none
             raise ValueError(f"the chat template rejects this conversation: {error}") from error

@@ -58,7 +58,7 @@ class Tokenizer:
             raise FileNotFoundError(_no_tokenizer_message(folder))
         try:
             backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-        except Exception as error:  # noqa: BLE001 (the package raises nothing more specific)
+        except Exception as error:  # the package raises nothing more specific
             raise ValueError(f"{file} is not a tokenizer: {error}") from error
         config = _read_if_present(folder / "tokenizer_config.json")
         special_tokens = _special_tokens(_read_if_present(folder / "special_tokens_map.json")) | _special_tokens(config)

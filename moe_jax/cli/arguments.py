@@ -1,0 +1,41 @@
+"""Arguments that several commands take."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import jax.numpy as jnp
+
+DTYPES = ("bfloat16", "float32", "float16")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """`MODEL`: what `from_pretrained` takes."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="a Hugging Face folder, a hub id (owner/name) or a converted folder"
+    )
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """`--dtype`, computed and held."""
+    parser.add_argument("--dtype", choices=DTYPES, help="number format of the model (default: the checkpoint's)")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """`--json`."""
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+
+
+def dtype_named(name: str | None) -> "jnp.dtype | None":
+    """The dtype of `--dtype`."""
+    import jax.numpy as jnp
+
+    return None if name is None else jnp.dtype(name)
+
+
+def positive_int(text: str) -> int:
+    """An integer of at least 1, for `type=`."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value

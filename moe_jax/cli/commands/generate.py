@@ -1,0 +1,242 @@
+"""`moe-jax generate`: continue prompts, or answer them."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_jax.cli import arguments as shared
+from moe_jax.cli import exit_codes
+
+if TYPE_CHECKING:
+    from moe_jax.generation import Generation, GenerationSettings, Timing
+    from moe_jax.tokenization import Tokenizer
+
+SUMMARY = "continue prompts, or answer them"
+DESCRIPTION = """\
+Continue one or several prompts. Without --prompt, every line of standard input is one.
+
+How tokens are chosen is up to the checkpoint's generation_config.json; --greedy, --temperature, --top-k and --top-p
+replace what it says. One prompt is printed as it is written; several run as one batch. Remarks and speed go to
+standard error.
+"""
+EXAMPLES = """\
+  moe-jax generate examples/demo_model --prompt "At dawn the crew" --max-new-tokens 40
+  moe-jax generate MODEL --prompt "Once" --prompt "Twice" --greedy
+  moe-jax generate MODEL --prompt "Write a haiku." --chat --temperature 0.7 --seed 1
+  moe-jax generate MODEL --prompt "Hello" --stats expert_load.png
+  cat questions.txt | moe-jax generate MODEL --chat --json > answers.json
+  moe-jax generate MODEL --prompt - < story.txt
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    shared.add_model(parser)
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="text to continue; may be given several times; - is the whole of standard input",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=shared.positive_int,
+        metavar="N",
+        help="stop after N new tokens (default: the checkpoint's, or 128)",
+    )
+    choice = parser.add_argument_group("how tokens are chosen")
+    choice.add_argument("--greedy", action="store_true", help="always take the most likely token")
+    choice.add_argument(
+        "--temperature", type=float, metavar="X", help="below 1 sharpens, above 1 flattens; 0 is --greedy"
+    )
+    choice.add_argument("--top-k", type=shared.positive_int, metavar="N", help="draw from the N most likely tokens")
+    choice.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the smallest set that reaches probability P"
+    )
+    choice.add_argument("--seed", type=int, default=0, metavar="N", help="where randomness starts from (default: 0)")
+    chat = parser.add_argument_group("conversation")
+    chat.add_argument("--chat", action="store_true", help="put each prompt into the checkpoint's chat template")
+    chat.add_argument("--system", metavar="TEXT", help="system message of the conversation (with --chat)")
+    shared.add_dtype(parser)
+    parser.add_argument(
+        "--stats", type=Path, metavar="FILE", help="write the expert load per layer: .png, .svg, .pdf, .json or .csv"
+    )
+    shared.add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Generate; returns the exit status."""
+    overrides = settings_of(arguments)
+    prompts = read_prompts(arguments.prompt)
+    if arguments.system is not None and not arguments.chat:
+        raise ValueError("--system needs --chat")
+    write_stats = None
+    if arguments.stats is not None:
+        from moe_jax.cli.expert_load import writer_for
+
+        write_stats = writer_for(arguments.stats)
+
+    # What is slow to import, once the arguments are known to be right.
+    from moe_jax.checkpoints import resolve_source
+    from moe_jax.generation import generate, read_generation_settings
+    from moe_jax.pretrained import from_pretrained
+    from moe_jax.tokenization import Tokenizer
+
+    folder = resolve_source(arguments.model)
+    settings = read_generation_settings(folder, **overrides)
+    tokenizer = Tokenizer.from_folder(folder)
+    prompt_ids = [encode(tokenizer, prompt, arguments) for prompt in prompts]
+    model = from_pretrained(folder, dtype=shared.dtype_named(arguments.dtype))
+
+    printer = None
+    if len(prompts) == 1 and not arguments.json:
+        printer = StreamPrinter(tokenizer, prompt_ids[0], None if arguments.chat else prompts[0])
+    result = generate(
+        model,
+        prompt_ids,
+        settings,
+        seed=arguments.seed,
+        on_token=None if printer is None else printer.add,
+        with_expert_load=write_stats is not None,
+    )
+
+    texts = [tokenizer.continuation(ids, result.row(row)) for row, ids in enumerate(prompt_ids)]
+    if arguments.json:
+        from moe_jax.cli.output import print_json
+
+        print_json(as_json(arguments, settings, prompts, prompt_ids, texts, result))
+    elif printer is not None:
+        printer.finish()
+    else:
+        print_texts(prompts, texts, chat=arguments.chat)
+    if write_stats is not None:
+        title = f"Expert load of {folder.resolve().name}, {result.timing.prompt_tokens} + {sum(result.lengths)} tokens"
+        write_stats(arguments.stats, result.expert_load, model.decoder.moe_layers, title)
+        print(f"expert load written to {arguments.stats}", file=sys.stderr)
+    print(speed_line(result.timing), file=sys.stderr)
+    return exit_codes.SUCCESS
+
+
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The generation settings that the command line gives, as overrides of the checkpoint's."""
+    sampling = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}
+    given = [f"--{name.replace('_', '-')}" for name, value in sampling.items() if value is not None]
+    if arguments.greedy and given:
+        raise ValueError(f"--greedy takes the most likely token and cannot be combined with {', '.join(given)}")
+    if arguments.greedy or arguments.temperature == 0:
+        return {"max_new_tokens": arguments.max_new_tokens, "do_sample": False}
+    return {"max_new_tokens": arguments.max_new_tokens, "do_sample": True if given else None, **sampling}
+
+
+def read_prompts(given: Sequence[str] | None) -> list[str]:
+    """The prompts of `--prompt`, or the lines of standard input."""
+    if given is None:
+        if sys.stdin.isatty():
+            raise ValueError("there is no prompt; give --prompt TEXT, or one prompt per line on standard input")
+        prompts = [line for line in sys.stdin.read().splitlines() if line.strip()]
+    else:
+        prompts = [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt for prompt in given]
+    if not prompts or not all(prompts):
+        raise ValueError("there is no prompt: standard input is empty" if not prompts else "a prompt is empty")
+    return prompts
+
+
+def encode(tokenizer: "Tokenizer", prompt: str, arguments: argparse.Namespace) -> list[int]:
+    """Token ids of a prompt, as a conversation with `--chat`."""
+    if not arguments.chat:
+        return tokenizer.encode(prompt)
+    system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
+    return tokenizer.encode_chat([*system, {"role": "user", "content": prompt}])
+
+
+class StreamPrinter:
+    """Prints one row's text on standard output while it is generated."""
+
+    def __init__(self, tokenizer: "Tokenizer", prompt_ids: Sequence[int], shown_prompt: str | None):
+        """Show `shown_prompt`, if there is one, when the first token arrives."""
+        from moe_jax.tokenization import TextStream
+
+        self._stream = TextStream(tokenizer, prompt_ids)
+        self._pending = "" if shown_prompt is None else emphasized(shown_prompt)
+
+    def add(self, row: int, token: int) -> None:
+        """Print what this token completes."""
+        del row  # there is one
+        self._write(self._pending + self._stream.add(token))
+        self._pending = ""
+
+    def finish(self) -> None:
+        """Print what is left, and end the line."""
+        self._write(self._stream.finish() + "\n")
+
+    @staticmethod
+    def _write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def emphasized(prompt: str) -> str:
+    """The prompt in bold on a terminal, so that what was generated stands apart."""
+    from moe_jax.cli.output import stdout_console
+
+    console = stdout_console()
+    return f"\x1b[1m{prompt}\x1b[0m" if console.is_terminal and not console.no_color else prompt
+
+
+def print_texts(prompts: Sequence[str], texts: Sequence[str], *, chat: bool) -> None:
+    """Print several prompts with what follows each, an empty line between them."""
+    blocks = [
+        f"{emphasized(f'> {prompt}')}\n{text}" if chat else emphasized(prompt) + text
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    print("\n\n".join(blocks))
+
+
+def speed_line(timing: "Timing") -> str:
+    """One line that says how long everything took."""
+    from moe_jax.cli.output import format_seconds
+
+    parts = [
+        f"{timing.prompt_tokens} prompt tokens in {format_seconds(timing.prefill_seconds)} "
+        f"({timing.prefill_tokens_per_second:,.0f} tokens/s)"
+    ]
+    if timing.decoded_tokens:
+        parts.append(
+            f"{timing.decoded_tokens} new tokens in {format_seconds(timing.decode_seconds)} "
+            f"({timing.decode_tokens_per_second:,.1f} tokens/s)"
+        )
+    return "; ".join([*parts, f"compiled in {format_seconds(timing.compile_seconds)}"])
+
+
+def as_json(
+    arguments: argparse.Namespace,
+    settings: "GenerationSettings",
+    prompts: Sequence[str],
+    prompt_ids: Sequence[Sequence[int]],
+    texts: Sequence[str],
+    result: "Generation",
+) -> dict[str, Any]:
+    """Everything about a generation."""
+    return {
+        "model": arguments.model,
+        "seed": arguments.seed,
+        "settings": dataclasses.asdict(settings),
+        "results": [
+            {
+                "prompt": prompt,
+                "text": text,
+                "finish_reason": result.finish_reasons[row],
+                "prompt_token_ids": list(prompt_ids[row]),
+                "token_ids": result.row(row),
+            }
+            for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
+        ],
+        "timing": {
+            **dataclasses.asdict(result.timing),
+            "prefill_tokens_per_second": result.timing.prefill_tokens_per_second,
+            "decode_tokens_per_second": result.timing.decode_tokens_per_second,
+        },
+    }

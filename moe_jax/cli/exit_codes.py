@@ -1,0 +1,20 @@
+"""What the exit status of `moe-jax` means."""
+
+SUCCESS = 0
+CHECK_FAILED = 1
+"""The command ran and found what it looks for: `verify` found differences."""
+BAD_INPUT = 2
+"""Wrong usage, or files that cannot be used."""
+INTERRUPTED = 130
+"""Stopped by Ctrl-C (128 + SIGINT)."""
+BROKEN_PIPE = 141
+"""Whoever read the output went away (128 + SIGPIPE)."""
+
+HELP = """\
+exit status:
+  0    success
+  1    a check failed (verify found differences)
+  2    wrong usage, or files that cannot be used
+  130  interrupted with Ctrl-C
+  141  the reader of the output went away
+"""

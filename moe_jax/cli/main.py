@@ -1,0 +1,137 @@
+"""Parse the command line, run the command, and turn what goes wrong into one message and an exit status.
+
+Only what parsing needs is imported here, so that `moe-jax --help` answers at once; commands import the rest when they
+run.
+"""
+
+import argparse
+import io
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from moe_jax.cli import exit_codes
+from moe_jax.cli.commands import bench, convert, export, generate, inspect, verify
+
+
+class Command(Protocol):
+    """What a module of `moe_jax.cli.commands` provides."""
+
+    SUMMARY: str
+    """One line for `moe-jax --help`."""
+    DESCRIPTION: str
+    """What the command does, for its own help."""
+    EXAMPLES: str
+    """Commands to copy, for its own help."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the command's arguments."""
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Do it; returns the exit status."""
+        ...
+
+
+COMMANDS: dict[str, Command] = {
+    "inspect": inspect,
+    "convert": convert,
+    "export": export,
+    "verify": verify,
+    "generate": generate,
+    "bench": bench,
+}
+
+DESCRIPTION = "Mixture-of-Experts checkpoints of Hugging Face in JAX: look at them, convert them, run them."
+
+BAD_INPUT_ERRORS = (OSError, ValueError, NotImplementedError)
+"""What unusable files and arguments raise; anything else is a defect of the program and shows its traceback."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="moe-jax",
+        description=DESCRIPTION,
+        epilog=exit_codes.HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=PrintVersion, help="show the version and exit")
+    subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name,
+            help=command.SUMMARY,
+            description=wrapped(command.DESCRIPTION),
+            epilog=f"examples:\n{command.EXAMPLES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_arguments(subparser)
+        subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        subparser.set_defaults(run=command.run)
+    return parser
+
+
+def wrapped(text: str) -> str:
+    """`text` with each of its paragraphs filled to the width of the terminal."""
+    width = shutil.get_terminal_size().columns - 2
+    return "\n\n".join(textwrap.fill(paragraph, width) for paragraph in text.split("\n\n"))
+
+
+class PrintVersion(argparse.Action):
+    """`--version`; looks the version up only when asked, because that reads the installed packages."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any):
+        del dest  # nothing is stored
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        """Print and exit."""
+        from importlib.metadata import version
+
+        print(f"moe-jax {version('moe-jax')}")
+        parser.exit()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `moe-jax` with these arguments (default: those of the process); returns the exit status.
+
+    Raises:
+        SystemExit: the arguments are wrong (status 2), or help was asked for (status 0).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character must not end the command
+            stream.reconfigure(errors="replace")
+    try:
+        status = run_command(build_parser().parse_args(argv))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes stdout once more when it exits, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return exit_codes.BROKEN_PIPE
+    return status
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Run the command that was asked for; what a user can cause ends in a message on standard error."""
+    try:
+        return arguments.run(arguments)
+    except KeyboardInterrupt:
+        print(f"\nmoe-jax {arguments.command}: interrupted", file=sys.stderr)
+        return exit_codes.INTERRUPTED
+    except BrokenPipeError:
+        raise
+    except BAD_INPUT_ERRORS as error:
+        if arguments.debug:
+            raise
+        print(f"moe-jax {arguments.command}: {describe(error)}", file=sys.stderr)
+        return exit_codes.BAD_INPUT
+
+
+def describe(error: Exception) -> str:
+    """The message of an error, without the number that the operating system puts in front."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)

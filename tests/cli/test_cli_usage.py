@@ -1,0 +1,129 @@
+"""What every command has in common: help, errors, exit statuses, and who reads the output."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from golden_cases import golden_cases
+
+from moe_jax.cli import main
+from moe_jax.cli.main import COMMANDS
+
+
+def run_usage(*arguments):
+    """The exit status of a command line that argparse ends."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    return ended.value.code
+
+
+def test_help_lists_every_command(capsys):
+    assert run_usage("--help") == 0
+    text = capsys.readouterr().out
+    for name, command in COMMANDS.items():
+        assert re.search(rf"^    {name} +{re.escape(command.SUMMARY)}$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_with_examples_that_parse(command, capsys):
+    assert run_usage(command, "--help") == 0
+    text = capsys.readouterr().out
+    examples = text[text.index("examples:") :]
+    assert f"moe-jax {command}" in examples
+    from moe_jax.cli.main import build_parser
+
+    for line in examples.splitlines()[1:]:
+        words = re.findall(r'"[^"]*"|\S+', line.split("moe-jax ", 1)[1].split(" > ")[0].split(" < ")[0])
+        assert build_parser().parse_args([word.strip('"') for word in words]).command == command
+
+
+def test_help_fits_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in COMMANDS:
+        run_usage(command, "--help")
+        before_examples = capsys.readouterr().out.split("examples:")[0]
+        assert max(map(len, before_examples.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("nonsense",), ("inspect",), ("convert", "only-source"), ("generate", "m", "--top-k", "0"), ("bench",)],
+    ids=str,
+)
+def test_wrong_usage_is_status_2(arguments, capsys):
+    assert run_usage(*arguments) == 2
+    assert "usage: moe-jax" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    from importlib.metadata import version
+
+    assert run_usage("--version") == 0
+    assert capsys.readouterr().out == f"moe-jax {version('moe-jax')}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("inspect", "absent"),
+        ("convert", "absent", "out"),
+        ("export", "absent", "out"),
+        ("verify", "absent", "out"),
+        ("generate", "absent", "--prompt", "x"),
+        ("bench", "generate", "absent"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_checkpoint_that_does_not_exist_is_one_message_and_status_2(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"moe-jax {arguments[0]}: absent")
+    assert captured.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(ValueError, match="absent"):
+        main(["inspect", str(tmp_path / "absent"), "--debug"])
+
+
+def test_an_interrupt_is_status_130(capsys, monkeypatch):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(COMMANDS["inspect"], "run", interrupted)
+    assert main(["inspect", "anything"]) == 130
+    assert capsys.readouterr().err == "\nmoe-jax inspect: interrupted\n"
+
+
+def test_a_defect_of_the_program_is_not_hidden(monkeypatch):
+    def defective(arguments):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(COMMANDS["inspect"], "run", defective)
+    with pytest.raises(ZeroDivisionError):
+        main(["inspect", "anything"])
+
+
+def test_help_needs_none_of_the_slow_packages():
+    program = (
+        "import sys\nfrom moe_jax.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "slow = {'jax', 'flax', 'numpy', 'orbax', 'rich', 'tokenizers', 'matplotlib', 'jinja2'} & set(sys.modules)\n"
+        "sys.exit(', '.join(slow) or 0)"
+    )
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_a_reader_that_goes_away_ends_the_command_quietly():
+    """As in `moe-jax inspect ... | true`: the pipe is closed before anything is written."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "moe_jax.cli", "inspect", str(golden_cases("mixtral")[0].folder("fused"))]
+    finished = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (finished.returncode, finished.stderr) == (141, "")
