@@ -1,0 +1,106 @@
+"""With a key/value cache, any way of feeding the tokens gives the logits of the full forward pass."""
+
+import golden_cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from golden_models import TOLERANCE, compiled, golden_model, relative_error
+
+from moe_jax.models.cache import KVCache
+
+CASES = golden_cases.golden_cases()
+
+
+def feed(width):
+    """A function that feeds a batch to a cache in chunks of `width` tokens and returns all logits and the cache."""
+
+    def run(model, input_ids, attention_mask):
+        batch, length = input_ids.shape
+        cache = model.init_cache(batch, max_length=length)
+        graph, state = nnx.split(model)
+
+        def step(cache, chunk):
+            ids, mask = chunk
+            logits, cache = nnx.merge(graph, state)(ids, attention_mask=mask, cache=cache)
+            return cache, logits
+
+        def chunks(array):
+            return jnp.moveaxis(array.reshape(batch, length // width, width), 1, 0)
+
+        cache, logits = jax.lax.scan(step, cache, (chunks(input_ids), chunks(attention_mask)))
+        return jnp.moveaxis(logits, 0, 1).reshape(batch, length, -1), cache
+
+    return run
+
+
+ONE_BY_ONE, IN_CHUNKS = feed(1), feed(8)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_tokens_fed_one_by_one_give_the_logits_of_the_full_pass(case):
+    """Ragged prompts with padding on the left, longer than every sliding window."""
+    expected = case.expected()
+    mask = expected.left_attention_mask
+    logits, cache = compiled(case, ONE_BY_ONE)(golden_model(case), expected.left_input_ids, mask)
+    assert relative_error(logits, expected.left_logits, mask == 1) < TOLERANCE
+    np.testing.assert_array_equal(cache.lengths, expected.lengths)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2"])
+def test_chunks_may_hold_padding_on_either_side(family, side):
+    case = golden_cases.golden_cases(family)[-1]
+    expected = case.expected()
+    ids, mask = getattr(expected, f"{side}_input_ids"), getattr(expected, f"{side}_attention_mask")
+    missing = -ids.shape[1] % 8
+    widths = [(0, 0), (missing, 0) if side == "left" else (0, missing)]
+    padded_mask = np.pad(mask, widths)
+    logits, cache = compiled(case, IN_CHUNKS)(golden_model(case), np.pad(ids, widths), padded_mask)
+    real = np.asarray(logits)[padded_mask == 1]
+    assert relative_error(real, getattr(expected, f"{side}_logits")[mask == 1]) < TOLERANCE
+    np.testing.assert_array_equal(cache.lengths, expected.lengths)
+
+
+def test_a_row_that_outgrows_its_cache_says_so_with_nan_and_leaves_the_others_alone():
+    case = golden_cases.golden_case("mixtral", "sliding")
+    expected = case.expected()
+
+    def run(model, ids, mask):
+        return model(ids, attention_mask=mask, cache=model.init_cache(*ids.shape))
+
+    ids, mask = expected.right_input_ids, expected.right_attention_mask
+    model, program = golden_model(case), compiled(case, run)
+    logits, cache = program(model, ids, mask)
+    assert not np.isnan(np.asarray(logits)[mask == 1]).any()
+
+    def run_short(model, ids, mask):
+        return model(ids, attention_mask=mask, cache=model.init_cache(ids.shape[0], max_length=ids.shape[1] - 1))
+
+    logits, cache = compiled(case, run_short)(model, ids, mask)
+    too_long = expected.lengths > cache.max_length
+    assert too_long.any()
+    assert not too_long.all()
+    assert np.isnan(np.asarray(logits)[too_long]).all()
+    assert relative_error(np.asarray(logits)[~too_long], expected.right_logits[~too_long], mask[~too_long] == 1) < TOLERANCE
+
+
+def test_a_cache_is_a_pytree_whose_sizes_are_known():
+    case = golden_cases.golden_case("qwen3_moe", "raw_probabilities")
+    cache = golden_model(case).init_cache(3, max_length=11, dtype=jnp.bfloat16)
+    assert isinstance(cache, KVCache)
+    assert (cache.batch_size, cache.max_length) == (3, 11)
+    leaves = jax.tree.leaves(cache.segments)
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.bfloat16)}
+    assert sum(leaf.shape[0] for leaf in leaves) == 2 * 4  # keys and values of four layers
+    assert {leaf.shape[1:] for leaf in leaves} == {(3, 11, 2, 16)}
+
+
+def test_latent_attention_caches_only_the_compressed_vector():
+    case = golden_cases.golden_cases("deepseek_v2")[0]
+    decoder = golden_model(case).decoder
+    leaves = jax.tree.leaves(golden_model(case).init_cache(2, max_length=5).segments)
+    attention = decoder.layers[0].attention
+    assert {leaf.shape[1:] for leaf in leaves} == {(2, 5, attention.kv_lora_rank + attention.qk_rope_head_dim)}
+    assert sum(leaf.shape[0] for leaf in leaves) == len(decoder.layers)
