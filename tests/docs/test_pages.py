@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.md")])
 FENCE = re.compile(r"^```(?P<language>[\w-]*)[^\n]*\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 PATH_IN_BACKTICKS = re.compile(r"`(?P<path>\.?[\w.-]+(?:/[\w.-]+)+/?|[\w-]+\.(?:toml|py|txt|md|ipynb)|[\w-]+/)`")
@@ -42,10 +42,10 @@ def test_links_lead_to_files_and_headings_that_exist(page):
 
 @each_page
 def test_paths_in_backticks_exist(page):
-    made_by_commands = ("build/", "parts/", "OUT/", "HF_DIR/", ".venv")
+    elsewhere = ("build/", "parts/", "OUT/", "HF_DIR/", ".venv", "data/")
     placeholders = {"owner/name"}
     for path in (match["path"] for match in PATH_IN_BACKTICKS.finditer(FENCE.sub("", page.read_text()))):
-        if path in placeholders or path.startswith(made_by_commands):
+        if path in placeholders or path.startswith(elsewhere):
             continue
         assert any((base / path).exists() for base in (ROOT, page.parent)), f"`{path}` does not exist"
 
