@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.families.decoder import GroupedQueryAttention, Rope
-from moe_jax.models.cache import LayerCache, store
+from moe_jax.models.cache import LayerCache
 from moe_jax.models.rotary import Rotation, rotate
 
 
@@ -100,8 +100,8 @@ class MultiHeadAttention(nnx.Module):
         turn = inputs.rotations[description.rope]
         query, key = rotate(query, description.rope, turn), rotate(key, description.rope, turn)
         if cache is not None:
-            cache = store(cache, (key, value), inputs.slots)
-            key, value = (array.astype(query.dtype) for array in cache)
+            cache = cache.store(key, value, slots=inputs.slots)
+            key, value = cache.read(query.dtype)
         output = attend(
             query,
             key,

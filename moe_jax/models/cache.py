@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int
 from moe_jax.families.decoder import Attention, Decoder, GroupedQueryAttention
 from moe_jax.models.scan_plan import Segment
 
-LayerCache = tuple[Float[Array, "B slots *features"], ...]
-"""What one layer keeps per token: keys `[kv_heads, head_dim]` and values, or latent attention's compressed `[rank + rope]`."""
+CacheArrays = tuple[Float[Array, "repeats B slots *features"], ...]
+"""What the layers of a stack keep: keys `[kv_heads, head_dim]` and values, or latent attention's vector `[rank + rope]`."""
 
 
 @jax.tree_util.register_dataclass
@@ -19,14 +19,14 @@ LayerCache = tuple[Float[Array, "B slots *features"], ...]
 class KVCache:
     """Keys and values of earlier tokens. Slot i of a row holds that row's i-th real token; padding is never stored."""
 
-    segments: tuple[tuple[LayerCache, ...], ...]
-    """Per segment of the scan plan and position in its group: arrays `[repeats, B, slots, *features]`."""
+    segments: tuple[tuple[CacheArrays, ...], ...]
+    """Per segment of the scan plan and position in its group."""
     lengths: Int[Array, "B"]
     """Real tokens held per row."""
 
     @property
     def max_length(self) -> int:
-        """Slots per row. A row that outgrows them gets NaN logits, because its first tokens are kept and others lost."""
+        """Slots per row. A row that outgrows them gets NaN logits, for its last tokens have no place."""
         return self.segments[0][0][0].shape[2]
 
     @property
@@ -57,10 +57,28 @@ def cached_features(attention: Attention) -> tuple[tuple[int, ...], ...]:
     return ((attention.kv_lora_rank + attention.qk_rope_head_dim,),)
 
 
-def store(cache: LayerCache, new: LayerCache, slots: Int[Array, "B S"]) -> LayerCache:
-    """Write the new tokens into their slots; slots outside of the cache are dropped."""
-    rows = jnp.arange(slots.shape[0])[:, None]
-    return tuple(
-        held.at[rows, slots].set(values.astype(held.dtype), mode="drop")
-        for held, values in zip(cache, new, strict=True)
-    )
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """One layer's part of the arrays of its stack.
+
+    The arrays stay whole, so that a scan can carry them and a layer writes only its new tokens, in place.
+    """
+
+    arrays: CacheArrays
+    """What all layers of the stack keep."""
+    layer: Int[Array, ""]
+    """Index of this layer."""
+
+    def store(self, *new: Float[Array, "B S *features"], slots: Int[Array, "B S"]) -> "LayerCache":
+        """The cache with new tokens in their slots; those whose slot is outside of it are dropped."""
+        rows = jnp.arange(slots.shape[0])[:, None]
+        arrays = tuple(
+            held.at[self.layer, rows, slots].set(values.astype(held.dtype), mode="drop")
+            for held, values in zip(self.arrays, new, strict=True)
+        )
+        return LayerCache(arrays, self.layer)
+
+    def read(self, dtype: Any) -> tuple[Float[Array, "B slots *features"], ...]:
+        """All slots of this layer, in `dtype`."""
+        return tuple(held[self.layer].astype(dtype) for held in self.arrays)

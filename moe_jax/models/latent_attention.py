@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from moe_jax.families.decoder import LatentAttention
 from moe_jax.models.attention import AttentionInputs, attend
-from moe_jax.models.cache import LayerCache, store
+from moe_jax.models.cache import LayerCache
 from moe_jax.models.rotary import rotate
 
 
@@ -56,8 +56,8 @@ class MultiHeadLatentAttention(nnx.Module):
         rotated_key = rotate(rotated_key[:, :, None], description.rope, turn)[:, :, 0]
         compressed = jnp.concatenate([self.kv_a_norm(latent), rotated_key], axis=-1)
         if cache is not None:
-            cache = store(cache, (compressed,), inputs.slots)
-            compressed = cache[0].astype(x.dtype)
+            cache = cache.store(compressed, slots=inputs.slots)
+            (compressed,) = cache.read(x.dtype)
 
         mask = inputs.masks[None]
         if latent_space_is_cheaper(description, queries=x.shape[1], keys=compressed.shape[1]):

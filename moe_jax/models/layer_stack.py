@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moe_jax.config import MoEConfig, ParallelConfig
 from moe_jax.families.decoder import Decoder, GroupedQueryAttention, Layer
 from moe_jax.models.attention import AttentionInputs, MultiHeadAttention
-from moe_jax.models.cache import LayerCache
+from moe_jax.models.cache import CacheArrays, LayerCache
 from moe_jax.models.feed_forward import GatedMLP, run_mixture
 from moe_jax.models.latent_attention import MultiHeadLatentAttention
 from moe_jax.models.scan_plan import Segment
@@ -106,18 +106,18 @@ class LayerStack(nnx.Module):
         self,
         x: Float[Array, "B S H"],
         inputs: AttentionInputs,
-        caches: tuple[LayerCache, ...] | None,
+        caches: tuple[CacheArrays, ...] | None,
         *,
         is_real: Bool[Array, "B S"] | None,
         forced_ids: Int[Array, "L B S K"] | None,
         with_aux: bool,
-    ) -> tuple[Float[Array, "B S H"], tuple[LayerCache, ...] | None, MoEAux | None]:
+    ) -> tuple[Float[Array, "B S H"], tuple[CacheArrays, ...] | None, MoEAux | None]:
         """Run the layers in order.
 
         Args:
             x: hidden states.
             inputs: what all layers share.
-            caches: per position, arrays with the leading axis `repeats`.
+            caches: what earlier tokens left, per position in the group.
             is_real: False at padding.
             forced_ids: experts to use in each of the segment's L MoE layers.
             with_aux: collect the MoE layers' aux.
@@ -126,28 +126,28 @@ class LayerStack(nnx.Module):
             Hidden states, caches, and the aux stacked over the L MoE layers in their order (None without any).
         """
         graphs, states = zip(*(nnx.split(block) for block in self.blocks), strict=True)
-        groups = (self.segment.repeats, len(self.moe_positions))
+        repeats = self.segment.repeats
         if forced_ids is not None:
-            forced_ids = forced_ids.reshape(*groups, *forced_ids.shape[1:])
+            forced_ids = forced_ids.reshape(repeats, len(self.moe_positions), *forced_ids.shape[1:])
 
-        def run_group(x: Array, group: tuple) -> tuple[Array, tuple]:
-            states, caches, forced = group
+        def run_group(carry: tuple, group: tuple) -> tuple[tuple, MoEAux | None]:
+            (x, caches), (states, index, forced) = carry, group
             new_caches, auxes = [], []
             for position, (graph, state) in enumerate(zip(graphs, states, strict=True)):
                 is_forced = forced is not None and position in self.moe_positions
                 x, cache, aux = nnx.merge(graph, state)(
                     x,
                     inputs,
-                    None if caches is None else caches[position],
+                    None if caches is None else LayerCache(caches[position], index),
                     is_real=is_real,
                     forced_ids=forced[self.moe_positions.index(position)] if is_forced else None,
                 )
-                new_caches.append(cache)
+                new_caches += [] if cache is None else [cache.arrays]
                 auxes += [aux] if aux is not None and with_aux else []
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes) if auxes else None
-            return x, (None if caches is None else tuple(new_caches), stacked)
+            return (x, None if caches is None else tuple(new_caches)), stacked
 
-        x, (caches, aux) = jax.lax.scan(run_group, x, (states, caches, forced_ids), length=self.segment.repeats)
+        (x, caches), aux = jax.lax.scan(run_group, (x, caches), (states, jnp.arange(repeats), forced_ids))
         if aux is not None:
             aux = jax.tree.map(lambda leaf: leaf.reshape(self.num_moe_layers, *leaf.shape[2:]), aux)
         return x, caches, aux

@@ -83,7 +83,10 @@ def test_a_row_that_outgrows_its_cache_says_so_with_nan_and_leaves_the_others_al
     assert too_long.any()
     assert not too_long.all()
     assert np.isnan(np.asarray(logits)[too_long]).all()
-    assert relative_error(np.asarray(logits)[~too_long], expected.right_logits[~too_long], mask[~too_long] == 1) < TOLERANCE
+    assert (
+        relative_error(np.asarray(logits)[~too_long], expected.right_logits[~too_long], mask[~too_long] == 1)
+        < TOLERANCE
+    )
 
 
 def test_a_cache_is_a_pytree_whose_sizes_are_known():
