@@ -29,7 +29,9 @@ def test_routed_output_outweighs_shared_output_by_the_factor_exactly_once(factor
     plan = ScalingPlan.of(scaling_config(factor, to_output, trick), has_shared_experts=has_shared)
     routed, shared = plan.output_factors(dtype)
     assert plan.router_factor * routed / shared == pytest.approx(factor)
-    changed = [name for name, value in dict(router=plan.router_factor, routed=routed, shared=shared).items() if value != 1]
+    changed = [
+        name for name, value in dict(router=plan.router_factor, routed=routed, shared=shared).items() if value != 1
+    ]
     assert len(changed) == (factor != 1)
 
 
@@ -46,7 +48,7 @@ BOOLEANS = (False, True)
 
 @pytest.mark.parametrize("num_ranks", [1, 4])
 @pytest.mark.parametrize("zero_experts", BOOLEANS)
-@pytest.mark.parametrize("reduce_results, shared, transform", list(itertools.product(BOOLEANS, repeat=3)))
+@pytest.mark.parametrize(("reduce_results", "shared", "transform"), list(itertools.product(BOOLEANS, repeat=3)))
 def test_every_partial_result_is_summed_once_or_left_to_the_caller(
     reduce_results, shared, transform, zero_experts, num_ranks
 ):
@@ -69,7 +71,7 @@ def test_every_partial_result_is_summed_once_or_left_to_the_caller(
     assert plan.routed_before_transform == transform  # the transform may be non-linear
 
 
-# reduce_results, shared, transform -> routed before the transform, shared alone, sum at the end (spec 1.4 steps 5, 6, 10)
+# reduce_results, shared, transform -> routed before the transform, shared alone, sum at the end (spec 1.4)
 UPSTREAM_TABLE = {
     (False, False, False): (False, False, False),
     (False, False, True): (True, False, False),

@@ -16,7 +16,7 @@ class PlacementTable(nnx.Variable):
 
 
 def initial_physical_to_logical(num_experts: int, num_redundant_experts: int) -> np.ndarray:
-    """The logical expert in each physical slot of a fresh model: all of them, then copies from expert 0 on, `[P]` int32."""
+    """The logical expert in each slot of a fresh model, `[P]` int32: all of them, then copies from expert 0 on."""
     return np.concatenate([np.arange(num_experts), np.arange(num_redundant_experts) % num_experts]).astype(np.int32)
 
 
@@ -47,10 +47,10 @@ def invert_placement(physical_to_logical: np.ndarray, num_experts: int) -> tuple
 def choose_replicas(
     topk_ids: Int[Array, "T K"], logical_to_physical: Int[Array, "E R"], replica_count: Int[Array, "E"]
 ) -> Int[Array, "T K"]:
-    """Physical ids of logical ones: each token takes, of every expert it chose, the copy that a hash of its index names.
+    """Physical ids of logical ones: of each expert it chose, a token takes the copy that a hash of its index names.
 
-    A hash of the token, not of its position in the flattened ids: that one always met the same copy when K was a multiple
-    of the number of copies. Ids that name no expert (negative, or E and above) become -1.
+    A hash of the token, not of its position in the flattened ids: that one always met the same copy when K was a
+    multiple of the number of copies. Ids that name no expert (negative, or E and above) become -1.
 
     Source: vLLM `eplb_map_to_physical_and_record`; spec 5.7.
     """

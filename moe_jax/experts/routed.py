@@ -25,7 +25,7 @@ default_expert_init = initializers.variance_scaling(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertComputation:
-    """How experts compute, without their weights: hashable, so that it can be a static argument of a jitted function."""
+    """How experts compute, without their weights: hashable, so that it can be a static argument under `jax.jit`."""
 
     activation: Activation
     """Function between the projections."""
@@ -54,8 +54,8 @@ class ExpertComputation:
     ) -> Float[Array, "T H"]:
         """Run `weights`, those of the experts from `expert_offset` (None: 0) on; other ids contribute nothing.
 
-        Computes in the dtype of `x`, to which the weights are converted. Jitted, because outside of `jax.jit` the loops of
-        an implementation would run operation by operation.
+        Computes in the dtype of `x`, to which the weights are converted. Jitted, because outside of `jax.jit` the
+        loops of an implementation would run operation by operation.
         """
         gate_up_proj, down_proj, gate_up_bias, down_bias = (
             None if array is None else array.astype(x.dtype) for array in weights
@@ -78,8 +78,8 @@ class ExpertComputation:
 class RoutedExperts(nnx.Module):
     """The experts of one layer; a token passes those that its router chose, weighted.
 
-    The module owns weights and expert map, nothing else: routing, shared experts and reductions belong to the runner, and
-    shared experts are never stored here (spec 0.2).
+    The module owns weights and expert map, nothing else: routing, shared experts and reductions belong to the runner,
+    and shared experts are never stored here (spec 0.2).
 
     Attributes:
         gate_up_proj: `[E, 2, I, H]` (`[E, 1, I, H]` without a gate), E the physical experts held here.

@@ -1,4 +1,4 @@
-"""Shared experts: the dense MLP that every token of the layer passes, optionally scaled by a sigmoid gate (spec 1.7)."""
+"""Shared experts: the dense MLP that every token passes, optionally scaled by a sigmoid gate (spec 1.7)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,8 +15,8 @@ from moe_jax.kernels import Activation
 def promote_to_input_dtype(arrays: Sequence[Any], /, *, dtype: Any = None, inexact: bool = True) -> tuple[Any, ...]:
     """Convert `arrays` to `dtype`, or to that of the first one, the layer's input.
 
-    Flax's own rule with dtype=None takes the widest of all, so that bfloat16 tokens would be computed in the float32 of the
-    parameters; a layer here computes in the dtype of its tokens.
+    Flax's own rule with dtype=None takes the widest of all, so that bfloat16 tokens would be computed in the float32
+    of the parameters; a layer here computes in the dtype of its tokens.
     """
     del inexact  # part of the signature of nnx.Linear's `promote_dtype`
     target = arrays[0].dtype if dtype is None else dtype

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 
 class ExpertWeights(NamedTuple):
-    """Weights of E experts, stored (out, in); index 0 of the second axis is the gate, 1 the up projection (design section 2)."""
+    """Weights of E experts, stored (out, in); of the second axis, 0 is the gate and 1 the up projection."""
 
     gate_up_proj: Float[Array, "E 2 I H"]
     """`[E, 1, I, H]` for an activation without a gate."""

@@ -22,8 +22,8 @@ def axis_tuple(axes: AxisNames) -> tuple[str, ...]:
 class LayerAxes:
     """Mesh axes of one Mixture-of-Experts layer, by what they split.
 
-    A *rank* of the layer is one position along the reduce axes (expert axes, then tensor axes): it holds the experts of its
-    expert position, and of each of them the slice of the intermediate size of its tensor position.
+    A *rank* of the layer is one position along the reduce axes (expert axes, then tensor axes): it holds the experts
+    of its expert position, and of each of them the slice of the intermediate size of its tensor position.
     """
 
     mesh: Mesh
@@ -56,7 +56,8 @@ class LayerAxes:
             )
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
-                f"expert_axis, tensor_axis and data_axis must not share a mesh axis, got {', '.join(map(repr, repeated))} twice"
+                "expert_axis, tensor_axis and data_axis must not share a mesh axis, "
+                f"got {', '.join(map(repr, repeated))} twice"
             )
         return axes
 
@@ -84,13 +85,14 @@ class LayerAxes:
             )
         if config.intermediate_size % tensor:
             raise ValueError(
-                f"the {tensor} ranks of tensor_axis={self.tensor} must divide intermediate_size, got {config.intermediate_size}"
+                f"the {tensor} ranks of tensor_axis={self.tensor} must divide intermediate_size, "
+                f"got {config.intermediate_size}"
             )
         shared = config.shared_experts
         if shared is not None and shared.intermediate_size % self.num_ranks:
             raise ValueError(
-                f"the {self.num_ranks} ranks of expert_axis and tensor_axis must divide the intermediate_size of the shared "
-                f"experts, got {shared.intermediate_size}"
+                f"the {self.num_ranks} ranks of expert_axis and tensor_axis must divide the intermediate_size "
+                f"of the shared experts, got {shared.intermediate_size}"
             )
 
     def position(self, names: tuple[str, ...]) -> jax.Array | int:

@@ -1,9 +1,10 @@
-"""Expert and tensor parallelism with replicated tokens: every rank sees all tokens, computes its share, and shares are summed.
+"""Expert and tensor parallelism with replicated tokens: each rank computes its share for all, and shares are summed.
 
-Nothing is dispatched. A rank runs the experts of its expert position, each cut to its slice of the intermediate size, and its
-slice of the shared experts; the sum over the ranks is the layer's output. Between the two steps the *partial results* are an
-ordinary array `[ranks, T, ...]` split over the reduce axes, so the order in which they are scaled, added and summed stays
-the runner's, written down once. Tokens may be split over data axes; no rank ever sees another data position's tokens.
+Nothing is dispatched. A rank runs the experts of its expert position, each cut to its slice of the intermediate size,
+and its slice of the shared experts; the sum over the ranks is the layer's output. Between the two steps the *partial
+results* are an ordinary array `[ranks, T, ...]` split over the reduce axes, so the order in which they are scaled,
+added and summed stays the runner's, written down once. Tokens may be split over data axes; no rank ever sees another
+data position's tokens.
 
 Source: spec 1.4, 1.8; vLLM's tensor- and expert-parallel path without all-to-all kernels.
 """
@@ -22,8 +23,9 @@ from moe_jax.experts.shared import SharedExperts
 from moe_jax.experts.weights import ExpertWeights
 from moe_jax.parallel.axes import LayerAxes
 
+
 def expert_weight_specs(axes: LayerAxes) -> ExpertWeights:
-    """How each array of `ExpertWeights` is split: experts over the expert axes, intermediate size over the tensor axes."""
+    """How `ExpertWeights` are split: experts over the expert axes, intermediate size over the tensor axes."""
     return ExpertWeights(
         gate_up_proj=axes.spec(axes.expert, (), axes.tensor, ()),
         down_proj=axes.spec(axes.expert, (), axes.tensor),
@@ -33,7 +35,7 @@ def expert_weight_specs(axes: LayerAxes) -> ExpertWeights:
 
 
 def shared_expert_spec(axes: LayerAxes, path: tuple[Any, ...]) -> PartitionSpec:
-    """How the parameter of `SharedExperts` at `path` is split: the intermediate size over all ranks, the rest on each."""
+    """How the parameter of `SharedExperts` at `path` is split: the intermediate size over all ranks."""
     return {
         ("gate_proj", "kernel"): axes.spec((), axes.reduce),
         ("up_proj", "kernel"): axes.spec((), axes.reduce),

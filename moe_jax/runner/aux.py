@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MoEAux:
-    """Routing of one call: arrays only, so that it leaves `jax.jit` and comes out of `jax.lax.scan` stacked per layer."""
+    """Routing of one call: arrays only, so that it leaves `jax.jit`, and `jax.lax.scan` stacked per layer."""
 
     topk_ids: Int[Array, "... K"]
     """Logical expert ids, int32, as `forced_ids` takes them back: -1 no expert, num_experts and above zero experts."""
@@ -25,6 +25,6 @@ class MoEAux:
 
 
 def count_expert_load(topk_ids: Int[Array, "T K"], num_experts: int) -> Int[Array, "E"]:
-    """How many (token, slot) pairs chose each of `num_experts` experts; ids outside [0, num_experts) are not counted."""
+    """How many (token, slot) pairs chose each of `num_experts` experts; other ids are not counted."""
     # A comparison with every expert rather than a scatter: it keeps its sharding under any mesh, and XLA fuses it.
     return jnp.sum(topk_ids.reshape(-1, 1) == jnp.arange(num_experts), axis=0, dtype=jnp.int32)

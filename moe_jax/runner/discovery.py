@@ -4,7 +4,7 @@ LAYER_CLASS_NAMES = frozenset({"MoERunnerInterface", "MoERunner"})
 
 
 def is_moe_layer(module: object) -> bool:
-    """Whether `module` (an object or a class) is a Mixture-of-Experts layer, judged by the class names it inherits from.
+    """Whether `module` (an object or a class) is a Mixture-of-Experts layer, judged by its inherited class names.
 
     Names instead of `isinstance`, so that code which the layer itself imports can ask, too (spec 0.4, vLLM pull request
     35782).

@@ -25,7 +25,7 @@ class ScalingPlan:
 
     @classmethod
     def of(cls, config: MoEConfig, *, has_shared_experts: bool) -> Self:
-        """The plan of a layer, whose config has refused combinations in which a part of the output misses the factor."""
+        """The plan of a layer; its config has refused combinations in which some output misses the factor."""
         router = config.router
         return cls(
             factor=float(router.routed_scaling_factor),
@@ -51,8 +51,8 @@ class ScalingPlan:
 class ReductionPlan:
     """Which sums over the layer's ranks happen, and when (spec 1.4 steps 5, 6 and 10).
 
-    Each rank's experts give a partial result of the routed output, and its slice of the shared experts one of the shared
-    output. At most one of "each alone" and "their sum" is reduced, so nothing is summed twice.
+    Each rank's experts give a partial result of the routed output, and its slice of the shared experts one of the
+    shared output. At most one of "each alone" and "their sum" is reduced, so nothing is summed twice.
     """
 
     num_ranks: int
@@ -78,8 +78,8 @@ class ReductionPlan:
 
         Args:
             num_ranks: positions along the expert and tensor axes.
-            reduce_results: False asks for partial results. Zero experts, whose part every rank holds whole, and an output
-                transform, which needs the whole routed output, reduce nevertheless, as upstream does.
+            reduce_results: False asks for partial results. Zero experts, whose part every rank holds whole, and an
+                output transform, which needs the whole routed output, reduce nevertheless, as upstream does.
             has_shared_experts: the layer has shared experts.
             has_output_transform: the layer has a `routed_output_transform`.
             has_zero_experts: the router has zero experts.

@@ -27,13 +27,13 @@ Transform = Callable[[Array], Any]
 class MoERunner(MoERunnerInterface):
     """Router, routed experts, shared experts and transforms, run in the order of vLLM's runner (spec 1.4 and 1.5).
 
-    1. `routed_input_transform` gives the routed path its input; shared experts keep the original hidden states. A caller who
-       passes `shared_experts_input` has applied the transform already, so it is skipped.
-    2. The router turns the routed input, or the caller's `router_logits`, into weights and logical ids; redundant experts
-       turn logical ids into physical ones.
+    1. `routed_input_transform` gives the routed path its input; shared experts keep the original hidden states. A
+       caller who passes `shared_experts_input` has applied the transform already, so it is skipped.
+    2. The router turns the routed input, or the caller's `router_logits`, into weights and logical ids; redundant
+       experts turn logical ids into physical ones.
     3. Routed and shared experts run; the two plans say where their outputs are scaled and summed over the ranks.
-    4. `routed_output_transform`, then the shared output is added, then the zero experts' part: the routed input times the
-       weight that its zero experts got.
+    4. `routed_output_transform`, then the shared output is added, then the zero experts' part: the routed input times
+       the weight that its zero experts got.
 
     Every part may be replaced after construction: the plans are derived from the parts that are there.
 
@@ -71,8 +71,8 @@ class MoERunner(MoERunnerInterface):
             mesh: devices over which `config.parallel` splits the layer; parameters created here are placed on it.
 
         Raises:
-            ValueError: the scaling plan cannot be kept; the config names mesh axes without a mesh, axes that the mesh lacks,
-                or ranks that do not divide the layer; shared experts that cannot be split over ranks.
+            ValueError: the scaling plan cannot be kept; the config names mesh axes without a mesh, axes that the mesh
+                lacks, or ranks that do not divide the layer; shared experts that cannot be split over ranks.
         """
         self.config = config
         self.axes = _resolve_axes(config, mesh)
@@ -144,8 +144,8 @@ class MoERunner(MoERunnerInterface):
         if self.axes is None or not self.axes.has_explicit_axes:
             return self._forward(*arrays, with_aux=with_aux)
 
-        # Routing and reshapes are written for arrays whose sharding the compiler chooses, so the layer runs as an island
-        # with Auto axes, and its results take on the sharding of the hidden states.
+        # Routing and reshapes are written for arrays whose sharding the compiler chooses, so the layer runs as an
+        # island with Auto axes, and its results take on the sharding of the hidden states.
         graph, state = nnx.split(self)
 
         def island(state, *arrays):
@@ -158,6 +158,8 @@ class MoERunner(MoERunnerInterface):
     def _forward(
         self, hidden_states, router_logits, input_ids, shared_experts_input, forced_ids, key, *, with_aux
     ) -> Array | tuple[Array, MoEAux]:
+        if router_logits is None and not self.is_internal_router:
+            raise ValueError("the router has no weight of its own: router_logits must be given, got None")
         leading = hidden_states.shape[:-1]
         tokens = _flatten("hidden_states", self._in_computation_dtype(hidden_states), leading, 1)
 
@@ -177,13 +179,13 @@ class MoERunner(MoERunnerInterface):
             key=key,
         )
         output = self._run_experts(routed_input, shared_input, topk_weights, topk_ids)
-        output = output.reshape(*output.shape[:-2], *leading, output.shape[-1])
+        output = _unflatten(output, leading)
         if not with_aux:
             return output
         aux = MoEAux(
-            topk_ids=topk_ids.reshape(*leading, -1),
-            topk_weights=topk_weights.reshape(*leading, -1),
-            router_logits=logits.reshape(*leading, -1),
+            topk_ids=_unflatten(topk_ids, leading),
+            topk_weights=_unflatten(topk_weights, leading),
+            router_logits=_unflatten(logits, leading),
             expert_load=count_expert_load(topk_ids, self.config.num_experts),
             dropped_rows=jnp.zeros((), jnp.int32),
         )
@@ -242,7 +244,7 @@ class MoERunner(MoERunnerInterface):
         return partials if self.axes.num_ranks > 1 else partials[0, :num_tokens]
 
     def partition_specs(self) -> nnx.State:
-        """How each parameter is split over the mesh, as a state of `PartitionSpec`s; replicated where nothing is said."""
+        """How each parameter is split over the mesh: a state of `PartitionSpec`s."""
         return nnx.map_state(lambda path, _: self._partition_spec(path), nnx.state(self))
 
     def _partition_spec(self, path: tuple[Any, ...]) -> PartitionSpec:
@@ -319,6 +321,11 @@ def _flatten(name: str, array: Array | None, leading: tuple[int, ...], trailing_
     if array.ndim != len(leading) + trailing_dims or array.shape[: len(leading)] != leading:
         raise ValueError(f"{name} must have the leading dimensions {leading} of hidden_states, got shape {array.shape}")
     return array.reshape(math.prod(leading), *array.shape[len(leading) :])
+
+
+def _unflatten(array: Array, leading: tuple[int, ...]) -> Array:
+    """`[*before, T, D]` -> `[*before, *leading, D]`."""
+    return array.reshape(*array.shape[:-2], *leading, array.shape[-1])
 
 
 def _first(result: Any) -> Array:

@@ -30,14 +30,16 @@ def test_published_replica_choices_are_reproduced(case):
     np.testing.assert_array_equal(choose_replicas(ids, table, count), expected)
 
 
-@pytest.mark.parametrize("count, expected", [(2, [0, 1, 0, 1, 0, 1]), (3, [0, 0, 2, 2, 1, 0]), (4, [0, 1, 2, 3, 0, 1])])
+@pytest.mark.parametrize(
+    ("count", "expected"), [(2, [0, 1, 0, 1, 0, 1]), (3, [0, 0, 2, 2, 1, 0]), (4, [0, 1, 2, 3, 0, 1])]
+)
 def test_replica_of_first_tokens_follows_the_fibonacci_hash(count, expected):
     ids = jnp.zeros((6, 1), jnp.int32)
     chosen = choose_replicas(ids, jnp.arange(count)[None], jnp.array([count]))
     np.testing.assert_array_equal(chosen[:, 0], expected)
 
 
-@pytest.mark.parametrize("top_k, copies", [(2, 2), (4, 2), (8, 4), (8, 8)])
+@pytest.mark.parametrize(("top_k", "copies"), [(2, 2), (4, 2), (8, 4), (8, 8)])
 def test_copies_share_the_load_evenly_even_if_top_k_is_a_multiple_of_their_number(top_k, copies, rng):
     num_experts, num_tokens = 16, 8192
     ids = rng.random((num_tokens, num_experts)).argsort(axis=1)[:, :top_k]

@@ -98,4 +98,6 @@ def layer(
     if "shared_experts" in parameters:
         shared_input = tokens if shared_input is None else np.asarray(shared_input, np.float64)
         output = output + shared_factor * shared_experts(shared_input, parameters["shared_experts"], activate=activate)
-    return output + (weights * is_zero_expert).sum(axis=-1, keepdims=True) * routed_input, ids
+    if is_zero_expert.any():
+        output = output + (weights * is_zero_expert).sum(axis=-1, keepdims=True) * routed_input
+    return output, ids
