@@ -68,7 +68,7 @@ class MoERunner(MoERunnerInterface):
             shared_experts: a dense module that exists already, in place of `config.shared_experts`.
             routed_input_transform: latent projection of the routed path (spec 1.4 step 1).
             routed_output_transform: its way back, applied before the shared output is added.
-            mesh: devices over which `config.parallel` splits the layer; parameters created here are placed on it.
+            mesh: devices over which `config.parallel` splits the layer; its parameters are moved there.
 
         Raises:
             ValueError: the scaling plan cannot be kept; the config names mesh axes without a mesh, axes that the mesh
@@ -145,7 +145,8 @@ class MoERunner(MoERunnerInterface):
             return self._forward(*arrays, with_aux=with_aux)
 
         # Routing and reshapes are written for arrays whose sharding the compiler chooses, so the layer runs as an
-        # island with Auto axes, and its results take on the sharding of the hidden states.
+        # island with Auto axes, and its results take on the sharding of the hidden states. State that a transform
+        # changes while it runs (a dropout counter) stays on the island.
         graph, state = nnx.split(self)
 
         def island(state, *arrays):
@@ -222,6 +223,11 @@ class MoERunner(MoERunnerInterface):
         if plan.result_is_partial:
             output = output[:, :num_tokens]
         if self.config.router.num_zero_experts:
+            if output.shape[-1] != routed_input.shape[-1]:
+                raise ValueError(
+                    f"zero experts return the routed input, so its width must be that of the layer's output "
+                    f"({output.shape[-1]}), got {routed_input.shape[-1]}"
+                )
             output = output + split.identity_weight[:, None].astype(output.dtype) * routed_input
         return output
 
@@ -259,21 +265,24 @@ class MoERunner(MoERunnerInterface):
 
     def _place_on_mesh(self) -> None:
         """Split the parameters as `partition_specs` says."""
-        mesh = self.axes.mesh
-        place = lambda path, value: jax.device_put(value, NamedSharding(mesh, self._partition_spec(path)))  # noqa: E731
+
+        def place(path: tuple[Any, ...], value: Array) -> Array:
+            return jax.device_put(value, NamedSharding(self.axes.mesh, self._partition_spec(path)))
+
         nnx.update(self, nnx.map_state(place, nnx.state(self)))
 
     def _check_parts(self) -> None:
         """Raise ValueError unless the plans can be kept with the parts that are there."""
-        _ = self.scaling_plan
+        manager = getattr(self.routed_experts, "expert_map_manager", None)
+        if manager is not None and manager.expert_map is not None:
+            # Its routed output would be a part, added to a whole shared output. On a mesh the layer splits them alike.
+            raise ValueError(
+                "routed_experts must hold every expert of the layer, or be split by mesh=; "
+                f"got those of rank {manager.ranks.ep_rank} of {manager.ranks.ep_size}"
+            )
         if self.axes is None:
             return
         self.axes.validate(self.config)
-        if self.routed_experts.expert_map_manager is not None:
-            raise ValueError(
-                "a layer on a mesh splits its experts itself: routed_experts.expert_map_manager must be None, "
-                f"got {self.routed_experts.expert_map_manager}"
-            )
         has_foreign_shared = self.shared_experts is not None and not isinstance(self.shared_experts, SharedExperts)
         if has_foreign_shared and self.axes.num_ranks > 1:
             raise ValueError(
