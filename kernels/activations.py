@@ -73,9 +73,7 @@ _GATED_FORMS = {
     "gelu_tanh": _Form(_gelu_tanh),
     "relu2": _Form(_relu2),
     "swigluoai": _Form(_swigluoai, defaults={"limit": 7.0, "alpha": 1.702, "beta": 1.0}),
-    "swigluoai_uninterleave": _Form(
-        _swigluoai, defaults={"alpha": 1.0, "beta": 0.0}, mandatory=frozenset({"limit"})
-    ),
+    "swigluoai_uninterleave": _Form(_swigluoai, defaults={"alpha": 1.0, "beta": 0.0}, mandatory=frozenset({"limit"})),
     "swiglustep": _Form(_swiglustep, defaults={"limit": 7.0}),
 }
 _WITHOUT_MUL = ("silu", "gelu", "gelu_tanh", "relu2")
@@ -159,7 +157,9 @@ class Activation:
         if not self.is_gated:
             return self
         if self.name not in _WITHOUT_MUL or self.limit is not None:
-            raise ValueError(f"{self} has no form without multiplication; only {', '.join(_WITHOUT_MUL)} have, unlimited")
+            raise ValueError(
+                f"{self} has no form without multiplication; only {', '.join(_WITHOUT_MUL)} have, unlimited"
+            )
         return Activation(f"{self.name}{_NOT_GATED_SUFFIX}")
 
     def __call__(
@@ -173,7 +173,9 @@ class Activation:
         """
         if (up is not None) != self.is_gated:
             needed = "gate and up" if self.is_gated else "gate alone"
-            raise ValueError(f"activation {self.name!r} is a function of {needed}, got up={'given' if up is not None else None}")
+            raise ValueError(
+                f"activation {self.name!r} is a function of {needed}, got up={'given' if up is not None else None}"
+            )
         wide = jnp.promote_types(gate.dtype, jnp.float32)
         factor = jnp.ones((), wide) if up is None else up.astype(wide)
         return _FORMS[self.name].formula(gate.astype(wide), factor, self).astype(gate.dtype)

@@ -71,7 +71,7 @@ def fused_moe(
         apply_router_weight_on_input,
     )
     chosen, _ = choose("fused_moe", IMPLEMENTATIONS, request, implementation)
-    return chosen.run(request)
+    return chosen.run(request.equally_varying())
 
 
 def explain(

@@ -37,7 +37,9 @@ class Assignment(NamedTuple):
             pair = jnp.sort(expert.reshape(-1) * num_pairs + pair) % num_pairs
         else:
             _, pair = jax.lax.sort((expert.reshape(-1), pair), num_keys=1, is_stable=True)
-        position = jnp.zeros(num_pairs, jnp.int32).at[pair].set(jnp.arange(num_pairs, dtype=jnp.int32), unique_indices=True)
+        position = (
+            jnp.zeros(num_pairs, jnp.int32).at[pair].set(jnp.arange(num_pairs, dtype=jnp.int32), unique_indices=True)
+        )
         sizes = jnp.sum(expert.reshape(-1, 1) == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
         return cls(pair, position.reshape(topk_ids.shape), expert, Groups.of(sizes, 0, num_experts))
 

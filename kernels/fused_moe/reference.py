@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..selection import Formulation
+from ..varying import varying_like
 from .request import Request
 
 NAME = "reference"
@@ -52,5 +53,6 @@ def run(request: Request) -> Array:
         bias_or_zero(request.gate_up_bias, request.gate_up_proj.shape[:3]),
         bias_or_zero(request.down_bias, request.down_proj.shape[:2]),
     )
-    pairs, _ = jax.lax.scan(add_expert, jnp.zeros(pair_rows.shape, wide), experts)
+    nothing = varying_like(jnp.zeros(pair_rows.shape, wide), x)
+    pairs, _ = jax.lax.scan(add_expert, nothing, experts)
     return pairs.reshape(-1, top_k, request.hidden_size).sum(axis=1).astype(x.dtype)

@@ -8,6 +8,7 @@ from jax import Array
 
 from ..activations import Activation
 from ..selection import platform_of
+from ..varying import equally_varying
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,7 +78,9 @@ class Request:
         if topk_ids.ndim != 2 or topk_ids.shape[0] != x.shape[0] or topk_ids.shape[1] < 1:
             raise ValueError(f"topk_ids must be [T, K] with T={x.shape[0]} and K >= 1, got shape {topk_ids.shape}")
         if topk_weights.shape != topk_ids.shape:
-            raise ValueError(f"topk_weights must be [T, K] = {topk_ids.shape} as topk_ids, got shape {topk_weights.shape}")
+            raise ValueError(
+                f"topk_weights must be [T, K] = {topk_ids.shape} as topk_ids, got shape {topk_weights.shape}"
+            )
         projections = 2 if activation.is_gated else 1
         if gate_up_proj.ndim != 4 or gate_up_proj.shape[1] != projections or gate_up_proj.shape[0] < 1:
             raise ValueError(
@@ -117,3 +120,9 @@ class Request:
             apply_router_weight_on_input,
             platform_of(gate_up_proj, x),
         )
+
+    def equally_varying(self) -> Self:
+        """The same arguments, fit to meet each other in loops and custom gradients inside `jax.shard_map`."""
+        names = ("x", "topk_weights", "topk_ids", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
+        arrays = equally_varying(*(getattr(self, name) for name in names))
+        return dataclasses.replace(self, **dict(zip(names, arrays, strict=True)))

@@ -47,7 +47,7 @@ def grouped_matmul(
     """
     request = Request.of(rows, weights, group_sizes, bias, group_offset, preferred_element_type)
     chosen, _ = choose("grouped_matmul", IMPLEMENTATIONS, request, implementation)
-    return chosen.run(request)
+    return chosen.run(request.equally_varying())
 
 
 def explain(

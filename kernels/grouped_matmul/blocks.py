@@ -78,7 +78,11 @@ def multiply(
         operand = jax.lax.dynamic_slice_in_dim(rows, row, tiling.block_rows)
 
         def one_slice(number: int | Array, result: Array) -> Array:
-            first = number * slice_width if num_slices * slice_width == width else jnp.minimum(number * slice_width, width - slice_width)
+            first = (
+                number * slice_width
+                if num_slices * slice_width == width
+                else jnp.minimum(number * slice_width, width - slice_width)
+            )
             start, shape = [group, 0, 0], [1, *weights.shape[1:]]
             start[1 + kept], shape[1 + kept] = first, slice_width
             matrix = jax.lax.dynamic_slice(weights, start, shape)[0]
@@ -126,7 +130,9 @@ def contract_rows(
     return jax.lax.fori_loop(0, num_groups, one_group, nothing)
 
 
-def sum_rows(rows: Float[Array, "Mpadded N"], groups: Groups, block_rows: int, *, output_dtype: jnp.dtype) -> Float[Array, "G N"]:
+def sum_rows(
+    rows: Float[Array, "Mpadded N"], groups: Groups, block_rows: int, *, output_dtype: jnp.dtype
+) -> Float[Array, "G N"]:
     """Sum of the rows of every group: the gradient of the bias."""
     ones = jnp.ones((rows.shape[0], 1), rows.dtype)
     return contract_rows(ones, rows, groups, block_rows, output_dtype=output_dtype)[:, 0]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..selection import Formulation
+from ..varying import varying_like
 from .groups import Groups, keep_rows
 from .request import Request
 
@@ -35,6 +36,6 @@ def run(request: Request) -> Array:
         product = jnp.dot(keep_rows(request.rows, member), matrix.T, preferred_element_type=accumulator) + offset
         return total + keep_rows(product, member), None
 
-    nothing = jnp.zeros((row.shape[0], weights.shape[1]), accumulator)
+    nothing = varying_like(jnp.zeros((row.shape[0], weights.shape[1]), accumulator), request.rows)
     total, _ = jax.lax.scan(add_group, nothing, (*groups, weights, bias))
     return total.astype(request.output_dtype)

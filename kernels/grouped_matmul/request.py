@@ -8,6 +8,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from ..selection import platform_of
+from ..varying import equally_varying
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,3 +73,9 @@ class Request:
             raise TypeError(f"preferred_element_type must be floating, got {output_dtype}")
         platform = platform_of(weights, rows)
         return cls(rows, weights, group_sizes, bias, group_offset, output_dtype, platform)
+
+    def equally_varying(self) -> Self:
+        """The same arguments, fit to meet each other in loops and custom gradients inside `jax.shard_map`."""
+        names = ("rows", "weights", "group_sizes", "bias")
+        arrays = equally_varying(*(getattr(self, name) for name in names))
+        return dataclasses.replace(self, **dict(zip(names, arrays, strict=True)))

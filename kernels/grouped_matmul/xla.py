@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..selection import Formulation
-from ..varying import equally_varying
 from . import blocks
 from .groups import Groups, keep_rows
 from .request import Request
@@ -59,8 +58,7 @@ def run(request: Request) -> Array:
         return jnp.zeros((rows.shape[0], weights.shape[1]), request.output_dtype)
     groups = Groups.of(request.group_sizes, request.group_offset, weights.shape[0])
     tiling = tiling_for(rows.shape[0], weights.shape[0], request.platform)
-    rows, weights, bias, *groups = equally_varying(rows, weights, request.bias, *groups)
-    return multiply_groups(tiling, request.output_dtype, rows, weights, bias, Groups(*groups))
+    return multiply_groups(tiling, request.output_dtype, rows, weights, request.bias, groups)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -1,0 +1,100 @@
+"""One expert on one block of rows, from ordinary XLA operations.
+
+Weights are the left operand of both products, and what flows between them is transposed, [I, rows]. XLA's matmuls on CPUs
+repack their right operand at every call; the right operand here is the small one (a block of rows), and weights are streamed
+as they lie. At 4 to 32 rows this is two to three times faster than rows times transposed weights, at hundreds about equal.
+
+A matrix is multiplied in slices of a few megabytes, in a loop. XLA on CPUs copies what a dynamic index selects; a small copy
+is reused from cache, a large one is written to fresh memory whose page faults cost more than the product.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from ..activations import Activation
+from ..varying import varying_like
+
+
+class ExpertWeights(NamedTuple):
+    """Weights of E experts."""
+
+    gate_up_proj: Float[Array, "E P I H"]
+    down_proj: Float[Array, "E H I"]
+    gate_up_bias: Float[Array, "E P I"] | None
+    down_bias: Float[Array, "E H"] | None
+
+
+def apply_expert(
+    rows: Float[Array, "rows H"],
+    weights: ExpertWeights,
+    expert: Int[Array, ""],
+    activation: Activation,
+    slice_bytes: int,
+) -> Float[Array, "rows H"]:
+    """The output of one expert for a block of rows, in their dtype; matmuls and activation in float32.
+
+    Args:
+        rows: the block.
+        weights: of all experts.
+        expert: which one.
+        activation: between the two projections.
+        slice_bytes: largest slice of a matrix that is copied at once.
+    """
+    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    _, projections, width, hidden = weights.gate_up_proj.shape
+    num_rows = rows.shape[0]
+
+    def gate_up_slice(first: Array | int, size: int) -> Array:
+        start, shape = (expert, 0, first, 0), (1, projections, size, hidden)
+        matrix = jax.lax.dynamic_slice(weights.gate_up_proj, start, shape).reshape(projections * size, hidden)
+        product = jax.lax.dot_general(matrix, rows, (((1,), (1,)), ((), ())), preferred_element_type=wide)
+        if weights.gate_up_bias is not None:
+            bias = jax.lax.dynamic_slice(weights.gate_up_bias, start[:3], shape[:3])
+            product += bias.reshape(-1, 1).astype(wide)
+        return activation(*jnp.split(product, projections)).astype(rows.dtype)
+
+    def down_slice(first: Array | int, size: int) -> Array:
+        matrix = jax.lax.dynamic_slice(weights.down_proj, (expert, first, 0), (1, size, width))[0]
+        product = jax.lax.dot_general(matrix, activated, (((1,), (0,)), ((), ())), preferred_element_type=wide)
+        if weights.down_bias is not None:
+            product += jax.lax.dynamic_slice(weights.down_bias, (expert, first), (1, size)).reshape(-1, 1).astype(wide)
+        return product.astype(rows.dtype)
+
+    itemsize = rows.dtype.itemsize
+    shape = (width, num_rows)
+    activated = _in_slices(gate_up_slice, rows, shape, bytes_each=projections * hidden * itemsize, limit=slice_bytes)
+    result = _in_slices(down_slice, rows, (hidden, num_rows), bytes_each=width * itemsize, limit=slice_bytes)
+    return kept_apart(result).T
+
+
+def kept_apart(product: Array) -> Array:
+    """A product; keeps XLA from merging it with the transposition that follows, which would swap its operands."""
+    return jax.lax.optimization_barrier(product)
+
+
+def _in_slices(
+    compute: Callable[[Array | int, int], Array], like: Array, shape: tuple[int, int], *, bytes_each: int, limit: int
+) -> Array:
+    """Rows `[first, first + size)` of the result by `compute(first, size)`, over slices of equal size that keep the limit.
+
+    The last slice may repeat some rows of the one before it. A loop even where the number is static: unrolled, XLA would
+    hold the copies of all slices at once.
+    """
+    height = shape[0]
+    number = math.ceil(height * bytes_each / limit)
+    size = math.ceil(height / number)
+    number = math.ceil(height / size)
+    if number == 1:
+        return compute(0, height)
+
+    def one_slice(index: Array, result: Array) -> Array:
+        first = jnp.minimum(index * size, height - size)
+        return jax.lax.dynamic_update_slice(result, compute(first, size), (first, 0))
+
+    return jax.lax.fori_loop(0, number, one_slice, varying_like(jnp.zeros(shape, like.dtype), like))
