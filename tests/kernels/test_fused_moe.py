@@ -434,3 +434,48 @@ def test_invalid_arguments_are_refused(error, message, arguments):
     for function in (fused_moe, explain_fused_moe):
         with pytest.raises(error, match=message):
             function(**valid | arguments)
+
+
+def describe(tokens, experts, top_k, intermediate, dtype=jnp.float32):
+    """What `explain` says for these sizes, hidden size 1024."""
+    shapes = [
+        ((tokens, 1024), dtype),
+        ((tokens, top_k), jnp.float32),
+        ((tokens, top_k), jnp.int32),
+        ((experts, 2, intermediate, 1024), dtype),
+        ((experts, 1024, intermediate), dtype),
+    ]
+    return explain_fused_moe(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "formulation", "reason"),
+    [
+        ((1, 64, 8, 384), "loop over blocks of 2 rows", "most experts are not used"),
+        ((1, 64, 8, 384, jnp.bfloat16), "loop over blocks of 4 rows", "most experts are not used"),
+        ((128, 64, 8, 384), "batched with 24 slots", "16 each on average"),
+        ((2048, 64, 8, 384), "loop over blocks of 288 rows", "256 each on average"),
+        ((2048, 8, 2, 3584), "batched with 560 slots", "an expert is large"),
+    ],
+    ids=str,
+)
+def test_explain_names_the_formulation_and_why_from_shapes_alone(sizes, formulation, reason):
+    choice = describe(*sizes)
+    assert choice.implementation == "xla"
+    assert formulation in choice.formulation
+    assert reason in choice.reason
+    assert str(choice).startswith("fused_moe: xla")
+
+
+def test_explain_gives_the_reason_of_every_rejected_implementation():
+    rejected = dict(describe(4, 8, 2, 96).rejected)
+    assert set(rejected) == set(IMPLEMENTATIONS) - {"xla"}
+    assert all(rejected.values())
+
+
+@pytest.mark.parametrize("sizes", [dict(tokens=200, experts=8, top_k=2), dict(tokens=300, experts=3, top_k=1)], ids=str)
+def test_both_formulations_of_xla_compute_skewed_routing(sizes, rng):
+    block = Block.draw(rng, **sizes, bias=True)
+    ids = jnp.where(jnp.arange(sizes["tokens"])[:, None] % 10 < 8, jnp.arange(sizes["top_k"]), block.arrays["topk_ids"])
+    block = block.with_arrays(topk_ids=ids.astype(jnp.int32))
+    assert_close(block.run("xla"), block.expected())
