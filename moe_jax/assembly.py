@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +40,9 @@ def assemble(
             Otherwise a shard is read as a whole.
         block_bytes: most bytes to read at once.
     """
-    devices_of: dict[Bounds, list[jax.Device]] = {}
+    devices_of: dict[Bounds, list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
         devices_of.setdefault(bounds, []).append(device)
 
     shards = []
@@ -70,7 +71,7 @@ def split_into_blocks(bounds: Bounds, itemsize: int, block_bytes: int) -> Iterat
 def _fill(
     bounds: Bounds,
     blocks: list[Bounds],
-    devices: list[jax.Device],
+    devices: list[Any],
     dtype: np.dtype,
     read: Callable[[Index], np.ndarray],
 ) -> list[jax.Array]:

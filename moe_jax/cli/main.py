@@ -20,12 +20,20 @@ from moe_jax.cli.commands import bench, convert, export, generate, inspect, veri
 class Command(Protocol):
     """What a module of `moe_jax.cli.commands` provides."""
 
-    SUMMARY: str
-    """One line for `moe-jax --help`."""
-    DESCRIPTION: str
-    """What the command does, for its own help."""
-    EXAMPLES: str
-    """Commands to copy, for its own help."""
+    @property
+    def SUMMARY(self) -> str:  # noqa: N802 - a constant of the module
+        """One line for `moe-jax --help`."""
+        ...
+
+    @property
+    def DESCRIPTION(self) -> str:  # noqa: N802
+        """What the command does, for its own help."""
+        ...
+
+    @property
+    def EXAMPLES(self) -> str:  # noqa: N802
+        """Commands to copy, for its own help."""
+        ...
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the command's arguments."""

@@ -17,7 +17,7 @@ class ResultConsole(Console):
 
     def on_broken_pipe(self) -> None:
         """Called while the BrokenPipeError is handled; without this, rich would end the process."""
-        raise  # noqa: PLE0704
+        raise
 
 
 def stdout_console() -> Console:

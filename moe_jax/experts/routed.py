@@ -57,17 +57,15 @@ class ExpertComputation:
         Computes in the dtype of `x`, to which the weights are converted. Jitted, because outside of `jax.jit` the
         loops of an implementation would run operation by operation.
         """
-        gate_up_proj, down_proj, gate_up_bias, down_bias = (
-            None if array is None else array.astype(x.dtype) for array in weights
-        )
+        weights = jax.tree.map(lambda array: array.astype(x.dtype), weights)
         return fused_moe(
             x,
             topk_weights,
             topk_ids,
-            gate_up_proj,
-            down_proj,
-            gate_up_bias=gate_up_bias,
-            down_bias=down_bias,
+            weights.gate_up_proj,
+            weights.down_proj,
+            gate_up_bias=weights.gate_up_bias,
+            down_bias=weights.down_bias,
             activation=self.activation,
             expert_offset=0 if expert_offset is None else expert_offset,
             apply_router_weight_on_input=self.apply_router_weight_on_input,

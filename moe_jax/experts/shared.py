@@ -12,7 +12,7 @@ from moe_jax.config import MoEConfig
 from moe_jax.kernels import Activation
 
 
-def promote_to_input_dtype(arrays: Sequence[Any], /, *, dtype: Any = None, inexact: bool = True) -> tuple[Any, ...]:
+def promote_to_input_dtype(arrays: Sequence[Any], /, *, dtype: Any = None, inexact: bool = True) -> Any:
     """Convert `arrays` to `dtype`, or to that of the first one, the layer's input.
 
     Flax's own rule with dtype=None takes the widest of all, so that bfloat16 tokens would be computed in the float32

@@ -27,12 +27,12 @@ def after_first_dense(config: HFConfig) -> PerLayer:
 
 
 def listed_or_every_other(config: HFConfig) -> PerLayer:
-    """gpt-oss' rule for sliding attention: as `layer_types` lists, by default layers 0, 2, 4, …"""
+    """gpt-oss' rule for sliding attention: as `layer_types` lists, by default layers 0, 2, 4 and so on."""
     return listed_sliding(config) or tuple(i % 2 == 0 for i in range(resolve(NUM_LAYERS, config)))
 
 
 def listed_or_every_other_below(config: HFConfig) -> PerLayer:
-    """Qwen2-MoE's rule for sliding attention: as `layer_types` lists, by default every other layer below `max_window_layers`."""
+    """Qwen2-MoE's rule for sliding attention: as `layer_types` lists, else every other layer below `max_window_layers`."""
     if not config.get("use_sliding_window"):
         return (False,) * resolve(NUM_LAYERS, config)
     below = resolve(key("max_window_layers", default=28), config)
@@ -51,7 +51,8 @@ def listed_sliding(config: HFConfig) -> PerLayer | None:
     legal = ("sliding_attention", "full_attention")
     if len(kinds) != resolve(NUM_LAYERS, config) or not set(kinds) <= set(legal):
         raise ValueError(
-            f"config.json: layer_types must hold num_hidden_layers={resolve(NUM_LAYERS, config)} of {', '.join(legal)}; "
+            f"config.json: layer_types must hold num_hidden_layers={resolve(NUM_LAYERS, config)} of {', '.join(legal)}"
+            "; "
             f"got {len(kinds)}: {', '.join(sorted(set(kinds)))}"
         )
     return tuple(kind == "sliding_attention" for kind in kinds)

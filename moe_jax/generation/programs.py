@@ -32,10 +32,10 @@ class Controls:
     """What may change from call to call without compiling."""
 
     seed_key: Key[Array, ""]
-    temperature: Float[Array, ""]
-    top_p: Float[Array, ""]
-    eos_token_ids: Int[Array, "N"]
-    pad_token_id: Int[Array, ""]
+    temperature: Float[Any, ""]
+    top_p: Float[Any, ""]
+    eos_token_ids: Int[Any, "N"]
+    pad_token_id: Int[Any, ""]
 
 
 @jax.tree_util.register_dataclass
@@ -207,7 +207,7 @@ def decode(
             ended=progress.ended | is_any_of(chosen, controls.eos_token_ids),
             positions=progress.positions + 1,
             step=progress.step + 1,
-            expert_load=None if expert_load is None else progress.expert_load + expert_load,
+            expert_load=jax.tree.map(jnp.add, progress.expert_load, expert_load),
         )
 
     progress = jax.lax.while_loop(unfinished, append, progress)

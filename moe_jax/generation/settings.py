@@ -86,7 +86,7 @@ NEUTRAL_VALUES_WHEN_SAMPLING: Mapping[str, tuple[Any, ...]] = {
 
 def refuse_unsupported(generation_config: Mapping[str, Any], *, sampling: bool) -> None:
     """Raise ValueError if `generation_config` asks for something that would change the result and is not supported."""
-    neutral_values = NEUTRAL_VALUES | (NEUTRAL_VALUES_WHEN_SAMPLING if sampling else {})
+    neutral_values = {**NEUTRAL_VALUES, **(NEUTRAL_VALUES_WHEN_SAMPLING if sampling else {})}
     unsupported = [
         f"{name}={generation_config[name]!r}"
         for name, neutral in neutral_values.items()

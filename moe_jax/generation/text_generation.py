@@ -106,8 +106,7 @@ def generate(
         use_top_p=settings.do_sample and settings.top_p is not None,
         with_expert_load=with_expert_load,
     )
-    settings = dataclasses.replace(settings, max_new_tokens=max_new_tokens)
-    return run(signature, state, rows, settings, seed, on_token)
+    return run(signature, state, rows, settings, max_new_tokens, seed, on_token)
 
 
 def unpadded(prompts: Any, attention_mask: Any) -> list[Int[np.ndarray, "length"]]:
@@ -156,6 +155,7 @@ def run(
     state: Any,
     rows: Sequence[Int[np.ndarray, "length"]],
     settings: GenerationSettings,
+    max_new_tokens: int,
     seed: int,
     on_token: TokenCallback | None,
 ) -> Generation:
@@ -176,14 +176,14 @@ def run(
     latest, ended = np.asarray(latest), np.asarray(ended)
     first_token = time.perf_counter()
     if on_token is None:
-        progress, _, _ = programs.decode(state, progress, controls, np.int32(settings.max_new_tokens))
+        progress, _, _ = programs.decode(state, progress, controls, np.int32(max_new_tokens))
     else:
         running = np.ones(len(rows), bool)
-        for step in range(1, settings.max_new_tokens + 1):
+        for step in range(1, max_new_tokens + 1):
             for row in np.flatnonzero(running):
                 on_token(int(row), int(latest[row]))
             running = ~ended
-            if step == settings.max_new_tokens or not running.any():
+            if step == max_new_tokens or not running.any():
                 break
             progress, latest, ended = programs.decode(state, progress, controls, np.int32(step + 1))
             latest, ended = np.asarray(latest), np.asarray(ended)

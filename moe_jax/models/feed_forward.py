@@ -45,6 +45,7 @@ def run_mixture(
         if forced_ids is None:
             routing = mixture.router(x.reshape(-1, x.shape[-1]))
             router_logits = routing.router_logits.reshape(*x.shape[:-1], -1)
-            forced_ids = routing.topk_ids.reshape(*x.shape[:-1], -1)
+            forced_ids = jnp.reshape(routing.topk_ids, (*x.shape[:-1], -1))
         forced_ids = jnp.where(is_real[..., None], forced_ids, -1)
-    return mixture(x, router_logits=router_logits, forced_ids=forced_ids, with_aux=True)
+    result: Any = mixture(x, router_logits=router_logits, forced_ids=forced_ids, with_aux=True)
+    return result

@@ -134,16 +134,19 @@ class LayerStack(nnx.Module):
             (x, caches), (states, index, forced) = carry, group
             new_caches, auxes = [], []
             for position, (graph, state) in enumerate(zip(graphs, states, strict=True)):
-                is_forced = forced is not None and position in self.moe_positions
                 x, cache, aux = nnx.merge(graph, state)(
                     x,
                     inputs,
                     None if caches is None else LayerCache(caches[position], index),
                     is_real=is_real,
-                    forced_ids=forced[self.moe_positions.index(position)] if is_forced else None,
+                    forced_ids=None
+                    if forced is None or position not in self.moe_positions
+                    else forced[self.moe_positions.index(position)],
                 )
-                new_caches += [] if cache is None else [cache.arrays]
-                auxes += [aux] if aux is not None and with_aux else []
+                if cache is not None:
+                    new_caches.append(cache.arrays)
+                if aux is not None and with_aux:
+                    auxes.append(aux)
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes) if auxes else None
             return (x, None if caches is None else tuple(new_caches)), stacked
 

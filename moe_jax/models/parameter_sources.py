@@ -1,4 +1,4 @@
-"""How a model's parameters, stacked for scanning, correspond to the parameters of single layers in `parameter_shapes`."""
+"""How a model's parameters, stacked for scanning, correspond to those of single layers in `parameter_shapes`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +19,7 @@ def parameter_sources(model: CausalLM) -> Mapping[StatePath, str | tuple[str, ..
 
 
 def parameter_shardings(model: CausalLM) -> Mapping[StatePath, Sharding]:
-    """Where every parameter lives: MoE layers as their `partition_specs` say, all else replicated over the model's mesh.
+    """Where every parameter lives: MoE layers as their `partition_specs` say, the rest replicated over the mesh.
 
     Without a mesh, everything is on the default device.
     """
@@ -29,7 +29,8 @@ def parameter_shardings(model: CausalLM) -> Mapping[StatePath, Sharding]:
     specs = dict.fromkeys(paths, PartitionSpec())
     for index, stack in enumerate(model.stacks):
         for position in stack.moe_positions:
-            layer_specs = nnx.to_flat_state(stack.blocks[position].feed_forward.partition_specs())
+            mixture: Any = stack.blocks[position].feed_forward
+            layer_specs = nnx.to_flat_state(mixture.partition_specs())
             prefix = ("stacks", index, "blocks", position, "feed_forward")
             specs |= {(*prefix, *path): PartitionSpec(None, *spec) for path, spec in layer_specs}
     return {path: NamedSharding(model.mesh, spec) for path, spec in specs.items()}

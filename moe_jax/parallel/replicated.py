@@ -26,11 +26,12 @@ from moe_jax.parallel.axes import LayerAxes
 
 def expert_weight_specs(axes: LayerAxes) -> ExpertWeights:
     """How `ExpertWeights` are split: experts over the expert axes, intermediate size over the tensor axes."""
+    spec: Any = axes.spec  # a spec stands where an array will
     return ExpertWeights(
-        gate_up_proj=axes.spec(axes.expert, (), axes.tensor, ()),
-        down_proj=axes.spec(axes.expert, (), axes.tensor),
-        gate_up_bias=axes.spec(axes.expert, (), axes.tensor),
-        down_bias=axes.spec(axes.expert, ()),
+        gate_up_proj=spec(axes.expert, (), axes.tensor, ()),
+        down_proj=spec(axes.expert, (), axes.tensor),
+        gate_up_bias=spec(axes.expert, (), axes.tensor),
+        down_bias=spec(axes.expert, ()),
     )
 
 
@@ -64,9 +65,8 @@ def routed_partials(
         return compute(x, topk_weights, topk_ids, weights, first_expert)[None]
 
     rows = axes.spec(axes.data, ())
-    specs = ExpertWeights(
-        *(None if array is None else spec for array, spec in zip(weights, expert_weight_specs(axes), strict=True))
-    )
+    given = zip(weights, expert_weight_specs(axes), strict=True)
+    specs = ExpertWeights._make(None if array is None else spec for array, spec in given)
     return axes.shard_map(on_rank, (rows, rows, rows, specs), _partial_spec(axes))(
         _pad_tokens(axes, x), _pad_tokens(axes, topk_weights), _pad_tokens(axes, topk_ids, fill=-1), weights
     )
