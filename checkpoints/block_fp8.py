@@ -1,7 +1,8 @@
 """Decoding of block FP8: float8_e4m3fn numbers, each block of which has one multiplier.
 
-`W[n, k] = q[n, k] * scale_inv[n // block_rows, k // block_columns]`: the name notwithstanding, the scale multiplies. The last
-block of either axis may be ragged. The product is taken in float32 and rounded once. Source: spec 7.2b, hf_families 7.1.
+`W[n, k] = q[n, k] * scale_inv[n // block_rows, k // block_columns]`: the name notwithstanding, the scale multiplies.
+The last block of either axis may be ragged. The product is taken in float32 and rounded once. Source: spec 7.2b,
+hf_families 7.1.
 """
 
 import ml_dtypes

@@ -1,4 +1,4 @@
-"""What every source of parameters offers, whether it is a Hugging Face folder, a converted folder or a model in memory."""
+"""What every source of parameters offers: a Hugging Face folder, a converted folder or a model in memory."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -52,7 +52,7 @@ class Checkpoint(Protocol):
 
     @property
     def digest(self) -> str | None:
-        """Identifies the content, so that an interrupted conversion knows its source again; None: it cannot be resumed."""
+        """Identifies the content, so that an interrupted conversion knows it again; None: it starts anew."""
         ...
 
     @property
@@ -78,7 +78,8 @@ class Checkpoint(Protocol):
 
         Args:
             path: One of `shapes`.
-            experts: Only these experts (step 1) of an expert parameter, whose first axis they are; only their bytes are read.
+            experts: Only these experts (step 1) of an expert parameter, whose first axis they are; only their bytes
+                are read.
             dtype: Convert to this dtype, except parameters that must stay float32; None: `dtype_of(path)`.
 
         Raises:

@@ -1,4 +1,4 @@
-"""`convert`: a Hugging Face folder, streamed into a converted folder, part by part; interrupted, it goes on where it was.
+"""`convert`: a Hugging Face folder, streamed into a converted folder part by part; interrupted, it can go on.
 
 The life of an output folder:
 
@@ -6,8 +6,8 @@ The life of an output folder:
 2. Each part is written by Orbax in `OUT.incomplete/pending/`, forced to the disk, then renamed into `parts/`.
 3. The small files are copied, `conversion.json` is renamed to `moe_jax.json`, and `OUT.incomplete` to `OUT`.
 
-A kill between any two steps leaves either the same state or the next one. Reading a part overlaps with writing the ones before
-it; what is in flight is bounded in bytes, not in parts.
+A kill between any two steps leaves either the same state or the next one. Reading a part overlaps with writing the ones
+before it; what is in flight is bounded in bytes, not in parts.
 """
 
 import dataclasses
@@ -30,7 +30,18 @@ from .opening import open_checkpoint
 from .parts import Part
 from .progress import Progress, ProgressCallback
 from .side_files import copy_side_files
-from .staging import check_output, check_space, clear, commit, exclusive, incomplete_folder, sync, sync_tree, write_file
+from .staging import (
+    check_output,
+    check_space,
+    clear,
+    commit,
+    exclusive,
+    incomplete_folder,
+    sync,
+    sync_tree,
+    write_errors,
+    write_file,
+)
 
 PLAN_NAME = "conversion.json"
 PENDING_FOLDER = "pending"
@@ -80,9 +91,10 @@ def convert(
     Args:
         source: A Hugging Face folder, the id of a model on its hub, or a converted folder.
         output: The folder to create.
-        dtype: Dtype of the parameters (bfloat16, float16, float32), except those that must stay float32; None: the source's.
-        overwrite: Replace `output` if it exists, and discard what an interrupted conversion with another source or other
-            options has left.
+        dtype: Dtype of the parameters (bfloat16, float16, float32), except those that must stay float32; None: the
+            source's.
+        overwrite: Replace `output` if it exists, and discard what an interrupted conversion with another source or
+            other options has left.
         expert_group_bytes: Size of a part, at most, unless a single expert's weights are larger.
         progress: Called with `Progress(done_bytes, total_bytes, label)` after each part.
 
@@ -90,8 +102,8 @@ def convert(
         What was converted, and which tensors were left out on purpose.
 
     Raises:
-        CheckpointError: The source isn't whole (every problem is listed, nothing is written), the output exists, there is no
-            space left, or an interrupted conversion of something else is in the way.
+        CheckpointError: The source isn't whole (every problem is listed, nothing is written), the output exists, there
+            is no space left, or an interrupted conversion of something else is in the way.
     """
     folder = resolve_source(source)
     if folder.resolve() == Path(output).resolve():
@@ -125,7 +137,7 @@ def write_converted(
     check_output(output, overwrite)
     manifest = plan_conversion(reader, None if dtype is None else weight_dtype(dtype), expert_group_bytes)
     work = incomplete_folder(output)
-    with exclusive(work):
+    with exclusive(work), write_errors(work):
         _prepare(work, manifest, overwrite)
         done = _finished_parts(work, manifest)
         missing = [part for part in manifest.parts if part.name not in done]
@@ -153,31 +165,30 @@ def write_converted(
 
 def _prepare(work: Path, manifest: Manifest, overwrite: bool) -> None:
     """Make `work` a folder of this conversion, keeping what an earlier run of the same one has left."""
-    text = manifest.to_json()
-    shutil.rmtree(work / PENDING_FOLDER, ignore_errors=True)
-    for name in (PLAN_NAME, MANIFEST_NAME):
-        if not (work / name).exists():
-            continue
-        if manifest.digest is not None and (work / name).read_text(encoding="utf-8") == text:
-            # Only the very last rename may be missing; until it happens the plan keeps its name.
-            os.replace(work / name, work / PLAN_NAME)
-            (work / PENDING_FOLDER).mkdir()
-            return
-        if manifest.digest is not None and not overwrite:
-            raise CheckpointError(
-                f"{work}: holds an interrupted conversion of another source, or with other options; "
-                "delete it, or discard it with --overwrite (overwrite=True)"
-            )
-    if not (work / PLAN_NAME).exists() and not (work / MANIFEST_NAME).exists():
-        strangers = {entry.name for entry in work.iterdir()} - {f"{PLAN_NAME}.tmp"}
-        if strangers:
-            raise CheckpointError(f"{work}: is in the way and is not an interrupted conversion: {sorted(strangers)}")
-    for name in (MANIFEST_NAME, PLAN_NAME):
-        (work / name).unlink(missing_ok=True)
-    clear(work)
-    (work / PARTS_FOLDER).mkdir()
+    plan = manifest.to_json()
+    # Only the very last rename may be missing: then the plan is the manifest already.
+    found = next((work / name for name in (PLAN_NAME, MANIFEST_NAME) if (work / name).exists()), None)
+    if found is not None and manifest.digest is not None and found.read_text(encoding="utf-8") == plan:
+        os.replace(found, work / PLAN_NAME)
+        shutil.rmtree(work / PENDING_FOLDER, ignore_errors=True)
+    else:
+        _start_anew(work, found, manifest, overwrite)
+        write_file(work / PLAN_NAME, plan)
+    (work / PARTS_FOLDER).mkdir(exist_ok=True)
     (work / PENDING_FOLDER).mkdir()
-    write_file(work / PLAN_NAME, text)
+
+
+def _start_anew(work: Path, found: Path | None, manifest: Manifest, overwrite: bool) -> None:
+    """Empty `work`, unless it may hold something that is wanted."""
+    if found is not None and manifest.digest is not None and not overwrite:
+        raise CheckpointError(
+            f"{work}: holds an interrupted conversion of another source, or with other options; "
+            "delete it, or discard it with --overwrite (overwrite=True)"
+        )
+    strangers = {entry.name for entry in work.iterdir()} - {f"{PLAN_NAME}.tmp"}
+    if found is None and strangers:
+        raise CheckpointError(f"{work}: is in the way and is not an interrupted conversion: {sorted(strangers)}")
+    clear(work, last=found)
 
 
 def _finished_parts(work: Path, manifest: Manifest) -> set[str]:
@@ -240,7 +251,7 @@ def _write_part(writer: Any, work: Path, name: str, arrays: Mapping[str, np.ndar
         sync(work / PARTS_FOLDER)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{pending}: could not be written: {error}. The finished parts are kept in {work}: "
+            f"{pending}: could not be written: {error}. The finished parts are kept: "
             "when the cause is removed (is there space left?), the same conversion goes on from them"
         ) from error
 

@@ -1,7 +1,7 @@
 """`export`: any checkpoint back to a Hugging Face folder, with their names, layouts and shards.
 
-Every tensor's place in its file is fixed before a byte is written, so parameters are read slice by slice, in whatever order they
-are stored, and each slice is written to where it belongs.
+Every tensor's place in its file is fixed before a byte is written, so parameters are read slice by slice, in whatever
+order they are stored, and each slice is written to where it belongs.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from .parts import plan_parts
 from .progress import Progress, ProgressCallback
 from .safetensors_folder import INDEX_NAME, SINGLE_NAME
 from .side_files import copy_side_files
-from .staging import check_output, check_space, clear, commit, exclusive, incomplete_folder, sync_tree
+from .staging import check_output, check_space, clear, commit, exclusive, incomplete_folder, sync_tree, write_errors
 from .tensor_plan import StoredTensor, TensorPlan, plan_tensors
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -80,7 +80,8 @@ def export(
         progress: Called with `Progress(done_bytes, total_bytes, label)` after each slice.
 
     Raises:
-        CheckpointError: The source isn't whole, the family has no such form, the output exists, or there is no space left.
+        CheckpointError: The source isn't whole, the family has no such form, the output exists, or there is no space
+            left.
     """
     started = time.monotonic()
     output = Path(output).absolute()
@@ -96,17 +97,14 @@ def export(
     shards = _shards(plan, dtypes, max_shard_bytes)
     total = sum(_nbytes(tensor, dtypes) for tensor in plan)
     work = incomplete_folder(output)
-    with exclusive(work):
+    with exclusive(work), write_errors(work):
         _prepare(work)
         check_space(work, total)
-        try:
-            places = _write_headers(work, shards, dtypes)
-            _write_tensors(reader, plan, dtypes, work, places, total, progress)
-            copy_side_files(reader, work, _exported_config(reader, dtypes))
-            if len(shards) > 1:
-                _write_index(work, places, total)
-        except OSError as error:
-            raise CheckpointError(f"{work}: could not be written: {error}") from error
+        places = _write_headers(work, shards, dtypes)
+        _write_tensors(reader, plan, dtypes, work, places, total, progress)
+        copy_side_files(reader, work, _exported_config(reader, dtypes))
+        if len(shards) > 1:
+            _write_index(work, places, total)
         (work / _MARK).unlink()
         sync_tree(work)
         commit(output)
@@ -125,7 +123,8 @@ def _prepare(work: Path) -> None:
     """Make `work` an empty folder, discarding what an interrupted export has left; a mark says that it is one."""
     if any(work.iterdir()) and not (work / _MARK).exists():
         raise CheckpointError(f"{work}: is in the way and is not an interrupted export; delete it")
-    clear(work)
+    (work / _MARK).touch()
+    clear(work, last=work / _MARK)
     (work / _MARK).touch()
 
 

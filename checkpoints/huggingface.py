@@ -33,13 +33,13 @@ _PIECE_BYTES = 1 << 23
 
 
 class HuggingFaceCheckpoint(SlicedReader):
-    """A folder with `config.json` and safetensors files, in either form; see `moe_jax.checkpoints.checkpoint.Checkpoint`.
+    """A folder with `config.json` and safetensors files, in either form: a `Checkpoint`.
 
     Opening reads and checks every header; parameters are read when asked for. Quantized weights are decoded on the way.
 
     Raises:
-        CheckpointError: Listing every problem of the folder: damaged files, tensors that are missing, unexpected or of wrong
-            shape or dtype, an unknown family or quantization.
+        CheckpointError: Listing every problem of the folder: damaged files, tensors that are missing, unexpected or of
+            wrong shape or dtype, an unknown family or quantization.
     """
 
     def __init__(self, folder: Path) -> None:

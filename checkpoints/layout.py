@@ -1,9 +1,9 @@
 """How a tensor of a checkpoint and a region of one of our parameters hold the same numbers: a pattern, both ways.
 
-A pattern such as `"e h (i g) -> e g i h"` reads as in einops: on the left the axes of the stored tensor (parentheses: several
-axes merged into one, the last one fastest), on the right the axes of our parameter. The first axis of a stored tensor is
-always a single axis of ours, so that consecutive rows of the tensor are a consecutive slice of the parameter and both can
-be streamed.
+A pattern such as `"e h (i g) -> e g i h"` reads as in einops: on the left the axes of the stored tensor (parentheses:
+several axes merged into one, the last one fastest), on the right the axes of our parameter. The first axis of a stored
+tensor is always a single axis of ours, so that consecutive rows of the tensor are a consecutive slice of the parameter
+and both can be streamed.
 """
 
 import dataclasses

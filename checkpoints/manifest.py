@@ -33,6 +33,7 @@ class Leaf:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all of it."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 

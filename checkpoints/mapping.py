@@ -1,8 +1,9 @@
 """Which checkpoint tensor belongs to which expert parameter, in the per-expert form (spec 4.1 and 4.2).
 
-A row is `(parameter fragment, checkpoint fragment, physical expert id, shard)` with shard "w1" (gate), "w2" (down) or "w3"
-(up). A tensor whose name contains the checkpoint fragment belongs to the parameter whose name has the parameter fragment in
-its place; because both fragments end where the suffix begins, one row serves weights, biases and scales alike.
+A row is `(parameter fragment, checkpoint fragment, physical expert id, shard)` with shard "w1" (gate), "w2" (down) or
+"w3" (up). A tensor whose name contains the checkpoint fragment belongs to the parameter whose name has the parameter
+fragment in its place; because both fragments end where the suffix begins, one row serves weights, biases and scales
+alike.
 
 Source: vLLM `RoutedExperts.make_expert_params_mapping` and `fused_moe_make_expert_params_mapping` (pull request 40671).
 """
@@ -36,8 +37,8 @@ def fused_moe_make_expert_params_mapping(
     """VLLM's rows, with vLLM's parameter names (`experts.w13_`, `experts.w2_`).
 
     Args:
-        model: A model whose parameters may be LoRA-wrapped (then "base_layer." is inserted on both sides): anything with
-            `named_parameters()`, an NNX module, or None.
+        model: A model whose parameters may be LoRA-wrapped (then "base_layer." is inserted on both sides): anything
+            with `named_parameters()`, an NNX module, or None.
         ckpt_gate_proj_name: The checkpoint's name of an expert's gate projection, such as "gate_proj" or "w1".
         ckpt_down_proj_name: The checkpoint's name of the down projection.
         ckpt_up_proj_name: The checkpoint's name of the up projection; "" for experts without a gate.
@@ -78,8 +79,9 @@ def make_expert_params_mapping(
 ) -> list[MappingRow]:
     """The same rows with our parameter names: `routed_experts.gate_up_` and `routed_experts.down_`.
 
-    The reader of per-expert checkpoints walks these rows. Experts without a gate (`ckpt_up_proj_name=""`) have no w3 rows here,
-    because there is nothing to read; arguments and errors are otherwise those of `fused_moe_make_expert_params_mapping`.
+    The reader of per-expert checkpoints walks these rows. Experts without a gate (`ckpt_up_proj_name=""`) have no w3
+    rows here, because there is nothing to read; arguments and errors are otherwise those of
+    `fused_moe_make_expert_params_mapping`.
     """
     names = (ckpt_gate_proj_name, ckpt_down_proj_name, ckpt_up_proj_name)
     return [

@@ -18,7 +18,7 @@ _STEP_BYTES = 1 << 18
 
 @functools.cache
 def _pairs(dtype: np.dtype) -> np.ndarray:
-    """[256 * 256]: for scale byte s and data byte b, at 256 * s + b, the two numbers side by side as one unsigned integer."""
+    """[256 * 256]: at 256 * scale byte + data byte, the two numbers side by side as one unsigned integer."""
     data = np.arange(256, dtype=np.uint8)
     values = E2M1_VALUES[np.stack((data & 15, data >> 4), axis=-1)]  # even element in the low nibble
     exponents = np.arange(256, dtype=np.int32) - 127

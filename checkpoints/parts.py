@@ -1,7 +1,7 @@
 """How parameters are split into parts: per layer, and there per group of consecutive experts.
 
-A part is what is read, converted and committed at a time, so it bounds memory, and it is what a host reads. Parameters outside
-the experts share parts; one that is larger than a part is split along its sliced axis.
+A part is what is read, converted and committed at a time, so it bounds memory, and it is what a host reads. Parameters
+outside the experts share parts; one that is larger than a part is split along its sliced axis.
 """
 
 import dataclasses

@@ -17,4 +17,4 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], None]
-"""Called with the first event before any work (`label` "start"), then after each step; never from several threads at once."""
+"""Called before any work (`label` "start") and then after each step; never from two threads at once."""

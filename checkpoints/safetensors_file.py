@@ -46,10 +46,12 @@ class TensorEntry:
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of one step along the first axis."""
         return math.prod(self.row_shape) * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all of it."""
         return self.num_rows * self.row_bytes
 
     def read_into(self, rows: np.ndarray, start: int = 0) -> None:
@@ -89,8 +91,8 @@ def read_header(file: Path) -> tuple[TensorEntry, ...]:
     """Every tensor of `file`, in the order of the data.
 
     Raises:
-        CheckpointError: The header is truncated, isn't valid JSON, names a tensor twice, or doesn't describe the file's bytes
-            exactly (wrong sizes, overlaps, holes, bytes missing or left over). The message names file and tensor.
+        CheckpointError: The header is truncated, isn't valid JSON, names a tensor twice, or doesn't describe the file's
+            bytes exactly (wrong sizes, overlaps, holes, bytes missing or left over). The message names file and tensor.
     """
     header_bytes, size = read_header_bytes(file)
     try:
@@ -121,7 +123,8 @@ def read_header_bytes(file: Path) -> tuple[bytes, int]:
             (length,) = struct.unpack("<Q", prefix)
             if length > MAX_HEADER_BYTES:
                 raise CheckpointError(
-                    f"{file}: not a safetensors file: says its header has {length} bytes, the limit is {MAX_HEADER_BYTES}"
+                    f"{file}: not a safetensors file: says its header has {length} bytes, "
+                    f"the limit is {MAX_HEADER_BYTES}"
                 )
             if length > size - 8:
                 raise CheckpointError(f"{file}: truncated: says its header has {length} bytes, the file has {size}")

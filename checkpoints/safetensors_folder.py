@@ -32,8 +32,8 @@ def list_tensors(folder: Path) -> dict[str, TensorEntry]:
     The files are those of `model.safetensors.index.json`, else `model.safetensors`, else every `*.safetensors`.
 
     Raises:
-        CheckpointError: With every problem found: absent or damaged files, paths outside the folder, an index that disagrees
-            with the files, a tensor in two files, or a folder that has only pickles.
+        CheckpointError: With every problem found: absent or damaged files, paths outside the folder, an index that
+            disagrees with the files, a tensor in two files, or a folder that has only pickles.
     """
     weight_map = _weight_map(folder)
     problems: list[str] = []
@@ -110,8 +110,8 @@ def _no_weights(folder: Path) -> str:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
     if pickles:
         return (
-            f"{folder}: only has pickled weights ({', '.join(pickles[:3])}); they are refused, because opening a pickle "
-            "runs whatever code it contains. Save the model as safetensors first"
+            f"{folder}: only has pickled weights ({', '.join(pickles[:3])}); they are refused, because opening "
+            "a pickle runs whatever code it contains. Save the model as safetensors first"
         )
     return f"{folder}: has no *.safetensors file"
 

@@ -22,7 +22,7 @@ SIDE_FILES = (
 
 
 def copy_side_files(reader: Checkpoint, target: Path, config: dict | None = None) -> None:
-    """Put `config.json` and what else belongs to `reader` into `target`; `config` replaces the reader's configuration."""
+    """Put `config.json` and what else belongs to `reader` into `target`; `config` replaces the reader's own."""
     wanted = dict(reader.config) if config is None else config
     original = None if reader.folder is None else reader.folder / "config.json"
     if original is not None and original.exists() and read_json_object(original) == wanted:

@@ -101,10 +101,19 @@ def commit(output: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def clear(folder: Path) -> None:
-    """Remove everything in `folder`, not the folder itself."""
-    for entry in folder.iterdir():
+def clear(folder: Path, last: Path | None = None) -> None:
+    """Remove everything in `folder`, not the folder itself; `last`, which says what it was, after everything else."""
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry == last):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
             entry.unlink()
+
+
+@contextlib.contextmanager
+def write_errors(folder: Path) -> Iterator[None]:
+    """Turn the operating system's errors while writing into a CheckpointError that names `folder`."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{folder}: could not be written: {error}") from error

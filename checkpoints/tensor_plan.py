@@ -1,7 +1,7 @@
 """Every tensor of a checkpoint in the Hugging Face form, and the region of our parameters that it is.
 
-The plan follows from the configuration alone. Reading walks it forwards, exporting backwards, checking compares it with what is
-there.
+The plan follows from the configuration alone. Reading walks it forwards, exporting backwards, checking compares it with
+what is there.
 """
 
 import dataclasses

@@ -61,8 +61,8 @@ def verify(
 ) -> VerificationReport:
     """Compare every value of `source` with `output`, bit by bit, in little memory.
 
-    Either may be a Hugging Face folder, in either form, or a converted folder. Where the output has another dtype, the source's
-    values are rounded to it first; quantized weights are decoded.
+    Either may be a Hugging Face folder, in either form, or a converted folder. Where the output has another dtype, the
+    source's values are rounded to it first; quantized weights are decoded.
 
     Args:
         source: Folder or hub id of the original.

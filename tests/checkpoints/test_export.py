@@ -1,0 +1,142 @@
+"""Export: back to Hugging Face's names, layouts and files, bit by bit."""
+
+import json
+import shutil
+
+import golden_cases
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny_checkpoint as tiny
+
+from moe_jax.checkpoints import CheckpointError, convert, export, open_checkpoint, verify
+from moe_jax.families import FAMILIES
+
+SUPPORTED = [pair for pair in golden_cases.cases_and_forms() if pair[0].family in FAMILIES]
+PLAIN = [(case, form) for case, form in SUPPORTED if form in ("per_expert", "fused")]
+QUANTIZED = [(case, form) for case, form in SUPPORTED if form not in ("per_expert", "fused")]
+
+
+@pytest.fixture
+def converted(tmp_path):
+    return tmp_path / "converted"
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "output"
+
+
+def kept_tensors(case, form):
+    """The tensors of a golden checkpoint that a reader must keep."""
+    tensors = tiny.read_folder(case.folder(form))
+    return {name: array for name, array in tensors.items() if name not in case.dropped_tensors}
+
+
+@pytest.mark.parametrize(("case", "form"), PLAIN, ids=str)
+def test_convert_and_export_give_back_the_tensors_bit_by_bit(case, form, converted, output):
+    convert(case.folder(form), converted, expert_group_bytes=20_000)
+    report = export(converted, output)
+    assert report.form == form
+    tiny.assert_same_tensors(tiny.read_folder(output), kept_tensors(case, form))
+    assert json.loads((output / "config.json").read_text()) == case.config(form)
+
+
+@pytest.mark.parametrize("case", sorted({case for case, _ in PLAIN}, key=str), ids=str)
+def test_either_form_can_be_written_from_the_other(case, output, tmp_path):
+    if {"per_expert", "fused"} <= set(case.forms):
+        for form, other in (("per_expert", "fused"), ("fused", "per_expert")):
+            export(case.folder(form), tmp_path / other, form=other)
+            tiny.assert_same_tensors(tiny.read_folder(tmp_path / other), kept_tensors(case, other))
+
+
+@pytest.mark.parametrize(("case", "form"), QUANTIZED, ids=str)
+def test_quantized_checkpoints_come_back_decoded_and_say_so(case, form, converted, output):
+    convert(case.folder(form), converted)
+    export(converted, output)
+    config = json.loads((output / "config.json").read_text())
+    assert "quantization_config" not in config
+    plain = next(form for form in ("per_expert", "fused") if form in case.forms)
+    if open_checkpoint(output).form == plain:
+        expected, actual = kept_tensors(case, plain), tiny.read_folder(output)
+        assert actual.keys() == expected.keys()
+        for name, array in expected.items():  # by value: formats differ in the sign of a zero
+            np.testing.assert_array_equal(actual[name].astype(np.float32), array.astype(np.float32), err_msg=name)
+    assert verify(case.folder(form), output).ok
+
+
+@pytest.fixture
+def source(tmp_path, rng):
+    return tiny.write_folder(tmp_path / "source", tiny.random_tensors(rng))
+
+
+def test_shards_hold_at_most_what_was_asked_and_the_index_lists_them_all(source, output):
+    report = export(source, output, max_shard_bytes=2000)
+    files = sorted(path.name for path in output.glob("*.safetensors"))
+    assert len(files) > 3
+    assert (
+        files
+        == sorted(report.files)
+        == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    )
+    index = json.loads((output / "model.safetensors.index.json").read_text())
+    tensors = tiny.read_folder(source)
+    assert index["weight_map"].keys() == tensors.keys()
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in tensors.values()) == report.nbytes
+    for file in files:
+        inside = [array.nbytes for name, array in tensors.items() if index["weight_map"][name] == file]
+        assert sum(inside) <= 2000 or len(inside) == 1
+    tiny.assert_same_tensors(tiny.read_folder(output), tensors)
+
+
+def test_files_carry_the_metadata_that_transformers_demands(source, output):
+    from safetensors import safe_open
+
+    export(source, output)
+    with safe_open(output / "model.safetensors", "np") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_the_exported_configuration_names_the_dtype_that_was_written(source, output):
+    export(source, output, dtype="bfloat16")
+    assert json.loads((output / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert {array.dtype for array in tiny.read_folder(output).values()} == {np.dtype(ml_dtypes.bfloat16)}
+
+
+def test_tokenizer_and_generation_settings_travel_along(source, converted, output):
+    (source / "tokenizer.json").write_text("{}")
+    (source / "generation_config.json").write_text('{"eos_token_id": [3]}')
+    convert(source, converted)
+    shutil.rmtree(source)
+    export(converted, output)
+    assert (output / "tokenizer.json").read_text() == "{}"
+    assert (output / "generation_config.json").read_text() == '{"eos_token_id": [3]}'
+
+
+def test_an_unknown_form_is_refused_with_the_legal_ones(source, output):
+    with pytest.raises(CheckpointError, match="per_expert, fused; got 'stacked'"):
+        export(source, output, form="stacked")
+    assert not output.exists()
+
+
+def test_gpt_oss_has_no_per_expert_form(output):
+    case = golden_cases.golden_cases("gpt_oss")[0]
+    with pytest.raises(CheckpointError, match="gpt_oss checkpoints have no per_expert form"):
+        export(case.folder("fused"), output, form="per_expert")
+    assert not output.exists()
+
+
+def test_an_interrupted_export_is_discarded_and_done_again(source, output):
+    work = output.with_name("output.incomplete")
+    work.mkdir()
+    (work / "export.unfinished").touch()
+    (work / "model.safetensors").write_bytes(b"half")
+    export(source, output)
+    assert verify(source, output).ok
+    assert not work.exists()
+
+
+def test_progress_ends_at_the_total(source, output):
+    events = []
+    report = export(source, output, progress=events.append)
+    assert (events[0].done_bytes, events[-1].done_bytes) == (0, report.nbytes)

@@ -1,0 +1,105 @@
+"""Output folders: what may be overwritten, what happens without space, and that two writers don't meet."""
+
+import collections
+import shutil
+
+import numpy as np
+import pytest
+import tiny_checkpoint as tiny
+from interrupted_conversion import run_with_small_files
+
+from moe_jax.checkpoints import CheckpointError, convert, export, verify
+from moe_jax.checkpoints.staging import exclusive
+
+
+@pytest.fixture
+def source(tmp_path, rng):
+    return tiny.write_folder(tmp_path / "source", tiny.random_tensors(rng))
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "output"
+
+
+WRITERS = {"convert": convert, "export": export}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
+def test_an_existing_output_needs_overwrite(source, output, write):
+    write(source, output)
+    before = sorted((path, path.stat().st_mtime_ns) for path in output.rglob("*"))
+    with pytest.raises(CheckpointError, match=r"exists(.|\n)*--overwrite"):
+        write(source, output)
+    assert sorted((path, path.stat().st_mtime_ns) for path in output.rglob("*")) == before
+    write(source, output, overwrite=True)
+    assert verify(source, output).ok
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
+def test_overwriting_never_removes_a_folder_that_is_no_model(source, output, write):
+    output.mkdir()
+    (output / "thesis.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="not a model"):
+        write(source, output, overwrite=True)
+    assert (output / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
+def test_an_empty_folder_may_be_overwritten(source, output, write):
+    output.mkdir()
+    write(source, output, overwrite=True)
+    assert verify(source, output).ok
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
+def test_a_file_in_the_way_is_refused(source, output, write):
+    output.write_text("mine")
+    with pytest.raises(CheckpointError, match="not a folder"):
+        write(source, output, overwrite=True)
+    assert output.read_text() == "mine"
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
+def test_source_and_output_must_differ(source, write):
+    with pytest.raises(CheckpointError, match="same folder"):
+        write(source, source, overwrite=True)
+    assert (source / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
+def test_the_folder_around_the_output_must_exist(source, tmp_path, write):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        write(source, tmp_path / "nowhere" / "output")
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
+def test_too_little_space_is_noticed_before_anything_is_written(source, output, write, monkeypatch):
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 100, 100))
+    with pytest.raises(CheckpointError, match=r"no space left: [\d,]+ bytes are needed, 100 are free"):
+        write(source, output)
+    tiny.assert_nothing_that_looks_whole(output)
+    monkeypatch.undo()
+    write(source, output)
+    assert verify(source, output).ok
+
+
+@pytest.mark.parametrize("largest_file", [0, 300, 20_000])
+@pytest.mark.parametrize("command", WRITERS)
+def test_a_disk_that_refuses_a_write_ends_in_an_error_and_no_output(source, output, command, largest_file):
+    if largest_file == 20_000:  # the plan and the small parts fit, the embedding doesn't
+        large = {**tiny.QWEN3, "vocab_size": 2000}
+        tiny.write_folder(source, tiny.random_tensors(np.random.default_rng(0), large), large)
+    message = run_with_small_files(command, largest_file, source, output)
+    assert message is not None
+    assert "could not be written" in message
+    assert "output.incomplete" in message
+    tiny.assert_nothing_that_looks_whole(output)
+    WRITERS[command](source, output)
+    assert verify(source, output).ok
+
+
+def test_two_conversions_to_the_same_output_do_not_mix(source, output):
+    with exclusive(output.with_name("output.incomplete")), pytest.raises(CheckpointError, match="another process"):
+        convert(source, output)

@@ -1,0 +1,119 @@
+"""Verify finds every number that differs, and names its tensor."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_checkpoint as tiny
+
+from moe_jax.checkpoints import CheckpointError, convert, verify
+
+
+@pytest.fixture
+def tensors(rng):
+    return tiny.random_tensors(rng)
+
+
+@pytest.fixture
+def source(tmp_path, tensors):
+    return tiny.write_folder(tmp_path / "source", tensors)
+
+
+@pytest.fixture
+def output(tmp_path, source):
+    convert(source, tmp_path / "output", expert_group_bytes=1500)
+    return tmp_path / "output"
+
+
+def flip_bit(output, parameter, element, shape):
+    """Flip the lowest bit of one float32 of a parameter that lies in one uncompressed chunk."""
+    parts = json.loads((output / "moe_jax.json").read_text())["parts"]
+    (part,) = [name for name, slices in parts.items() if parameter in slices]
+    (chunk,) = [file for file in (output / "parts" / part / parameter).iterdir() if file.name != ".zarray"]
+    data = bytearray(chunk.read_bytes())
+    data[4 * int(np.ravel_multi_index(element, shape))] ^= 1
+    chunk.write_bytes(data)
+
+
+def test_a_whole_conversion_is_found_whole(source, output, tensors):
+    report = verify(source, output)
+    assert report.ok
+    assert report.differences == ()
+    assert report.tensors == len(tensors)
+    assert report.nbytes == sum(array.nbytes for array in tensors.values())
+
+
+def test_one_flipped_bit_is_found_and_its_tensor_named(source, output):
+    flip_bit(output, "layers.1.attention.q_proj.kernel", (2, 3), (8, 8))
+    report = verify(source, output)
+    assert not report.ok
+    (difference,) = report.differences
+    assert difference.tensor == "model.layers.1.self_attn.q_proj.weight"
+    assert difference.parameter == "layers.1.attention.q_proj.kernel"
+    assert difference.values == 1
+    assert 0 < difference.largest < 1e-5
+
+
+def test_a_difference_in_one_expert_names_that_experts_tensor(source, output, tensors):
+    name = "model.layers.0.mlp.experts.3.up_proj.weight"
+    tensors[name] = tensors[name] + 1
+    tiny.write_folder(source, tensors)
+    (difference,) = verify(source, output).differences
+    assert difference.tensor == name
+    assert difference.values == tensors[name].size
+    assert difference.largest == pytest.approx(1, rel=1e-5)
+
+
+def test_not_a_number_is_equal_to_itself_and_different_from_everything_else(tmp_path, tensors):
+    tensors["model.norm.weight"][3] = np.nan
+    source = tiny.write_folder(tmp_path / "with nan", tensors)
+    convert(source, tmp_path / "copy")
+    assert verify(source, tmp_path / "copy").ok
+    tensors["model.norm.weight"][3] = 1
+    tiny.write_folder(source, tensors)
+    (difference,) = verify(source, tmp_path / "copy").differences
+    assert (difference.tensor, difference.values) == ("model.norm.weight", 1)
+    assert np.isnan(difference.largest)
+
+
+def test_the_sign_of_zero_counts(tmp_path, tensors):
+    tensors["model.norm.weight"][0] = 0.0
+    source = tiny.write_folder(tmp_path / "plus", tensors)
+    convert(source, tmp_path / "copy")
+    tensors["model.norm.weight"][0] = -0.0
+    tiny.write_folder(source, tensors)
+    assert not verify(source, tmp_path / "copy").ok
+
+
+def test_a_missing_part_is_reported_by_name(source, output):
+    import shutil
+
+    shutil.rmtree(output / "parts" / "model.000")
+    with pytest.raises(CheckpointError, match=r"model\.000: missing"):
+        verify(source, output)
+
+
+def test_models_of_different_shape_are_not_compared(tmp_path, source, rng):
+    config = {**tiny.QWEN3, "num_experts": 6}
+    other = tiny.write_folder(tmp_path / "other", tiny.random_tensors(rng, config), config)
+    with pytest.raises(CheckpointError, match="different models"):
+        verify(source, other)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda manifest: manifest.update(format_version=99), "format_version must be 1, got 99"),
+        (lambda manifest: manifest.pop("leaves"), "leaves"),
+        (lambda manifest: manifest["leaves"].pop("final_norm.scale"), "final_norm.scale"),
+        (lambda manifest: manifest["leaves"]["final_norm.scale"].update(shape=[9]), r"final_norm.scale: shape"),
+        (lambda manifest: manifest["parts"].pop("model.000"), "do not hold all of it"),
+    ],
+    ids=["version", "no leaves", "leaf missing", "leaf misshapen", "part missing"],
+)
+def test_a_manifest_that_does_not_fit_is_refused(source, output, change, words):
+    manifest = json.loads((output / "moe_jax.json").read_text())
+    change(manifest)
+    (output / "moe_jax.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=words):
+        verify(source, output)
