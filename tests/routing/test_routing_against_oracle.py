@@ -108,7 +108,7 @@ def test_gemma4_multiplies_each_weight_by_a_scale_of_its_expert(rng):
 
 def test_zero_experts_compete_with_the_real_ones(rng):
     logits = draw_logits(rng, 12)
-    bias = rng.normal(size=12).astype(np.float32)
+    bias = 0.05 * rng.normal(size=12).astype(np.float32)  # of the scores' size, so that both decide
     config = RouterConfig(correction_bias=True, num_zero_experts=4, renormalize=False, routed_scaling_factor=6.0)
     actual = route(jnp.array(logits), config, 8, 5, correction_bias=jnp.array(bias))
     assert_same(actual, oracle.route(logits, top_k=5, bias=bias, renormalize=False, scale=6.0))
