@@ -44,6 +44,7 @@ class FadingMemoryModel(nnx.Module):
     def __init__(self, table: np.ndarray, max_positions: int = 512):
         self.table = nnx.Param(jnp.asarray(table, jnp.float32))
         self.decoder = Sizes(len(table), max_positions)
+        self.dtype = jnp.dtype(jnp.float32)
 
     def init_cache(self, batch_size: int, max_length: int) -> Memory:
         empty = jnp.full((batch_size, max_length), -1, jnp.int32)

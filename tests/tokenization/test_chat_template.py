@@ -11,7 +11,9 @@ MESSAGES = [{"role": "user", "content": "2 < 3 & 'so'?"}]
 
 
 def test_lines_of_tags_leave_no_white_space():
-    source = "{% for m in messages %}\n    {% if m.role == 'user' %}\nQ: {{ m.content }}\n    {% endif %}\n{% endfor %}\nA:"
+    source = (
+        "{% for m in messages %}\n    {% if m.role == 'user' %}\nQ: {{ m.content }}\n    {% endif %}\n{% endfor %}\nA:"
+    )
     assert ChatTemplate(source).render(MESSAGES) == "Q: 2 < 3 & 'so'?\nA:"
 
 

@@ -12,9 +12,13 @@ Measure on this machine. Compiling is measured apart, and every round is shown: 
 was running.
 """
 EXAMPLES = """\
+  moe-jax bench moe-block
+  moe-jax bench moe-block --experts 8 --top-k 2 --intermediate-size 3584 --tokens 1 --tokens 512
   moe-jax bench generate examples/demo_model
   moe-jax bench generate MODEL --batch 8 --prompt-tokens 512 --new-tokens 128 --json
 """
+
+DEFAULT_TOKENS = (1, 16, 128, 512, 2048)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +43,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_json(generation)
     generation.set_defaults(run_benchmark=run_generation)
 
+    block = benchmarks.add_parser(
+        "moe-block",
+        help="time of one MoE layer, by number of tokens",
+        description="Run one layer with random weights on random tokens, in rounds.",
+    )
+    for option, default, meaning in (
+        ("--hidden-size", 1024, "width of a token"),
+        ("--intermediate-size", 384, "width of an expert"),
+        ("--experts", 64, "experts"),
+        ("--top-k", 8, "experts per token"),
+        ("--rounds", 10, "rounds"),
+    ):
+        block.add_argument(
+            option, type=shared.positive_int, default=default, metavar="N", help=f"{meaning} (default: {default})"
+        )
+    block.add_argument(
+        "--tokens",
+        action="append",
+        type=shared.positive_int,
+        metavar="N",
+        help=f"tokens; may be given several times (default: {', '.join(map(str, DEFAULT_TOKENS))})",
+    )
+    block.add_argument("--dtype", choices=shared.DTYPES, default="float32", help="number format (default: float32)")
+    shared.add_json(block)
+    block.set_defaults(run_benchmark=run_moe_block)
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the chosen benchmark; returns the exit status."""
@@ -47,8 +77,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def run_generation(arguments: argparse.Namespace) -> int:
     """`bench generate`."""
-    import jax
-
     from moe_jax.benchmarking.generation_speed import measure_generation
     from moe_jax.cli.output import format_seconds, print_facts, print_json, print_table
     from moe_jax.pretrained import from_pretrained
@@ -61,7 +89,6 @@ def run_generation(arguments: argparse.Namespace) -> int:
         new_tokens=arguments.new_tokens,
         rounds=arguments.rounds,
     )
-    device = jax.devices()[0]
     medians = {
         "prefill_tokens_per_second": speed.prefill_tokens_per_second,
         "decode_tokens_per_second": speed.decode_tokens_per_second,
@@ -71,18 +98,19 @@ def run_generation(arguments: argparse.Namespace) -> int:
             {
                 "model": arguments.model,
                 "dtype": model.dtype.name,
-                "device": device.device_kind,
-                "platform": device.platform,
-                "jax": jax.__version__,
+                **machine(),
                 **dataclasses.asdict(speed),
                 **medians,
             }
         )
         return exit_codes.SUCCESS
     print_facts(
-        f"{arguments.model}, {model.dtype.name}, on {device.device_kind}",
+        f"{arguments.model}, {model.dtype.name}, on {machine()['device']}",
         [
-            ("prompts", f"{arguments.batch} of {arguments.prompt_tokens:,} tokens, {arguments.new_tokens:,} new ones each"),
+            (
+                "prompts",
+                f"{arguments.batch} of {arguments.prompt_tokens:,} tokens, {arguments.new_tokens:,} new ones each",
+            ),
             ("compiling", format_seconds(speed.compile_seconds)),
             ("prefill", f"{speed.prefill_tokens_per_second:,.1f} tokens/s (median)"),
             ("decode", f"{speed.decode_tokens_per_second:,.1f} tokens/s (median)"),
@@ -97,3 +125,60 @@ def run_generation(arguments: argparse.Namespace) -> int:
         ],
     )
     return exit_codes.SUCCESS
+
+
+def run_moe_block(arguments: argparse.Namespace) -> int:
+    """`bench moe-block`."""
+    from moe_jax.benchmarking.moe_block_speed import measure_moe_block
+    from moe_jax.cli.output import print_json, print_table
+    from moe_jax.config import MoEConfig
+
+    dtype = shared.dtype_named(arguments.dtype)
+    config = MoEConfig(
+        hidden_size=arguments.hidden_size,
+        intermediate_size=arguments.intermediate_size,
+        num_experts=arguments.experts,
+        top_k=arguments.top_k,
+        dtype=dtype,
+        param_dtype=dtype,
+    )
+    speeds = [
+        measure_moe_block(config, tokens=tokens, rounds=arguments.rounds)
+        for tokens in arguments.tokens or DEFAULT_TOKENS
+    ]
+    sizes = {name: getattr(config, name) for name in ("hidden_size", "intermediate_size", "num_experts", "top_k")}
+    if arguments.json:
+        cells = [
+            {
+                **dataclasses.asdict(speed),
+                "median_seconds": speed.median_seconds,
+                "gflops_per_second": speed.gflops_per_second,
+            }
+            for speed in speeds
+        ]
+        print_json({**sizes, "dtype": arguments.dtype, **machine(), "cells": cells})
+        return exit_codes.SUCCESS
+    print_table(
+        f"MoE layer of {arguments.experts} experts, top {arguments.top_k}, {arguments.hidden_size} x "
+        f"{arguments.intermediate_size}, {arguments.dtype}, on {machine()['device']}",
+        ["tokens", "median ms", "fastest ms", "slowest ms", "GFLOP/s"],
+        [
+            (
+                speed.tokens,
+                1e3 * speed.median_seconds,
+                1e3 * min(speed.seconds),
+                1e3 * max(speed.seconds),
+                speed.gflops_per_second,
+            )
+            for speed in speeds
+        ],
+    )
+    return exit_codes.SUCCESS
+
+
+def machine() -> dict[str, str]:
+    """What was measured on."""
+    import jax
+
+    device = jax.devices()[0]
+    return {"device": device.device_kind, "platform": device.platform, "jax": jax.__version__}

@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="a Hugging Face folder or a hub id (owner/name)")
     parser.add_argument("output", metavar="OUT", help="the folder to create")
     shared.add_dtype(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT, or what another conversion left unfinished")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace OUT, or what another conversion left unfinished"
+    )
     shared.add_json(parser)
 
 

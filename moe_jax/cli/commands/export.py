@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="a converted folder, or a Hugging Face folder")
     parser.add_argument("output", metavar="HF_DIR", help="the folder to create")
     parser.add_argument(
-        "--form", choices=("per_expert", "fused"), help="how experts are stored (default: as in the original checkpoint)"
+        "--form",
+        choices=("per_expert", "fused"),
+        help="how experts are stored (default: as in the original checkpoint)",
     )
     shared.add_dtype(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace HF_DIR if it exists")

@@ -113,7 +113,8 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print_texts(prompts, texts, chat=arguments.chat)
     if write_stats is not None:
-        title = f"Expert load of {folder.resolve().name}, {result.timing.prompt_tokens} + {sum(result.lengths)} tokens"
+        tokens = f"{result.timing.prompt_tokens} prompt and {result.lengths.sum()} new tokens"
+        title = f"Expert load of {folder.resolve().name}, {tokens}"
         write_stats(arguments.stats, result.expert_load, model.decoder.moe_layers, title)
         print(f"expert load written to {arguments.stats}", file=sys.stderr)
     print(speed_line(result.timing), file=sys.stderr)

@@ -49,9 +49,7 @@ def print_summary(summary: "Summary") -> None:
 
     experts = "none"
     if summary.experts:
-        experts = (
-            f"{summary.experts}, of which {summary.experts_per_token} per token, width {summary.expert_intermediate_size}"
-        )
+        experts = f"{summary.experts}, of which {summary.experts_per_token} per token, width {summary.expert_intermediate_size}"
     facts = [
         ("family", f"{summary.family} ({summary.architecture})"),
         ("what", f"{KINDS[summary.kind]}, experts {summary.form.replace('_', ' ')}"),

@@ -40,7 +40,10 @@ def run(arguments: argparse.Namespace) -> int:
         report = verify(arguments.source, arguments.output, progress=progress)
     if arguments.json:
         differences = [
-            {**dataclasses.asdict(difference), "largest": None if math.isnan(difference.largest) else difference.largest}
+            {
+                **dataclasses.asdict(difference),
+                "largest": None if math.isnan(difference.largest) else difference.largest,
+            }
             for difference in report.differences
         ]
         print_json({**dataclasses.asdict(report), "ok": report.ok, "differences": differences})
@@ -55,9 +58,14 @@ def print_report(report: "VerificationReport") -> None:
 
     facts = [
         ("compared", f"{report.tensors:,} tensors, {format_bytes(report.nbytes)}"),
-        ("different", f"{len(report.differences):,} tensors" if report.differences else "none: every value is the same"),
+        (
+            "different",
+            f"{len(report.differences):,} tensors" if report.differences else "none: every value is the same",
+        ),
     ]
-    facts += [("rounded", f"{count:,} parameters {change}") for change, count in Counter(report.converted.values()).items()]
+    facts += [
+        ("rounded", f"{count:,} parameters {change}") for change, count in Counter(report.converted.values()).items()
+    ]
     print_facts(f"{report.source} and {report.output}", facts)
     if report.differences:
         print_table(

@@ -1,0 +1,47 @@
+"""`moe-jax bench`."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from fading_memory_model import FadingMemoryModel
+
+from moe_jax.cli import main
+
+
+def test_bench_generate_shows_every_round_and_the_median(capsys, monkeypatch):
+    model = FadingMemoryModel(np.eye(11, dtype=np.float32))
+    monkeypatch.setattr("moe_jax.pretrained.from_pretrained", lambda source, dtype: model)
+    options = ["--batch", "2", "--prompt-tokens", "8", "--new-tokens", "4", "--rounds", "3"]
+    assert main(["bench", "generate", "model", *options, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["platform"] == "cpu"
+    assert (document["batch_size"], document["prompt_tokens"], document["new_tokens"]) == (2, 8, 4)
+    assert [(r["prompt_tokens"], r["decoded_tokens"]) for r in document["rounds"]] == [(16, 6)] * 3
+    speeds = sorted(r["decoded_tokens"] / r["decode_seconds"] for r in document["rounds"])
+    assert document["decode_tokens_per_second"] == pytest.approx(speeds[1])
+    assert main(["bench", "generate", "model", *options]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"decode +[\d.,]+ tokens/s \(median\)", text)
+    assert len(re.findall(r"^ +[123]( +[\d.,]+){2} *$", text, re.MULTILINE)) == 3
+
+
+def test_bench_moe_block_measures_every_number_of_tokens(capsys):
+    sizes = ["--hidden-size", "16", "--intermediate-size", "8", "--experts", "4", "--top-k", "2"]
+    options = [*sizes, "--tokens", "3", "--tokens", "5", "--rounds", "3"]
+    assert main(["bench", "moe-block", *options, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["num_experts"], document["dtype"], document["platform"]) == (4, "float32", "cpu")
+    assert [(cell["tokens"], len(cell["seconds"])) for cell in document["cells"]] == [(3, 3), (5, 3)]
+    for cell in document["cells"]:
+        assert cell["flops"] == cell["tokens"] * 2 * (2 * 16 * 8 + 2 * 16 * 8 + 2 * 8 * 16)
+        assert cell["median_seconds"] == sorted(cell["seconds"])[1]
+        assert cell["gflops_per_second"] == pytest.approx(cell["flops"] / cell["median_seconds"] / 1e9)
+    assert main(["bench", "moe-block", *sizes, "--tokens", "3"]) == 0
+    assert len(re.findall(r"^ +3( +[\d.,e-]+){4} *$", capsys.readouterr().out, re.MULTILINE)) == 1
+
+
+def test_bench_refuses_an_impossible_layer(capsys):
+    assert main(["bench", "moe-block", "--experts", "4", "--top-k", "5"]) == 2
+    assert "top_k must be in [1, 4]" in capsys.readouterr().err

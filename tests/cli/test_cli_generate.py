@@ -1,0 +1,263 @@
+"""`moe-jax generate` and `moe-jax bench generate`, with a model whose tokens are known."""
+
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_tokenizers
+from fading_memory_model import FadingMemoryModel, expected_greedy, expected_load
+from golden_cases import golden_cases
+from small_tokenizers import CHATML, END_OF_TEXT
+
+from moe_jax.cli import main
+from moe_jax.tokenization import Tokenizer
+
+VOCAB = 257
+NEW_TOKENS = 6
+LIMIT = ("--max-new-tokens", str(NEW_TOKENS))
+SPEED = re.compile(r"\d+ prompt tokens in .*\(.* tokens/s\); \d+ new tokens in .*; compiled in .* s\n")
+
+
+class Checkpoint:
+    """A folder whose model is a `FadingMemoryModel`, and what it must say."""
+
+    def __init__(self, folder, table):
+        self.folder, self.table = folder, table
+        self.loaded_with = []
+        small_tokenizers.write(small_tokenizers.byte_level(), folder, eos_token=END_OF_TEXT, chat_template=CHATML)
+        (folder / "config.json").write_text("{}")
+        self.tokenizer = Tokenizer.from_folder(folder)
+
+    def from_pretrained(self, folder, *, dtype):
+        assert folder == self.folder
+        self.loaded_with.append(dtype)
+        return FadingMemoryModel(self.table, max_positions=100)
+
+    def tokens(self, prompt):
+        return expected_greedy(self.table, self.tokenizer.encode(prompt), NEW_TOKENS)
+
+    def text(self, prompt):
+        return self.tokenizer.decode(self.tokens(prompt))
+
+
+@pytest.fixture
+def checkpoint(tmp_path, rng, monkeypatch):
+    table = rng.standard_normal((VOCAB, VOCAB)).astype(np.float32)
+    table[:, 94:] -= 100  # ASCII only: the byte-level alphabet begins with it
+    checkpoint = Checkpoint(tmp_path, table)
+    monkeypatch.setattr("moe_jax.pretrained.from_pretrained", checkpoint.from_pretrained)
+    return checkpoint
+
+
+def run(checkpoint, *arguments, status=0):
+    assert main(["generate", str(checkpoint.folder), *arguments]) == status
+
+
+def give_stdin(monkeypatch, text, *, is_terminal=False):
+    stdin = io.StringIO(text)
+    stdin.isatty = lambda: is_terminal
+    monkeypatch.setattr(sys, "stdin", stdin)
+
+
+def test_one_prompt_is_printed_with_its_continuation_and_the_speed_goes_to_stderr(checkpoint, capsys):
+    run(checkpoint, "--prompt", "Hello, sea", *LIMIT)
+    captured = capsys.readouterr()
+    assert captured.out == f"Hello, sea{checkpoint.text('Hello, sea')}\n"
+    assert SPEED.fullmatch(captured.err)
+
+
+def test_several_prompts_run_as_one_batch_and_stand_apart(checkpoint, capsys):
+    run(checkpoint, "--prompt", "one", "--prompt", "and another", *LIMIT)
+    assert capsys.readouterr().out == f"one{checkpoint.text('one')}\n\nand another{checkpoint.text('and another')}\n"
+
+
+def test_lines_of_standard_input_are_prompts(checkpoint, capsys, monkeypatch):
+    give_stdin(monkeypatch, "first\n\n  \nsecond one\n")
+    run(checkpoint, "--json", *LIMIT)
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert [result["prompt"] for result in results] == ["first", "second one"]
+
+
+def test_a_dash_is_the_whole_of_standard_input(checkpoint, capsys, monkeypatch):
+    give_stdin(monkeypatch, "first\n\nsecond\n")
+    run(checkpoint, "--json", "--prompt", "-", *LIMIT)
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert result["prompt"] == "first\n\nsecond"
+
+
+def test_json_holds_tokens_texts_reasons_settings_and_timing(checkpoint, capsys):
+    run(checkpoint, "--prompt", "ab", "--prompt", "cde", "--json", "--seed", "5", *LIMIT)
+    document = json.loads(capsys.readouterr().out)
+    assert set(document) == {"model", "seed", "settings", "results", "timing"}
+    assert (document["model"], document["seed"]) == (str(checkpoint.folder), 5)
+    assert document["settings"]["max_new_tokens"] == NEW_TOKENS
+    assert document["settings"]["do_sample"] is False
+    assert document["results"] == [
+        {
+            "prompt": prompt,
+            "text": checkpoint.text(prompt),
+            "finish_reason": "length",
+            "prompt_token_ids": checkpoint.tokenizer.encode(prompt),
+            "token_ids": checkpoint.tokens(prompt),
+        }
+        for prompt in ("ab", "cde")
+    ]
+    assert document["timing"]["prompt_tokens"] == 5
+    assert document["timing"]["decoded_tokens"] == 2 * (NEW_TOKENS - 1)
+    assert document["timing"]["decode_tokens_per_second"] > 0
+
+
+def test_generation_ends_where_the_checkpoint_says_so(checkpoint, capsys):
+    end = checkpoint.tokens("ab")[1]
+    (checkpoint.folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [256, end]}))
+    run(checkpoint, "--prompt", "ab", "--json", *LIMIT)
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert result["finish_reason"] == "eos"
+    assert result["token_ids"] == expected_greedy(
+        checkpoint.table, checkpoint.tokenizer.encode("ab"), NEW_TOKENS, (256, end)
+    )
+
+
+def test_chat_puts_prompt_and_system_message_into_the_template_and_shows_the_answer_alone(checkpoint, capsys):
+    conversation = f"<|system|>Be brief.{END_OF_TEXT}\n<|user|>Hi{END_OF_TEXT}\n<|assistant|>"
+    run(checkpoint, "--chat", "--system", "Be brief.", "--prompt", "Hi", *LIMIT)
+    assert capsys.readouterr().out == checkpoint.text(conversation) + "\n"
+    run(checkpoint, "--chat", "--system", "Be brief.", "--prompt", "Hi", "--json", *LIMIT)
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert result["prompt_token_ids"] == checkpoint.tokenizer.encode(conversation)
+
+
+def test_sampling_options_replace_the_checkpoints_and_a_seed_repeats_them(checkpoint, capsys):
+    options = ("--prompt", "ab", "--temperature", "50", "--top-k", "40", "--json", *LIMIT)
+    tokens = []
+    for seed in ("1", "1", "2"):
+        run(checkpoint, *options, "--seed", seed)
+        document = json.loads(capsys.readouterr().out)
+        tokens.append(document["results"][0]["token_ids"])
+    settings = document["settings"]
+    assert (settings["do_sample"], settings["temperature"], settings["top_k"], settings["top_p"]) == (
+        True,
+        50,
+        40,
+        None,
+    )
+    assert tokens[0] == tokens[1] != tokens[2]
+
+
+@pytest.mark.parametrize("option", [("--greedy",), ("--temperature", "0")], ids=lambda option: option[0])
+def test_greedy_replaces_a_checkpoint_that_samples(checkpoint, capsys, option):
+    (checkpoint.folder / "generation_config.json").write_text('{"do_sample": true, "temperature": 9.0}')
+    run(checkpoint, "--prompt", "ab", *option, *LIMIT)
+    assert capsys.readouterr().out == f"ab{checkpoint.text('ab')}\n"
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bfloat16", jnp.bfloat16), ("float32", jnp.float32), (None, None)])
+def test_the_dtype_is_passed_on(checkpoint, name, dtype):
+    run(checkpoint, "--prompt", "ab", *(("--dtype", name) if name else ()), *LIMIT)
+    assert checkpoint.loaded_with == [dtype]
+
+
+def test_without_a_limit_generation_stops_at_the_models_positions(checkpoint, capsys):
+    run(checkpoint, "--prompt", "x" * 93, "--json")
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert len(result["token_ids"]) == 7
+
+
+def read_stats(path):
+    if path.suffix == ".json":
+        return np.array(json.loads(path.read_text())["expert_load"])
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    load = np.zeros((3, 5), int)
+    for row in rows:
+        load[int(row["layer"]), int(row["expert"])] = row["load"]
+    return load
+
+
+@pytest.mark.parametrize("ending", ["json", "csv"])
+def test_stats_count_the_experts_of_prompts_and_new_tokens(checkpoint, ending, capsys):
+    file = checkpoint.folder / f"load.{ending}"
+    run(checkpoint, "--prompt", "abc", "--stats", str(file), *LIMIT)
+    tokens_read = checkpoint.tokenizer.encode("abc") + checkpoint.tokens("abc")[:-1]
+    np.testing.assert_array_equal(read_stats(file), expected_load(tokens_read))
+    assert f"expert load written to {file}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("ending", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_stats_are_drawn_as_a_picture(checkpoint, ending, magic):
+    file = checkpoint.folder / f"load.{ending}"
+    run(checkpoint, "--prompt", "abc", "--stats", str(file), *LIMIT)
+    content = file.read_bytes()
+    assert content.startswith(magic)
+    if ending == "svg":  # which keeps its texts: as comments beside their outlines
+        for text in ("expert", "layer", "load (1 = even share)", "3 prompt and 6 new tokens"):
+            assert text.encode() in content
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--prompt", "x", "--stats", "load.txt"), r"--stats must end in \.png, .*; got load\.txt"),
+        (("--prompt", "x", "--stats", "absent/load.png"), "there is no folder absent"),
+        (("--prompt", "x", "--greedy", "--top-p", "0.5"), "--greedy .* cannot be combined with --top-p"),
+        (("--prompt", "x", "--top-p", "1.5"), r"top_p must be in \(0, 1\].*got 1.5"),
+        (("--prompt", "x", "--temperature", "-1"), "temperature must be positive, got -1.0"),
+        (("--prompt", "x", "--system", "y"), "--system needs --chat"),
+        (("--prompt", ""), "a prompt is empty"),
+        (("--prompt", "x" * 99, "--max-new-tokens", "2"), "99 tokens, .* exceeds the model's 100 positions"),
+    ],
+)
+def test_what_cannot_be_done_is_one_message_and_status_2(checkpoint, arguments, message, capsys):
+    run(checkpoint, *arguments, status=2)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.search(message, captured.err)
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("is_terminal", "message"), [(True, "give --prompt TEXT"), (False, "standard input is empty")])
+def test_no_prompt_at_all_is_an_error(checkpoint, capsys, monkeypatch, is_terminal, message):
+    give_stdin(monkeypatch, "", is_terminal=is_terminal)
+    run(checkpoint, status=2)
+    assert message in capsys.readouterr().err
+
+
+def test_a_setting_that_is_not_supported_is_refused_before_the_model_is_loaded(checkpoint, capsys):
+    (checkpoint.folder / "generation_config.json").write_text('{"num_beams": 4}')
+    run(checkpoint, "--prompt", "x", status=2)
+    assert "num_beams=4" in capsys.readouterr().err
+    assert checkpoint.loaded_with == []
+
+
+def test_a_checkpoint_without_tokenizer_json_says_so(checkpoint, capsys):
+    (checkpoint.folder / "tokenizer.json").rename(checkpoint.folder / "tokenizer.model")
+    run(checkpoint, "--prompt", "x", status=2)
+    assert "no tokenizer.json, only tokenizer.model" in capsys.readouterr().err
+
+
+def test_a_golden_checkpoint_generates_in_a_process_of_its_own(tmp_path):
+    """The whole way, with an output that cannot show every character."""
+    (case, *_) = golden_cases("mixtral")
+    expected = case.expected()
+    folder = shutil.copytree(case.folder("fused"), tmp_path / "model")
+    small_tokenizers.write(small_tokenizers.one_word_per_token(128), folder)
+    prompt = " ".join(f"w{token}" for token in expected.prompts()[0])
+    finished = subprocess.run(
+        [sys.executable, "-m", "moe_jax.cli", "generate", folder, "--prompt", prompt, "--max-new-tokens", "32"]
+        + ["--dtype", "float32", "--debug"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "ascii"},
+    )
+    assert finished.returncode == 0, finished.stderr
+    words = " ".join(f"w{token}" for token in expected.greedy_tokens[0])
+    assert finished.stdout == f"{prompt} {words}\n"
+    assert SPEED.fullmatch(finished.stderr)
