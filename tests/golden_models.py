@@ -29,9 +29,7 @@ def golden_model(case: GoldenCase, form: str | None = None) -> CausalLM:
 def compiled(case: GoldenCase, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function(model, *args)` as `f(model, *args)`, compiled once for all forms of the case."""
     graph = nnx.graphdef(golden_model(case))
-    program = jax.jit(
-        lambda state, *args: function(nnx.merge(graph, state), *args), compiler_options=QUICK_TO_COMPILE
-    )
+    program = jax.jit(lambda state, *args: function(nnx.merge(graph, state), *args), compiler_options=QUICK_TO_COMPILE)
     return lambda model, *args: program(nnx.state(model), *args)
 
 

@@ -1,4 +1,4 @@
-"""`config.json` of published checkpoints, in the words in which they were published, and their published parameter counts."""
+"""`config.json` of published checkpoints, in the words of their authors, and their published parameter counts."""
 
 from typing import Any
 

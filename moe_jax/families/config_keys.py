@@ -1,4 +1,4 @@
-"""Which keys of a `config.json` are understood: a key that might change the result and isn't known is refused by name."""
+"""Which keys of a `config.json` are understood: one that might change the result and isn't known is refused by name."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,8 @@ HARMLESS_KEYS = frozenset(
         "_attn_implementation_autoset", "_name_or_path", "architectures", "auto_map", "dtype", "model_type",
         "torch_dtype", "transformers_version", "quantization_config",
         # tokens and outputs
-        "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "id2label", "label2id",
+        "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id",
+        "id2label", "label2id",
         "output_attentions", "output_hidden_states", "output_router_logits", "problem_type", "return_dict", "use_cache",
         "chunk_size_feed_forward",
         # training only

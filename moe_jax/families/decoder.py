@@ -85,7 +85,7 @@ class LatentAttention:
     bias: bool = False
     """`attention_bias`: the down projections and the output projection have biases."""
     norm_epsilon: float = 1e-6
-    """Of the norms of the compressed query, key and value, which `rms_norm_eps` doesn't reach in Hugging Face's models."""
+    """Of the norms of the compressed query, key and value, which `rms_norm_eps` doesn't reach (as in Hugging Face)."""
 
 
 Attention = GroupedQueryAttention | LatentAttention

@@ -1,6 +1,7 @@
 """DeepSeek-V2 (arXiv 2405.04434): latent attention, softmax routing that keeps the groups of the best experts.
 
-As in Hugging Face's model, and unlike vLLM's, `norm_topk_prob` is not read and experts of other groups score 0, not -inf.
+As in Hugging Face's model, and unlike vLLM's, `norm_topk_prob` is not read, and experts of other groups score
+0, not -inf.
 """
 
 from moe_jax.families.attention_rows import LatentRow

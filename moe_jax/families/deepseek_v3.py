@@ -1,4 +1,4 @@
-"""DeepSeek-V3 (arXiv 2412.19437): latent attention, sigmoid routing steered by a correction bias within the best groups."""
+"""DeepSeek-V3 (arXiv 2412.19437): latent attention, sigmoid routing steered by a bias within the best groups."""
 
 from moe_jax.families.attention_rows import LatentRow
 from moe_jax.families.decoder_row import DecoderRow, MixtureRow

@@ -17,7 +17,7 @@ class Family:
     architecture: str
     """Class in `architectures` of its `config.json`."""
     build_decoder: Callable[[HFConfig], Decoder]
-    """Reads a `config.json` of this family; raises ValueError naming a key that changes the result and isn't supported."""
+    """Reads a `config.json`; raises ValueError naming a key that changes the result and isn't supported."""
     names: Mapping[str, str]
     """Template of our path -> template of the tensor's name, for everything but the routed experts' weights."""
     fused_names: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Hugging Face names of our parameters, as templates: `{layer}` stands for the layer's number, `{expert}` for the expert's."""
+"""Hugging Face names of our parameters, as templates: `{layer}` and `{expert}` stand for a layer's and an expert's number."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -74,7 +74,8 @@ class ExpertNames:
     """How a family's checkpoints name and lay out the routed experts' weights.
 
     Per-expert form: `{per_expert_block}.experts.{expert}.{gate|down|up}.weight`, each (out, in).
-    Fused form: `{fused_block}.experts.gate_up_proj` `[E, 2I, H]` and `.down_proj` `[E, H, I]`, with `_bias` beside them.
+    Fused form: `{fused_block}.experts.gate_up_proj` `[E, 2I, H]` and `.down_proj` `[E, H, I]`,
+    with `_bias` beside them.
     """
 
     per_expert_block: str | None = "model.layers.{layer}.mlp"

@@ -1,6 +1,6 @@
 """Every parameter of a decoder: its path in our tree and its shape, from the configuration alone.
 
-The converter checks a checkpoint against this table before it writes a byte, and the models build exactly these parameters.
+The converter checks a checkpoint against this table before it writes a byte, and models build exactly these parameters.
 `L` in a path is the layer's number: on disk every layer has parameters of its own; loading stacks those of one kind.
 """
 

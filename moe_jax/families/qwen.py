@@ -1,4 +1,4 @@
-"""What the Qwen families share: softmax routing whose renormalisation the config decides, and dense layers in between."""
+"""What the Qwen families share: softmax routing, renormalised if the config says so, and dense layers in between."""
 
 from moe_jax.families.settings import HFConfig, key
 

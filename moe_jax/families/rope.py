@@ -80,7 +80,7 @@ def read_rope(config: HFConfig, row: RopeRow, *, head_dim: int, interleaved: boo
 
 
 def latent_attention_scale(config: HFConfig, row: RopeRow, *, head_dim: int) -> float:
-    """DeepSeek's factor on query-key products: `head_dim ** -0.5`, times YaRN's temperature squared if `mscale_all_dim` is set."""
+    """DeepSeek's factor on query-key products: `head_dim ** -0.5`, times YaRN's temperature squared with `mscale_all_dim`."""
     parameters = rope_parameters(config, row)
     scale = head_dim**-0.5
     if parameters["rope_type"] == "default" or not parameters.get("mscale_all_dim"):

@@ -1,4 +1,4 @@
-"""How a family row refers to `config.json`: a setting is a constant or a `Key` that is looked up when a checkpoint is read."""
+"""How a family row refers to `config.json`: a setting is a constant, or a `Key` looked up when a checkpoint is read."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

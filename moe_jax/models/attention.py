@@ -55,7 +55,7 @@ def attend(
 class MultiHeadAttention(nnx.Module):
     """Projections, optional norms and clipping, rotary embedding, attention, output projection.
 
-    Children: `q_proj`, `k_proj`, `v_proj`, `o_proj` (`nnx.Linear`), `q_norm` and `k_norm` or None, `sinks` `[N]` or None.
+    Children: `q_proj`, `k_proj`, `v_proj`, `o_proj` (`nnx.Linear`); `q_norm`, `k_norm` and `sinks` `[N]`, or None.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class MultiHeadAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B S H"], inputs: AttentionInputs, cache: LayerCache | None
     ) -> tuple[Float[Array, "B S H"], LayerCache | None]:
-        """Attend to the new tokens and, with a cache, to those before them; returns the cache with the new ones added."""
+        """Attend to the new tokens and to those in the cache; returns the cache with the new ones added."""
         description = self.description
         query = self._heads(self.q_proj(x), self.q_norm)
         key = self._heads(self.k_proj(x), self.k_norm)

@@ -11,7 +11,7 @@ from moe_jax.families.decoder import Attention, Decoder, GroupedQueryAttention
 from moe_jax.models.scan_plan import Segment
 
 CacheArrays = tuple[Float[Array, "repeats B slots *features"], ...]
-"""What the layers of a stack keep: keys `[kv_heads, head_dim]` and values, or latent attention's vector `[rank + rope]`."""
+"""What a stack's layers keep: keys `[kv_heads, head_dim]` and values, or latent attention's vector `[rank + rope]`."""
 
 
 @jax.tree_util.register_dataclass

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import ParallelConfig
 from moe_jax.families.decoder import Decoder
 from moe_jax.models.attention import AttentionInputs
-from moe_jax.models.cache import KVCache, init_cache
+from moe_jax.models.cache import CacheArrays, KVCache, init_cache
 from moe_jax.models.layer_stack import BuildOptions, LayerStack
 from moe_jax.models.rotary import rotation
 from moe_jax.models.scan_plan import plan_segments
@@ -43,7 +43,7 @@ class CausalLM(nnx.Module):
         rngs: nnx.Rngs,
         dtype: Any = jnp.float32,
         param_dtype: Any = jnp.float32,
-        parallel: ParallelConfig = ParallelConfig(),
+        parallel: ParallelConfig | None = None,
         mesh: Mesh | None = None,
         implementation: str | None = None,
         hf_config: Mapping[str, Any] | None = None,
@@ -56,7 +56,7 @@ class CausalLM(nnx.Module):
             rngs: source of the `params` keys.
             dtype: computation dtype.
             param_dtype: dtype in which parameters are created; the router's correction bias is always float32.
-            parallel: how every MoE layer is split over `mesh`.
+            parallel: how every MoE layer is split over `mesh`; None: not at all.
             mesh: devices of `parallel`'s axes.
             implementation: implementation of the expert computation; None chooses by device and shape.
             hf_config: the `config.json` that `decoder` was made from, kept for `save_pretrained`.
@@ -68,7 +68,11 @@ class CausalLM(nnx.Module):
         self.source_folder = None if source_folder is None else os.fspath(source_folder)
         self._hf_config = None if hf_config is None else json.dumps(dict(hf_config))  # text, for modules hold hashables
         options = BuildOptions(
-            dtype=self.dtype, param_dtype=param_dtype, parallel=parallel, mesh=mesh, implementation=implementation
+            dtype=self.dtype,
+            param_dtype=param_dtype,
+            parallel=ParallelConfig() if parallel is None else parallel,
+            mesh=mesh,
+            implementation=implementation,
         )
         dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.embedder = nnx.Embed(decoder.vocab_size, decoder.hidden_size, **dtypes)
@@ -107,8 +111,8 @@ class CausalLM(nnx.Module):
         Args:
             input_ids: token ids; with a cache, only the new ones.
             attention_mask: 1 at real tokens of `input_ids`, 0 at padding, which may stand on either side.
-            positions: for the rotary embedding; by default tokens are counted from the row's first real one, cached ones
-                included.
+            positions: for the rotary embedding; by default tokens are counted from the row's first real one, those in
+                the cache included.
             cache: earlier tokens, see `init_cache`; rows may hold different numbers of them.
             with_aux: also return the routing of all MoE layers.
             forced_ids: experts to use, per MoE layer, as `MoEAux.topk_ids` reports them.
@@ -125,9 +129,11 @@ class CausalLM(nnx.Module):
             with_aux=with_aux,
             forced_ids=forced_ids,
         )
-        results = [self.logits(hidden)]
-        results += [] if cache is None else [new_cache]
-        results += [aux] if with_aux else []
+        results: list[Any] = [self.logits(hidden)]
+        if cache is not None:
+            results.append(new_cache)
+        if with_aux:
+            results.append(aux)
         return results[0] if len(results) == 1 else tuple(results)
 
     def hidden_states(
@@ -144,6 +150,12 @@ class CausalLM(nnx.Module):
 
         Prompts are long and only their last token's logits are needed: take its hidden state and call `logits` on that.
         """
+        num_moe_layers = len(self.decoder.moe_layers)
+        if forced_ids is not None and forced_ids.shape[:3] != (num_moe_layers, *input_ids.shape):
+            raise ValueError(
+                f"forced_ids must have the shape ({num_moe_layers} MoE layers, *{input_ids.shape} of input_ids, top_k), "
+                f"got {forced_ids.shape}"
+            )
         sequence = Sequence.of(
             input_ids,
             attention_mask,
@@ -151,28 +163,49 @@ class CausalLM(nnx.Module):
             cached_slots=None if cache is None else cache.max_length,
         )
         inputs = self._attention_inputs(sequence, sequence.positions if positions is None else positions)
-        x, segments, auxes, first = self.embedder(input_ids), [], [], 0
+        x, segments, aux = self._run_stacks(
+            self.embedder(input_ids),
+            inputs,
+            None if cache is None else cache.segments,
+            is_real=sequence.is_real,
+            forced_ids=forced_ids,
+            with_aux=with_aux,
+        )
+        x = self.final_norm(x)
+        if cache is not None:
+            lengths = cache.lengths + sequence.new_tokens
+            x = jnp.where((lengths > cache.max_length)[:, None, None], jnp.nan, x)
+            cache = KVCache(segments, lengths)
+        return x, cache, aux
+
+    def _run_stacks(
+        self,
+        x: Float[Array, "B S H"],
+        inputs: AttentionInputs,
+        segments: tuple[tuple[CacheArrays, ...], ...] | None,
+        *,
+        is_real: Bool[Array, "B S"] | None,
+        forced_ids: Int[Array, "L B S K"] | None,
+        with_aux: bool,
+    ) -> tuple[Float[Array, "B S H"], tuple[tuple[CacheArrays, ...], ...], MoEAux | None]:
+        """All layers in order, each stack with its own part of the cache and of the forced ids."""
+        new_segments, auxes, first = [], [], 0
         for index, stack in enumerate(self.stacks):
             last = first + stack.num_moe_layers
             x, caches, aux = stack(
                 x,
                 inputs,
-                None if cache is None else cache.segments[index],
-                is_real=sequence.is_real,
+                None if segments is None else segments[index],
+                is_real=is_real,
                 forced_ids=forced_ids[first:last] if forced_ids is not None and last > first else None,
                 with_aux=with_aux,
             )
             first = last
-            segments.append(caches)
-            auxes += [] if aux is None else [aux]
-        x = self.final_norm(x)
-
-        if cache is not None:
-            lengths = cache.lengths + sequence.new_tokens
-            x = jnp.where((lengths > cache.max_length)[:, None, None], jnp.nan, x)
-            cache = KVCache(tuple(segments), lengths)
+            new_segments.append(caches)
+            if aux is not None:
+                auxes.append(aux)
         aux = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *auxes) if auxes else None
-        return x, cache, aux
+        return x, tuple(new_segments), aux
 
     def logits(self, hidden_states: Float[Array, "... H"]) -> Float[Array, "... V"]:
         """float32 logits of normalised hidden states."""

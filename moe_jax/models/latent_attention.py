@@ -1,4 +1,4 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values from one compressed vector."""
+"""Multi-head latent attention (arXiv 2405.04434, section 2.1): keys and values from one compressed vector."""
 
 from typing import Any
 
@@ -15,9 +15,9 @@ from moe_jax.models.rotary import rotate
 class MultiHeadLatentAttention(nnx.Module):
     """Attention whose cache holds one compressed vector per token instead of keys and values of every head.
 
-    The compressed vector is `[latent (kv_lora_rank), rotated key (qk_rope_head_dim)]`. Keys and values are the latent times
-    `kv_b_proj`. Many queries expand all latents into keys and values; few queries are taken into the latents' space
-    instead, which is the same product in another order and much less work in decoding.
+    The compressed vector is `[latent (kv_lora_rank), rotated key (qk_rope_head_dim)]`. Keys and values are the latent
+    times `kv_b_proj`. Many queries expand all latents into keys and values; few queries are taken into the latents'
+    space instead, which is the same product in another order and much less work in decoding.
 
     Children: `q_proj`, or `q_a_proj`, `q_a_norm`, `q_b_proj`; `kv_a_proj`, `kv_a_norm`, `kv_b_proj`, `o_proj`.
     """
@@ -45,7 +45,7 @@ class MultiHeadLatentAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B S H"], inputs: AttentionInputs, cache: LayerCache | None
     ) -> tuple[Float[Array, "B S H"], LayerCache | None]:
-        """Attend to the new tokens and, with a cache, to those before them; returns the cache with the new ones added."""
+        """Attend to the new tokens and to those in the cache; returns the cache with the new ones added."""
         description = self.description
         turn = inputs.rotations[description.rope]
         query = self._queries(x).reshape(*x.shape[:-1], description.num_heads, -1)

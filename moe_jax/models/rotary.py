@@ -18,7 +18,7 @@ class Rotation(NamedTuple):
 
 
 def inverse_frequencies(rope: Rope) -> np.ndarray:
-    """Angle per position of each rotated pair, `[rotary_dim / 2]` float32, computed in float32 as checkpoints were trained."""
+    """Angle per position of each rotated pair, `[rotary_dim / 2]`, computed in float32 as when checkpoints are trained."""
     exponents = np.arange(0, rope.rotary_dim, 2, dtype=np.float32) / np.float32(rope.rotary_dim)
     frequencies = np.float32(1.0) / np.power(np.float32(rope.theta), exponents)
     match rope.scaling:
@@ -41,7 +41,7 @@ def rotation(rope: Rope, positions: Int[Array, "B S"]) -> Rotation:
 def rotate(x: Float[Array, "B S N D"], rope: Rope, by: Rotation) -> Float[Array, "B S N D"]:
     """Rotate the first `rope.rotary_dim` dimensions of every head, in float32; the rest passes through.
 
-    Interleaved pairs come out as two halves: queries and keys are permuted alike, which leaves their products unchanged.
+    Interleaved pairs come out as two halves: queries and keys are permuted alike, which keeps their products.
     """
     rotated, rest = x[..., : rope.rotary_dim].astype(jnp.float32), x[..., rope.rotary_dim :]
     if rope.interleaved:
@@ -54,7 +54,7 @@ def rotate(x: Float[Array, "B S N D"], rope: Rope, by: Rotation) -> Float[Array,
 
 
 def _share_kept(rope: Rope, yarn: YarnScaling) -> np.ndarray:
-    """How much of each frequency YaRN keeps: 1 for fast ones, 0 for slow ones, a ramp between (arXiv 2309.00071, section 3.2)."""
+    """How much of each frequency YaRN keeps: 1 for fast ones, 0 for slow ones, a ramp between (section 3.2 of the paper)."""
 
     def dimension_of(turns: float) -> float:
         """The pair (as a dimension index) that turns this often over the original length."""

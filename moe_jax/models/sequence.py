@@ -72,8 +72,8 @@ class Sequence:
     def mask(self, window: int | None) -> Bool[Array, "B 1 S N"]:
         """Which keys each token sees: itself and earlier ones, at most `window` of them in all.
 
-        N counts the keys: the slots of the cache, or the new tokens themselves without one. Slots that aren't filled yet
-        come later than every token, and so does padding.
+        N counts the keys: the slots of the cache, or the new tokens themselves without one. Slots that aren't filled
+        yet come later than every token, and so does padding.
         """
         queries = self.order[:, :, None]
         if self.cached_slots is None:

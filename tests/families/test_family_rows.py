@@ -101,7 +101,7 @@ def test_activations_come_under_hugging_face_names():
 
 def test_null_key_value_heads_mean_one_per_query_head_but_an_absent_key_is_an_error():
     assert build("olmoe", num_key_value_heads=None).layers[0].attention.num_kv_heads == 16
-    with pytest.raises(ValueError, match="config.json has no num_key_value_heads"):
+    with pytest.raises(ValueError, match=r"config\.json has no num_key_value_heads"):
         build("olmoe", num_key_value_heads=...)
 
 

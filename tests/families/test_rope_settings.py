@@ -10,7 +10,10 @@ from moe_jax.families.rope import RopeRow, latent_attention_scale, read_rope
 YARN = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096}
 
 
-def read(config, row=RopeRow(), head_dim=64):
+PLAIN = RopeRow()
+
+
+def read(config, row=PLAIN, head_dim=64):
     return read_rope({"max_position_embeddings": 8192, **config}, row, head_dim=head_dim)
 
 

@@ -1,0 +1,127 @@
+"""What a model is made of: its parameters, and how little of it is compiled whatever its depth."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from golden_models import QUICK_TO_COMPILE
+from published_configs import CONFIGS
+
+from moe_jax.config import ParallelConfig
+from moe_jax.families import FAMILIES, get_family, parameter_shapes
+from moe_jax.models import CausalLM
+from moe_jax.models.parameter_sources import parameter_sources
+
+SMALL = {"hidden_size": 32, "vocab_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+SMALL_EXPERTS = {"intermediate_size": 16, "moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
+
+
+def abstract_model(config, **options):
+    decoder = get_family(config).build_decoder(config)
+    return nnx.eval_shape(lambda: CausalLM(decoder, rngs=nnx.Rngs(0), **options))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_parameters_of_a_model_are_those_of_the_parameter_table(model_type):
+    """At published sizes: nothing is allocated."""
+    model = abstract_model(CONFIGS[model_type], param_dtype=jnp.bfloat16)
+    sources, shapes = parameter_sources(model), {}
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        source = sources[path]
+        if isinstance(source, str):
+            shapes[source] = variable.shape
+        else:
+            assert variable.shape[0] == len(source)
+            shapes |= dict.fromkeys(source, variable.shape[1:])
+        expected = jnp.float32 if path[-1] == "correction_bias" else jnp.bfloat16
+        assert variable.dtype == expected, path
+    assert shapes == parameter_shapes(model.decoder)
+
+
+def qwen3(num_layers):
+    return {**CONFIGS["qwen3_moe"], **SMALL, **SMALL_EXPERTS, "head_dim": 8, "num_hidden_layers": num_layers}
+
+
+def gpt_oss(num_layers):
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16}
+    layers = {"num_hidden_layers": num_layers, "layer_types": None}
+    return {**CONFIGS["gpt_oss"], **SMALL, **experts, "head_dim": 8, **layers}
+
+
+@pytest.mark.parametrize("family", [qwen3, gpt_oss])
+def test_a_deep_model_is_no_larger_a_program_than_a_shallow_one(family):
+    """What is compiled for 48 layers has the size of what is compiled for 4, cached decoding included."""
+
+    def program_size(num_layers):
+        model = abstract_model(family(num_layers))
+        graph, state = nnx.split(model)
+        cache = jax.eval_shape(lambda: model.init_cache(2, 16))
+        ids = jax.ShapeDtypeStruct((2, 1), jnp.int32)
+        decode = jax.jit(lambda state, cache, ids: nnx.merge(graph, state)(ids, cache=cache, with_aux=True))
+        return len(decode.lower(state, cache, ids).as_text().splitlines())
+
+    assert program_size(48) <= 1.02 * program_size(4)
+
+
+def test_a_decoding_step_updates_the_cache_in_place():
+    """The memory beside arguments and results doesn't hold a second copy of any layer's cache."""
+    model = abstract_model(qwen3(3))
+    graph, state = nnx.split(model)
+    cache = jax.eval_shape(lambda: model.init_cache(2, 4096))
+    decode = jax.jit(
+        lambda state, cache, ids: nnx.merge(graph, state)(ids, cache=cache),
+        donate_argnums=1,
+        compiler_options=QUICK_TO_COMPILE,
+    )
+    memory = decode.lower(state, cache, jax.ShapeDtypeStruct((2, 1), jnp.int32)).compile().memory_analysis()
+    nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.segments))
+    assert memory.alias_size_in_bytes >= nbytes
+    assert memory.temp_size_in_bytes < nbytes
+
+
+def test_a_model_computes_in_its_dtype_and_gives_float32_logits():
+    model = abstract_model(qwen3(2), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((2, 3), jnp.int32)
+    hidden, _, _ = nnx.eval_shape(lambda model, ids: model.hidden_states(ids), model, ids)
+    assert hidden.dtype == jnp.bfloat16
+    assert nnx.eval_shape(lambda model, ids: model(ids), model, ids).dtype == jnp.float32
+    cache = jax.eval_shape(lambda: model.init_cache(2, 8))
+    assert {leaf.dtype for leaf in jax.tree.leaves(cache.segments)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_results_come_as_logits_then_cache_then_aux():
+    model = abstract_model(qwen3(2))
+    ids = jax.ShapeDtypeStruct((2, 3), jnp.int32)
+
+    def shapes(with_cache, with_aux):
+        def run(model, ids):
+            return model(ids, cache=model.init_cache(2, 8) if with_cache else None, with_aux=with_aux)
+
+        return nnx.eval_shape(run, model, ids)
+
+    assert shapes(False, False).shape == (2, 3, 64)
+    logits, cache = shapes(True, False)
+    assert (logits.shape, cache.max_length) == ((2, 3, 64), 8)
+    logits, aux = shapes(False, True)
+    assert (logits.shape, aux.expert_load.shape) == ((2, 3, 64), (2, 4))
+    logits, cache, aux = shapes(True, True)
+    assert (cache.max_length, aux.topk_ids.shape) == (8, (2, 2, 3, 2))
+
+
+def test_a_model_remembers_its_config_json():
+    model = abstract_model(qwen3(2), hf_config=qwen3(2), source_folder="somewhere")
+    assert (model.hf_config, model.source_folder) == (qwen3(2), "somewhere")
+    assert abstract_model(qwen3(2)).hf_config is None
+
+
+def test_parallel_axes_need_a_mesh():
+    with pytest.raises(ValueError, match="mesh"):
+        abstract_model(qwen3(2), parallel=ParallelConfig(expert_axis="expert"))
+
+
+def test_forced_experts_must_be_given_for_every_moe_layer():
+    model = abstract_model(qwen3(2))
+    ids = jax.ShapeDtypeStruct((2, 3), jnp.int32)
+    forced = jax.ShapeDtypeStruct((3, 2, 3, 2), jnp.int32)
+    with pytest.raises(ValueError, match=r"2 MoE layers.*got \(3, 2, 3, 2\)"):
+        nnx.eval_shape(lambda model, ids, forced: model(ids, forced_ids=forced), model, ids, forced)

@@ -1,0 +1,130 @@
+"""Loading and saving models: dtypes, converted folders, meshes."""
+
+import json
+import shutil
+
+import golden_cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from golden_models import QUICK_TO_COMPILE, TOLERANCE, golden_model, relative_error
+from jax.sharding import AxisType
+from safetensors.numpy import load_file
+
+from moe_jax import from_pretrained, save_pretrained
+from moe_jax.checkpoints import CheckpointError, open_checkpoint
+from moe_jax.config import ParallelConfig
+from moe_jax.models import CausalLM
+from moe_jax.models.parameter_sources import parameter_sources
+
+RENORMALIZED = golden_cases.golden_case("qwen3_moe", "renormalized")
+STORED_IN_BFLOAT16 = golden_cases.golden_case("mixtral", "full_tied")
+CORRECTION_BIAS = golden_cases.golden_case("glm4_moe", golden_cases.golden_cases("glm4_moe")[0].name)
+
+
+def parameters(model):
+    return {path: variable[...] for path, variable in nnx.to_flat_state(nnx.state(model))}
+
+
+def test_without_a_dtype_parameters_keep_that_of_the_file_and_computation_follows_the_embedding():
+    model = from_pretrained(STORED_IN_BFLOAT16.folder("fused"))
+    assert {array.dtype for array in parameters(model).values()} == {jnp.dtype(jnp.bfloat16)}
+    assert model.dtype == jnp.bfloat16
+    assert golden_model(RENORMALIZED).dtype == jnp.float32
+
+
+def test_the_correction_bias_stays_float32_whatever_dtype_is_asked_for():
+    model = from_pretrained(CORRECTION_BIAS.folder("fused"), dtype=jnp.bfloat16)
+    for path, array in parameters(model).items():
+        assert array.dtype == (jnp.float32 if path[-1] == "correction_bias" else jnp.bfloat16), path
+    assert any(path[-1] == "correction_bias" for path in parameters(model))
+
+
+def test_values_are_bit_for_bit_those_of_the_file():
+    model = golden_model(RENORMALIZED, "per_expert")
+    tensors = load_file(RENORMALIZED.folder("per_expert") / "model.safetensors")
+    loaded = {}
+    for path, source in parameter_sources(model).items():
+        array = np.asarray(parameters(model)[path])
+        loaded |= {source: array} if isinstance(source, str) else dict(zip(source, array, strict=True))
+    np.testing.assert_array_equal(loaded["embedder.embedding"], tensors["model.embed_tokens.weight"])
+    for layer, expert in ((0, 3), (2, 8)):
+        block = f"model.layers.{layer}.mlp.experts.{expert}"
+        gate_up = loaded[f"layers.{layer}.feed_forward.routed_experts.gate_up_proj"][expert]
+        np.testing.assert_array_equal(gate_up[0], tensors[f"{block}.gate_proj.weight"])
+        np.testing.assert_array_equal(gate_up[1], tensors[f"{block}.up_proj.weight"])
+    kernel = loaded["layers.1.attention.q_proj.kernel"]
+    np.testing.assert_array_equal(kernel, tensors["model.layers.1.self_attn.q_proj.weight"].T)
+
+
+def test_a_saved_model_is_loaded_again_with_the_same_bits(tmp_path):
+    model = golden_model(RENORMALIZED)
+    save_pretrained(model, tmp_path / "saved")
+    again = from_pretrained(tmp_path / "saved")
+    assert again.decoder == model.decoder
+    assert again.hf_config == model.hf_config
+    jax.tree.map(np.testing.assert_array_equal, parameters(again), parameters(model))
+    with pytest.raises(CheckpointError):
+        save_pretrained(model, tmp_path / "saved")
+
+
+def test_a_changed_model_is_saved_as_it_is_now(tmp_path):
+    model = from_pretrained(RENORMALIZED.folder("fused"))
+    model.final_norm.scale[...] = model.final_norm.scale[...] + 1.5
+    save_pretrained(model, tmp_path / "saved")
+    saved = open_checkpoint(tmp_path / "saved").read("final_norm.scale")
+    np.testing.assert_array_equal(saved, model.final_norm.scale[...])
+
+
+def test_a_model_without_a_config_json_cannot_be_saved(tmp_path):
+    decoder = golden_model(RENORMALIZED).decoder
+    model = nnx.eval_shape(lambda: CausalLM(decoder, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="the model has no hf_config"):
+        save_pretrained(model, tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("shape", "parallel"),
+    [
+        ((4, 2), None),
+        ((4, 2), ParallelConfig(expert_axis="a", data_axis="b")),
+        ((2, 4), ParallelConfig(expert_axis="a", tensor_axis="b")),
+    ],
+    ids=str,
+)
+def test_on_eight_devices_logits_are_those_of_one(shape, parallel):
+    case = golden_cases.golden_case("qwen3_moe", "raw_probabilities")  # 12 experts
+    if parallel is None:
+        shape = (2, 2)
+    mesh = jax.make_mesh(shape, ("a", "b"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[: np.prod(shape)])
+    model = from_pretrained(case.folder("fused"), dtype=np.float32, mesh=mesh, parallel=parallel)
+    experts = next(array for path, array in parameters(model).items() if path[-1] == "gate_up_proj")
+    assert experts.addressable_shards[0].data.size == experts.size // (
+        experts.sharding.num_devices // (1 if parallel is None or parallel.tensor_axis else shape[1])
+    )
+
+    graph, state = nnx.split(model)
+    forward = jax.jit(lambda state, ids: nnx.merge(graph, state)(ids), compiler_options=QUICK_TO_COMPILE)
+    expected = case.expected()
+    assert relative_error(forward(state, jnp.asarray(expected.input_ids)), expected.logits) < TOLERANCE
+
+
+def test_a_parallel_config_needs_a_mesh():
+    with pytest.raises(ValueError, match="parallel needs mesh="):
+        from_pretrained(RENORMALIZED.folder("fused"), parallel=ParallelConfig(expert_axis="a"))
+
+
+def test_a_source_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere"):
+        from_pretrained(tmp_path / "nowhere")
+
+
+def test_an_unsupported_setting_of_a_checkpoint_is_named(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(RENORMALIZED.folder("fused"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"logit_scale": 2.0}))
+    with pytest.raises(CheckpointError, match="logit_scale=2.0"):
+        from_pretrained(folder)
