@@ -10,7 +10,6 @@ Source: vLLM `fused_moe/activation.py` (`MoEActivation`, `apply_moe_activation`)
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -40,13 +39,15 @@ def _relu2(gate: Array, up: Array, activation: "Activation") -> Array:
 
 
 def _swigluoai(gate: Array, up: Array, activation: "Activation") -> Array:
-    gate = jnp.minimum(gate, activation.limit)
-    up = jnp.clip(up, -activation.limit, activation.limit)
-    return gate * jax.nn.sigmoid(activation.alpha * gate) * (up + activation.beta)
+    limit, alpha, beta = activation.filled("limit", "alpha", "beta")
+    gate = jnp.minimum(gate, limit)
+    up = jnp.clip(up, -limit, limit)
+    return gate * jax.nn.sigmoid(alpha * gate) * (up + beta)
 
 
 def _swiglustep(gate: Array, up: Array, activation: "Activation") -> Array:
-    return jnp.minimum(jax.nn.silu(gate), activation.limit) * jnp.clip(up, -activation.limit, activation.limit)
+    (limit,) = activation.filled("limit")
+    return jnp.minimum(jax.nn.silu(gate), limit) * jnp.clip(up, -limit, limit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +140,13 @@ class Activation:
             raise ValueError(f"limit of activation {name!r} must be positive and finite, got {self.limit}")
 
     @classmethod
-    def of(cls, activation: "str | Self") -> "Self":
+    def of(cls, activation: "str | Activation") -> "Activation":
         """The activation itself, or the one of that name with its default parameters."""
-        return activation if isinstance(activation, cls) else cls(activation)
+        return Activation(activation) if isinstance(activation, str) else activation
+
+    def filled(self, *parameters: str) -> tuple[float, ...]:
+        """The values of parameters that this activation has."""
+        return tuple(getattr(self, parameter) for parameter in parameters)
 
     @property
     def is_gated(self) -> bool:

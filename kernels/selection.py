@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 import jax
+from jax.core import Tracer
 
 RequestT = TypeVar("RequestT", contravariant=True)
 
@@ -22,7 +23,10 @@ class Formulation:
 class Implementation(Protocol[RequestT]):
     """One way to compute an op; a module with these four names is one."""
 
-    NAME: str
+    @property
+    def NAME(self) -> str:  # noqa: N802 - a constant of the module
+        """What the implementation is called."""
+        ...
 
     def unsupported(self, request: RequestT) -> str | None:
         """Why this implementation cannot compute the (valid) request, or None if it can."""
@@ -103,7 +107,7 @@ def platform_of(*arrays: object) -> str:
     Concrete arrays know it; for traced ones, and for shapes, it is that of the default device.
     """
     for array in arrays:
-        if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
+        if isinstance(array, jax.Array) and not isinstance(array, Tracer):
             return next(iter(array.devices())).platform
     default_device = jax.config.jax_default_device
     if isinstance(default_device, jax.Device):

@@ -223,7 +223,7 @@ class MoEConfig:
     param_dtype: Any = jnp.float32
     """Dtype in which parameters are created; the router's correction bias is always float32."""
     implementation: str | None = None
-    """Implementation of the expert computation; None chooses by device and shape, see `moe_jax.kernels.explain`."""
+    """Implementation of the expert computation; None chooses by device and shape, see `moe_jax.kernels.explain_fused_moe`."""
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "intermediate_size", "num_experts"):

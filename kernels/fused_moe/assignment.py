@@ -65,7 +65,7 @@ def _gather_rows_forward(x, assignment):
 
 def _gather_rows_backward(assignment, cotangent):
     wide = jnp.promote_types(cotangent.dtype, jnp.float32)
-    total = sum(cotangent[position].astype(wide) for position in assignment.position.T)
+    total = sum((cotangent[position].astype(wide) for position in assignment.position.T), jnp.zeros((), wide))
     return total.astype(cotangent.dtype), None
 
 
@@ -78,7 +78,8 @@ def combine_rows(
 ) -> Float[Array, "T H"]:
     """Weighted sum of the results of each token's pairs, in the order of its choices; the dtype is that of the weights."""
     columns = zip(weights.T, assignment.position.T, strict=True)
-    return sum(weight[:, None] * results[position].astype(weights.dtype) for weight, position in columns)
+    terms = (weight[:, None] * results[position].astype(weights.dtype) for weight, position in columns)
+    return sum(terms, jnp.zeros((), weights.dtype))
 
 
 def _combine_rows_forward(results, weights, assignment):

@@ -152,7 +152,7 @@ def _loop(computation, x, topk_weights, weights, assignment) -> Float[Array, "T 
         return jax.lax.dynamic_update_slice_in_dim(results, output, first, axis=0)
 
     nothing = varying_like(jnp.zeros((num_pairs + block_rows, x.shape[1]), x.dtype), x)
-    results = jax.lax.fori_loop(0, schedule.count, block, nothing)
+    results = jax.lax.fori_loop(0, schedule.num_blocks, block, nothing)
     return _combine(results, output_weights, assignment.position, assignment.is_local(weights.down_proj.shape[0]))
 
 
@@ -209,7 +209,7 @@ def _add_rows_without_slot(computation, total, x, topk_weights, weights, assignm
         weighted = output_weights.reshape(-1)[pairs][:, None] * output.astype(total.dtype)
         return total.at[pairs // top_k].add(jnp.where(member[:, None], weighted, 0))
 
-    return jax.lax.fori_loop(0, schedule.count, block, total)
+    return jax.lax.fori_loop(0, schedule.num_blocks, block, total)
 
 
 def _with_gradient(computation, x, topk_weights, weights, assignment) -> Float[Array, "T H"]:
@@ -260,7 +260,7 @@ def _combine(
 
     One gather per choice: on CPUs far faster than one gather of [T, K, H] and a sum over K, or a scatter.
     """
-    total = 0
+    total = jnp.zeros((), weights.dtype)
     for choice in range(position.shape[1]):
         result = weights[:, choice, None] * results[position[:, choice]].astype(weights.dtype)
         total = total + jnp.where(counts[:, choice, None], result, 0)

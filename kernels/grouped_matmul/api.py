@@ -4,11 +4,11 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from ..selection import Choice, choose
+from ..selection import Choice, Implementation, choose
 from . import reference, xla
 from .request import Request
 
-IMPLEMENTATIONS = (xla, reference)
+IMPLEMENTATIONS: tuple[Implementation[Request], ...] = (xla, reference)
 """Every implementation, the preferred ones first."""
 
 

@@ -35,11 +35,11 @@ class Tiling(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """Which block computes what; entries from `count` on mean nothing."""
+    """Which block computes what; entries from `num_blocks` on mean nothing."""
 
     group: Int[Array, "blocks"]
     row: Int[Array, "blocks"]
-    count: Int[Array, ""]
+    num_blocks: Int[Array, ""]
 
     @classmethod
     def of(cls, groups: Groups, num_rows: int, block_rows: int) -> "Schedule":
@@ -96,7 +96,7 @@ def multiply(
         return _repeat(num_slices, one_slice, result)
 
     nothing = varying_like(jnp.zeros((rows.shape[0], width), output_dtype), rows)
-    return jax.lax.fori_loop(0, schedule.count, block, nothing)
+    return jax.lax.fori_loop(0, schedule.num_blocks, block, nothing)
 
 
 def contract_rows(
@@ -117,9 +117,11 @@ def contract_rows(
         def add_block(index: Array, total: Array) -> Array:
             row = start + index * block_rows
             member = (index * block_rows + jnp.arange(block_rows) < size)[:, None]
-            blocks = (jax.lax.dynamic_slice_in_dim(side, row, block_rows) for side in (left, right))
-            masked = [jnp.where(member, side, 0) for side in blocks]
-            return total + jax.lax.dot_general(*masked, (((0,), (0,)), ((), ())), preferred_element_type=accumulator)
+            left_block, right_block = (
+                jnp.where(member, jax.lax.dynamic_slice_in_dim(side, row, block_rows), 0) for side in (left, right)
+            )
+            dimensions = (((0,), (0,)), ((), ()))
+            return total + jax.lax.dot_general(left_block, right_block, dimensions, preferred_element_type=accumulator)
 
         nothing = varying_like(jnp.zeros(shape, accumulator), left)
         total = jax.lax.fori_loop(0, -(-size // block_rows), add_block, nothing)

@@ -37,5 +37,5 @@ def run(request: Request) -> Array:
         return total + keep_rows(product, member), None
 
     nothing = varying_like(jnp.zeros((row.shape[0], weights.shape[1]), accumulator), request.rows)
-    total, _ = jax.lax.scan(add_group, nothing, (*groups, weights, bias))
+    total, _ = jax.lax.scan(add_group, nothing, (groups.starts, groups.sizes, weights, bias))
     return total.astype(request.output_dtype)
