@@ -150,8 +150,8 @@ class InMemoryCheckpoint(SlicedReader):
     leaves: Mapping[str, Any]
     """Path -> array (numpy or JAX). May be a lazy mapping: a leaf is looked up each time it is read."""
     folder: Path | None = None
-    form: CheckpointForm | None = None  # type: ignore[assignment]
-    """None: the family's usual form."""
+    form: CheckpointForm = dataclasses.field(init=False)
+    """The family's usual form."""
     family: Family = dataclasses.field(init=False)
     decoder: Decoder = dataclasses.field(init=False)
     shapes: Mapping[str, Shape] = dataclasses.field(init=False)
@@ -167,10 +167,9 @@ class InMemoryCheckpoint(SlicedReader):
         problems += [f"{path}: unexpected" for path in self.leaves.keys() - shapes.keys()]
         if problems:
             raise CheckpointError("the parameters don't fit the configuration:", sorted(problems))
-        for name, value in {"family": family, "decoder": decoder, "shapes": shapes}.items():
+        described = {"family": family, "decoder": decoder, "shapes": shapes, "form": family.native_form}
+        for name, value in described.items():
             object.__setattr__(self, name, value)
-        if self.form is None:
-            object.__setattr__(self, "form", family.native_form)
 
     def dtype_of(self, path: str) -> np.dtype:
         """Dtype of the array."""

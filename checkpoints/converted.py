@@ -39,7 +39,7 @@ class ConvertedCheckpoint(SlicedReader):
         self.manifest = Manifest.from_json(read_json_object(folder / MANIFEST_NAME), folder / MANIFEST_NAME)
         self.config: dict[str, Any] = read_json_object(folder / "config.json")
         self.family, self.decoder = describe(self.config, folder / "config.json")
-        self.form = cast(CheckpointForm, self.manifest.form)
+        self.form: CheckpointForm = cast(CheckpointForm, self.manifest.form)
         self.quantization = self.manifest.quantization
         self.dropped: Mapping[str, str] = self.manifest.dropped
         self.shapes: Mapping[str, Shape] = parameter_shapes(self.decoder)

@@ -102,15 +102,15 @@ class HuggingFaceCheckpoint(SlicedReader):
         if len(wanted) == 1:
             fill(wanted[0])
         else:
-            with ThreadPoolExecutor(min(len(wanted) or 1, os.process_cpu_count() or 1)) as pool:
+            with ThreadPoolExecutor(min(len(wanted) or 1, os.cpu_count() or 1)) as pool:
                 list(pool.map(fill, wanted))
         return part
 
 
 def _fill(tensor: StoredTensor, source: StoredRows, region: np.ndarray, rows: range) -> None:
     """Read `rows` of a tensor into `region`, straight if the layout is a plain copy, else piece by piece."""
-    packed = isinstance(source, MXFP4Rows) and tensor.packed_layout is not None
-    layout = tensor.packed_layout if packed else tensor.layout
+    is_packed = isinstance(source, MXFP4Rows)
+    layout = tensor.packed_layout if is_packed and tensor.packed_layout is not None else tensor.layout
     target = layout.split_view(region)
     if target.flags.c_contiguous:
         source.read_into(target.reshape(layout.stored_shape(region.shape)), rows.start)
