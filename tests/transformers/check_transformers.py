@@ -111,7 +111,8 @@ def check_case(case: GoldenCase, form: str, command: str, scratch: Path) -> Iter
     except CheckError as error:
         yield "-", False, str(error)
         return
-    for target in ("source's", *export_forms(case)):
+    others = [target for target in export_forms(case) if target != PLAIN_FORM[form]]
+    for target in ("source's", *others):
         exported = scratch / f"export-{target[:5]}"
         written = PLAIN_FORM[form] if target == "source's" else target
         options = [] if target == "source's" else ["--form", target]
