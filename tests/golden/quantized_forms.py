@@ -24,7 +24,7 @@ def encode_mxfp4(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     largest = groups.abs().amax(-1, keepdim=True).clamp(min=2.0**-100)
     exponent = torch.floor(torch.log2(largest)) - 2.0
     codes = ((groups / 2.0**exponent).abs()[..., None] - MXFP4_VALUES).abs().argmin(-1).to(torch.uint8)
-    codes |= (groups < 0).to(torch.uint8) << 3
+    codes |= torch.signbit(groups).to(torch.uint8) << 3
     blocks = codes[..., 0::2] | (codes[..., 1::2] << 4)
     return blocks, (exponent[..., 0] + 127).to(torch.uint8)
 
@@ -50,7 +50,7 @@ def store_mxfp4_experts(folder: Path) -> None:
     for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
         weights = tensors.pop(name).to(torch.float32).transpose(1, 2).contiguous()
         blocks, scales = encode_mxfp4(weights)
-        if not torch.equal(decode_mxfp4(blocks, scales), weights):
+        if not torch.equal(decode_mxfp4(blocks, scales).view(torch.int32), weights.view(torch.int32)):  # -0.0 too
             raise ValueError(f"{name} is not representable in MXFP4")
         tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = blocks, scales
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
