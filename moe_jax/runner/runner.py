@@ -87,7 +87,7 @@ class MoERunner(MoERunnerInterface):
         self.routed_output_transform = _as_part(routed_output_transform)
         self._check_parts()
         if self.axes is not None:
-            self._place_on_mesh()
+            self._place_on(self.axes.mesh)
 
     @property
     def is_internal_router(self) -> bool:
@@ -153,8 +153,9 @@ class MoERunner(MoERunnerInterface):
             return nnx.merge(graph, state)._forward(*arrays, with_aux=with_aux)
 
         leading = tuple(jax.typeof(hidden_states).sharding.spec)[:-1]
-        out_sharding = self._out_sharding(leading, with_aux=with_aux)
-        return jax.sharding.auto_axes(island, axes=self.axes.mesh.axis_names, out_sharding=out_sharding)(state, *arrays)
+        out_sharding = self._out_sharding(self.axes, leading, with_aux=with_aux)
+        run: Any = jax.sharding.auto_axes(island, axes=self.axes.mesh.axis_names, out_sharding=out_sharding)
+        return run(state, *arrays)
 
     def _forward(
         self, hidden_states, router_logits, input_ids, shared_experts_input, forced_ids, key, *, with_aux
@@ -247,7 +248,7 @@ class MoERunner(MoERunnerInterface):
         return self._unwrap_single_rank(replicated.shared_partials(self.axes, self.shared_experts, x), x.shape[0])
 
     def _unwrap_single_rank(self, partials: Array, num_tokens: int) -> Array:
-        return partials if self.axes.num_ranks > 1 else partials[0, :num_tokens]
+        return partials if self.reduction_plan.num_ranks > 1 else partials[0, :num_tokens]
 
     def partition_specs(self) -> nnx.State:
         """How each parameter is split over the mesh: a state of `PartitionSpec`s."""
@@ -263,11 +264,11 @@ class MoERunner(MoERunnerInterface):
             return replicated.shared_expert_spec(self.axes, tuple(rest))
         return PartitionSpec()
 
-    def _place_on_mesh(self) -> None:
+    def _place_on(self, mesh: Mesh) -> None:
         """Split the parameters as `partition_specs` says."""
 
         def place(path: tuple[Any, ...], value: Array) -> Array:
-            return jax.device_put(value, NamedSharding(self.axes.mesh, self._partition_spec(path)))
+            return jax.device_put(value, NamedSharding(mesh, self._partition_spec(path)))
 
         nnx.update(self, nnx.map_state(place, nnx.state(self)))
 
@@ -293,16 +294,17 @@ class MoERunner(MoERunnerInterface):
     def _in_computation_dtype(self, array: Array) -> Array:
         return array if self.config.dtype is None else array.astype(self.config.dtype)
 
-    def _out_sharding(self, leading: tuple[Any, ...], *, with_aux: bool) -> Any:
+    def _out_sharding(self, axes: LayerAxes, leading: tuple[Any, ...], *, with_aux: bool) -> Any:
         """Shardings of the call's results, their leading dimensions split like those of the hidden states."""
-        mesh, rows = self.axes.mesh, PartitionSpec(*leading, None)
-        output = PartitionSpec(self.axes.reduce, *leading, None) if self.reduction_plan.result_is_partial else rows
+        rows: Any = PartitionSpec(*leading, None)
+        whole: Any = PartitionSpec()
+        output = PartitionSpec(axes.reduce, *leading, None) if self.reduction_plan.result_is_partial else rows
         if not with_aux:
-            return NamedSharding(mesh, output)
-        aux = MoEAux(rows, rows, rows, PartitionSpec(), PartitionSpec())
-        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), (output, aux))
+            return NamedSharding(axes.mesh, output)
+        aux = MoEAux(rows, rows, rows, whole, whole)  # specs stand where arrays will
+        return jax.tree.map(lambda spec: NamedSharding(axes.mesh, spec), (output, aux))
 
-    def __nnx_repr__(self) -> Iterator[Any]:
+    def __nnx_repr__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         yield from super().__nnx_repr__()
         yield reprlib.Attr("scaling_plan", self.scaling_plan)
         yield reprlib.Attr("reduction_plan", self.reduction_plan)
@@ -323,7 +325,7 @@ def _as_part(part: Any) -> Any:
     return nnx.data(part) if part is None or isinstance(part, nnx.Module) else part
 
 
-def _flatten(name: str, array: Array | None, leading: tuple[int, ...], trailing_dims: int) -> Array | None:
+def _flatten(name: str, array: Array | None, leading: tuple[int, ...], trailing_dims: int) -> Any:
     """`[..., *trailing]` -> `[T, *trailing]`; None stays None."""
     if array is None:
         return None
