@@ -10,6 +10,7 @@ A kill between any two steps leaves either the same state or the next one. Readi
 before it; what is in flight is bounded in bytes, not in parts.
 """
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -17,7 +18,8 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -43,13 +45,17 @@ from .staging import (
     write_file,
 )
 
+if TYPE_CHECKING:
+    from .orbax_part import PartWriter
+
 PLAN_NAME = "conversion.json"
 PENDING_FOLDER = "pending"
 DEFAULT_PART_BYTES = 256 << 20
 """Large enough that a part's fixed costs vanish, small enough that a few of them are little memory."""
 
 _WRITERS = 2
-_PARTS_IN_FLIGHT = 2
+_PARTS_IN_FLIGHT = 3
+"""One is read while two are written."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,7 +143,7 @@ def write_converted(
     check_output(output, overwrite)
     manifest = plan_conversion(reader, None if dtype is None else weight_dtype(dtype), expert_group_bytes)
     work = incomplete_folder(output)
-    with exclusive(work), write_errors(work):
+    with write_errors(work), exclusive(work):
         _prepare(work, manifest, overwrite)
         done = _finished_parts(work, manifest)
         missing = [part for part in manifest.parts if part.name not in done]
@@ -206,44 +212,40 @@ def _write_parts(
     if progress is not None:
         progress(Progress(done_bytes=done, total_bytes=total, label="start"))
     largest = max(map(manifest.part_bytes, missing), default=0)
-    # Two ordinary parts may wait to be written; beside a part that is huge, because one expert is, none may.
+    # Beside a part that is huge, because one expert is, no other may be in memory.
     allowed = min(_PARTS_IN_FLIGHT * largest, max(largest, _PARTS_IN_FLIGHT * DEFAULT_PART_BYTES))
-    writers = [PartWriter() for _ in range(_WRITERS)]
-    idle = list(writers)
-    in_flight: dict[Future[None], tuple[Part, PartWriter]] = {}
+    in_flight: dict[Future[None], Part] = {}
 
     def settle(until: int) -> None:
-        """Wait until a writer is idle and no more than `until` bytes are in flight."""
+        """Wait until no more than `until` bytes are being written or wait for it."""
         nonlocal done
-        while in_flight and (not idle or sum(manifest.part_bytes(part) for part, _ in in_flight.values()) > until):
+        while in_flight and sum(map(manifest.part_bytes, in_flight.values())) > until:
             finished, _ = wait(in_flight, return_when=FIRST_COMPLETED)
             for future in finished:
-                part, writer = in_flight.pop(future)
-                idle.append(writer)
+                part = in_flight.pop(future)
                 future.result()
                 done += manifest.part_bytes(part)
                 if progress is not None:
                     progress(Progress(done_bytes=done, total_bytes=total, label=part.name))
 
-    try:
-        with ThreadPoolExecutor(_WRITERS) as pool:
-            for part in missing:
-                settle(max(0, allowed - manifest.part_bytes(part)))
-                arrays = {
-                    s.path: reader.read_slice(s.path, s.start, s.stop, manifest.leaves[s.path].dtype)
-                    for s in part.slices
-                }
-                writer = idle.pop()
-                in_flight[pool.submit(_write_part, writer, work, part.name, arrays)] = (part, writer)
-                del arrays
-            settle(-1)
-    finally:
-        for writer in writers:
-            writer.close()
+    with contextlib.ExitStack() as stack:
+        writers: SimpleQueue[PartWriter] = SimpleQueue()
+        for _ in range(_WRITERS):
+            writers.put(stack.enter_context(contextlib.closing(PartWriter())))
+        pool = stack.enter_context(ThreadPoolExecutor(_WRITERS))
+        for part in missing:
+            settle(max(0, allowed - manifest.part_bytes(part)))
+            arrays = {
+                s.path: reader.read_slice(s.path, s.start, s.stop, manifest.leaves[s.path].dtype) for s in part.slices
+            }
+            in_flight[pool.submit(_write_part, writers, work, part.name, arrays)] = part
+            del arrays
+        settle(-1)
 
 
-def _write_part(writer: Any, work: Path, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+def _write_part(writers: "SimpleQueue[PartWriter]", work: Path, name: str, arrays: Mapping[str, np.ndarray]) -> None:
     pending = work / PENDING_FOLDER / name
+    writer = writers.get()
     try:
         writer.write(pending, arrays)
         sync_tree(pending)
@@ -254,6 +256,8 @@ def _write_part(writer: Any, work: Path, name: str, arrays: Mapping[str, np.ndar
             f"{pending}: could not be written: {error}. The finished parts are kept: "
             "when the cause is removed (is there space left?), the same conversion goes on from them"
         ) from error
+    finally:
+        writers.put(writer)
 
 
 def _finish(work: Path, output: Path) -> None:

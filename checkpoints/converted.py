@@ -48,9 +48,9 @@ class ConvertedCheckpoint(SlicedReader):
             raise CheckpointError(f"{folder}: not a whole converted checkpoint:", problems)
 
     @property
-    def digest(self) -> str:
-        """That of the source, and of what was asked for."""
-        return f"{self.manifest.digest}:{self.manifest.dtype}"
+    def digest(self) -> str | None:
+        """That of the source, and of what was asked for; None if the source was a model in memory."""
+        return None if self.manifest.digest is None else f"{self.manifest.digest}:{self.manifest.dtype}"
 
     @cached_property
     def _slices(self) -> Mapping[str, list[_Stored]]:

@@ -97,7 +97,7 @@ def export(
     shards = _shards(plan, dtypes, max_shard_bytes)
     total = sum(_nbytes(tensor, dtypes) for tensor in plan)
     work = incomplete_folder(output)
-    with exclusive(work), write_errors(work):
+    with write_errors(work), exclusive(work):
         _prepare(work)
         check_space(work, total)
         places = _write_headers(work, shards, dtypes)

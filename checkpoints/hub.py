@@ -9,6 +9,8 @@ from .side_files import SIDE_FILES
 
 DOWNLOADED = ("*.safetensors", "model.safetensors.index.json", "config.json", *SIDE_FILES)
 """What is downloaded: never a pickle, never code."""
+NOT_DOWNLOADED = ("*/*", "consolidated*")
+"""The same weights in the layout of whoever trained them, which some repositories hold as well."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -32,6 +34,10 @@ def resolve_source(source: str | os.PathLike[str], revision: str | None = None) 
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=list(DOWNLOADED)))
+        return Path(
+            snapshot_download(
+                source, revision=revision, allow_patterns=list(DOWNLOADED), ignore_patterns=list(NOT_DOWNLOADED)
+            )
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"{source}: is not a folder, and cannot be downloaded from the hub: {error}") from error

@@ -60,7 +60,8 @@ class HuggingFaceCheckpoint(SlicedReader):
         self.dropped: Mapping[str, str] = accounting.dropped
         self.shapes: Mapping[str, Shape] = self.plan.shapes
         self._rows = accounting.rows
-        self._decoded_dtype = weight_dtype(self.config.get("dtype") or self.config.get("torch_dtype") or DECODED_DTYPE)
+        named = None if quantization is None else self.config.get("dtype") or self.config.get("torch_dtype")
+        self._decoded_dtype = weight_dtype(named or DECODED_DTYPE)
 
     @property
     def files(self) -> tuple[Path, ...]:

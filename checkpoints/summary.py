@@ -11,6 +11,8 @@ from moe_jax.config import MoEConfig
 
 from .checkpoint import Checkpoint
 from .hub import resolve_source
+from .huggingface import HuggingFaceCheckpoint
+from .manifest import PARTS_FOLDER
 from .opening import open_checkpoint
 from .tensor_plan import is_expert_leaf
 
@@ -77,8 +79,9 @@ def summarize(reader: Checkpoint, folder: Path) -> Summary:
         active += count // shape[0] * moe.top_k if moe is not None and is_expert_leaf(path) else count
         name = reader.dtype_of(path).name
         dtypes[name] = dtypes.get(name, 0) + count
-    converted = (folder / "parts").is_dir()
-    files = [file for file in (folder / "parts").rglob("*") if file.is_file()] if converted else list(_weights(folder))
+    converted = not isinstance(reader, HuggingFaceCheckpoint)
+    parts = (folder / PARTS_FOLDER).rglob("*")
+    files = [file for file in parts if file.is_file()] if converted else list(reader.files)
     return Summary(
         folder=folder,
         kind="converted" if converted else "huggingface",
@@ -103,7 +106,3 @@ def summarize(reader: Checkpoint, folder: Path) -> Summary:
         files=len(files),
         dropped=reader.dropped,
     )
-
-
-def _weights(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))

@@ -10,11 +10,9 @@ import pytest
 import tiny_checkpoint as tiny
 
 from moe_jax.checkpoints import CheckpointError, convert, export, open_checkpoint, verify
-from moe_jax.families import FAMILIES
 
-SUPPORTED = [pair for pair in golden_cases.cases_and_forms() if pair[0].family in FAMILIES]
-PLAIN = [(case, form) for case, form in SUPPORTED if form in ("per_expert", "fused")]
-QUANTIZED = [(case, form) for case, form in SUPPORTED if form not in ("per_expert", "fused")]
+PLAIN = [(case, form) for case, form in golden_cases.cases_and_forms() if form in ("per_expert", "fused")]
+QUANTIZED = [(case, form) for case, form in golden_cases.cases_and_forms() if form not in ("per_expert", "fused")]
 
 
 @pytest.fixture
@@ -35,9 +33,13 @@ def kept_tensors(case, form):
 
 @pytest.mark.parametrize(("case", "form"), PLAIN, ids=str)
 def test_convert_and_export_give_back_the_tensors_bit_by_bit(case, form, converted, output):
-    convert(case.folder(form), converted, expert_group_bytes=20_000)
-    report = export(converted, output)
-    assert report.form == form
+    report = convert(case.folder(form), converted)
+    assert (report.form, report.quantization) == (form, None)
+    assert sorted(report.dropped) == sorted(case.dropped_tensors)
+    verification = verify(case.folder(form), converted)
+    assert verification.ok
+    assert sorted(verification.dropped) == sorted(case.dropped_tensors)
+    assert export(converted, output).form == form
     tiny.assert_same_tensors(tiny.read_folder(output), kept_tensors(case, form))
     assert json.loads((output / "config.json").read_text()) == case.config(form)
 
@@ -52,7 +54,9 @@ def test_either_form_can_be_written_from_the_other(case, output, tmp_path):
 
 @pytest.mark.parametrize(("case", "form"), QUANTIZED, ids=str)
 def test_quantized_checkpoints_come_back_decoded_and_say_so(case, form, converted, output):
-    convert(case.folder(form), converted)
+    report = convert(case.folder(form), converted)
+    assert report.quantization == {"mxfp4": "mxfp4", "block_fp8": "fp8"}[form]
+    assert sorted(report.dropped) == sorted(case.dropped_tensors)
     export(converted, output)
     config = json.loads((output / "config.json").read_text())
     assert "quantization_config" not in config

@@ -90,7 +90,13 @@ def resolve_in_child(source, output, cache, **environment):
 def test_a_repository_is_downloaded_without_pickles_and_code_and_converted(tmp_path, rng):
     folder = tiny.write_folder(tmp_path / "repository", tiny.random_tensors(rng), shards=2)
     wanted = {path.name: path.read_bytes() for path in folder.iterdir()} | {"tokenizer.json": b"{}"}
-    refused = {"pytorch_model.bin": b"\x80", "modeling_tiny.py": b"raise SystemExit", "README.md": b"read me"}
+    refused = {
+        "pytorch_model.bin": b"\x80",
+        "modeling_tiny.py": b"raise SystemExit",
+        "README.md": b"read me",
+        "consolidated.safetensors": b"x",
+        "original/model.safetensors": b"x",
+    }
     hub = Hub({**wanted, **refused})
     thread = threading.Thread(target=hub.serve_forever)
     thread.start()
