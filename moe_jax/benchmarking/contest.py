@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import IO, Any, cast
 
 CONTENDED = 1.5
 """A round in which a contestant of the other side takes this many times its own shortest round is void."""
@@ -22,6 +22,7 @@ class WorkerProcess:
         self._process = subprocess.Popen(
             self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(environment)
         )
+        self._requests, self._answers = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
 
     def request(self, action: str, **arguments: Any) -> dict[str, Any]:
         """Send a request and wait for its answer.
@@ -30,9 +31,9 @@ class WorkerProcess:
             RuntimeError: the process ended; what it printed to stderr has been shown.
         """
         try:
-            self._process.stdin.write(json.dumps({"action": action, **arguments}) + "\n")
-            self._process.stdin.flush()
-            answer = self._process.stdout.readline()
+            self._requests.write(json.dumps({"action": action, **arguments}) + "\n")
+            self._requests.flush()
+            answer = self._answers.readline()
         except BrokenPipeError:
             answer = ""
         if not answer:
@@ -41,7 +42,7 @@ class WorkerProcess:
 
     def close(self) -> None:
         """Let the process end."""
-        self._process.stdin.close()
+        self._requests.close()
         self._process.wait()
 
 

@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = read_prompts(arguments.prompt)
     if arguments.system is not None and not arguments.chat:
         raise ValueError("--system needs --chat")
-    write_stats = None
+    write_stats: Any = None
     if arguments.stats is not None:
         from moe_jax.cli.expert_load import writer_for
 
@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
         printer.finish()
     else:
         print_texts(prompts, texts, chat=arguments.chat)
-    if write_stats is not None:
+    if write_stats is not None and result.expert_load is not None:
         tokens = f"{result.timing.prompt_tokens} prompt and {result.lengths.sum()} new tokens"
         title = f"Expert load of {folder.resolve().name}, {tokens}"
         write_stats(arguments.stats, result.expert_load, model.decoder.moe_layers, title)
