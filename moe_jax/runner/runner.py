@@ -68,12 +68,13 @@ class MoERunner(MoERunnerInterface):
             shared_experts: a dense module that exists already, in place of `config.shared_experts`.
             routed_input_transform: latent projection of the routed path (spec 1.4 step 1).
             routed_output_transform: its way back, applied before the shared output is added.
-            mesh: devices over which `config.parallel` splits the layer; its parameters are moved there.
+            mesh: devices over which `config.parallel` splits the layer; parameters created here are placed on it.
 
         Raises:
             ValueError: the scaling plan cannot be kept; the config names mesh axes without a mesh, axes that the mesh
                 lacks, or ranks that do not divide the layer; shared experts that cannot be split over ranks.
         """
+        parts = {"router": router, "routed_experts": routed_experts, "shared_experts": shared_experts}
         self.config = config
         self.axes = _resolve_axes(config, mesh)
         self.router = Router(config, rngs=rngs) if router is None else router
@@ -87,7 +88,7 @@ class MoERunner(MoERunnerInterface):
         self.routed_output_transform = _as_part(routed_output_transform)
         self._check_parts()
         if self.axes is not None:
-            self._place_on(self.axes.mesh)
+            self._place_on(self.axes.mesh, [name for name, given in parts.items() if given is None])
 
     @property
     def is_internal_router(self) -> bool:
@@ -264,13 +265,16 @@ class MoERunner(MoERunnerInterface):
             return replicated.shared_expert_spec(self.axes, tuple(rest))
         return PartitionSpec()
 
-    def _place_on(self, mesh: Mesh) -> None:
-        """Split the parameters as `partition_specs` says."""
+    def _place_on(self, mesh: Mesh, names: list[str]) -> None:
+        """Split the parameters of the parts `names` as `partition_specs` says."""
+        for name in names:
 
-        def place(path: tuple[Any, ...], value: Array) -> Array:
-            return jax.device_put(value, NamedSharding(mesh, self._partition_spec(path)))
+            def place(path: tuple[Any, ...], value: Array, name: str = name) -> Array:
+                return jax.device_put(value, NamedSharding(mesh, self._partition_spec((name, *path))))
 
-        nnx.update(self, nnx.map_state(place, nnx.state(self)))
+            part = getattr(self, name)
+            if part is not None:
+                nnx.update(part, nnx.map_state(place, nnx.state(part)))
 
     def _check_parts(self) -> None:
         """Raise ValueError unless the plans can be kept with the parts that are there."""

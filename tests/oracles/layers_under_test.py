@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import MoEConfig, MoERunner
 from moe_jax.experts.replicas import ReplicaMap
@@ -24,8 +24,12 @@ def random_layer(rng, config: MoEConfig, *, scale=0.3, values=None, mesh=None, *
     if values is None:
         values = jax.tree.map(lambda leaf: random_like(rng, leaf, scale), nnx.state(layer))
     if mesh is not None:
-        specs = layer.partition_specs()
-        values = jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), values, specs)
+        values = jax.tree.map(
+            lambda spec, leaf: jax.device_put(leaf, NamedSharding(mesh, spec)),
+            layer.partition_specs(),
+            values,
+            is_leaf=lambda node: isinstance(node, PartitionSpec),
+        )
     nnx.update(layer, values)
     return layer
 
