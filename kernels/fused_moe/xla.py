@@ -1,18 +1,19 @@
 """The fused MoE block from ordinary XLA operations. For CPUs, and any accelerator without a kernel.
 
-Two formulations, chosen from static shapes by `plan`:
+Three formulations, chosen from static shapes by `plan`:
 
+- *streamed*, on CPUs: every pair of a token and an expert by itself, reading the expert's weights in place (`streamed.py`).
 - *batched*: every expert gets `capacity` slots, and one batched matmul reads the weights in place, without a copy. Rows that
   find no slot, which is rare unless routing is skewed, are computed block by block afterwards and added.
 - *loop*: over blocks of sorted rows of one expert each. Reads only the experts that are used and computes few rows in vain,
   but each block copies the expert's weights.
 
-Gradients are those of a third one, which keeps what they need: gather, grouped matmul, activation, grouped matmul, combine.
+Gradients are those of a fourth one, which keeps what they need: gather, grouped matmul, activation, grouped matmul, combine.
 """
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from ..varying import varying_like
 from .assignment import Assignment, combine_rows, gather_rows
 from .expert_block import ExpertWeights, apply_expert, kept_apart
 from .request import Request
+from .streamed import apply_expert_to_row
 
 NAME = "xla"
 
@@ -35,8 +37,10 @@ NAME = "xla"
 class Plan(NamedTuple):
     """How to compute, from static shapes: hashable, so that it can be a static argument."""
 
+    formulation: Literal["streamed", "batched", "loop"]
+    """See the module's description."""
     capacity: int
-    """Slots per expert of the batched formulation; 0 chooses the loop."""
+    """Slots per expert of the batched formulation."""
     block_rows: int
     """Rows per block of the loop, and of the rows that find no slot."""
     slice_bytes: int
@@ -72,27 +76,27 @@ def plan(request: Request) -> tuple[Plan, str]:
     on_cpu = request.platform == "cpu"
     slice_bytes = 4 * 2**20 if on_cpu else 2**31
     spread = f"{num_pairs} rows for {num_experts} experts are {mean:.3g} each on average"
-    if mean < 0.5:
-        # On CPUs, XLA computes a single row on one core in 32 bits, and several times slower than four rows in 16 bits.
-        fewest_rows = 2 if request.x.dtype.itemsize >= 4 else 4
-        why = f"{spread}: most experts are not used, and the loop reads only those that are"
-        return Plan(0, fewest_rows if on_cpu else 8, slice_bytes, request.platform), why
+    if mean < 1:
+        why = f"{spread}: many experts are not used, and only those that are need be read"
+        return Plan("streamed" if on_cpu else "loop", 0, 8, slice_bytes, request.platform), why
     # Two standard deviations above the mean of random routing: most experts need no more.
     usual_rows = -(-math.ceil(mean + 2 * math.sqrt(mean)) // 8) * 8
-    batched = Plan(usual_rows, min(usual_rows, 32), slice_bytes, request.platform)
+    batched = Plan("batched", usual_rows, min(usual_rows, 32), slice_bytes, request.platform)
     if mean <= _MOST_ROWS_BATCHED:
         return batched, f"{spread}: few enough that reading the weights costs more than computing empty slots"
     if request.gate_up_proj.dtype.itemsize * math.prod(request.gate_up_proj.shape[1:]) > 2 * slice_bytes:
         return batched, f"{spread}, and an expert is large: a copy of its weights would go slice by slice"
     why = f"{spread}: enough that computing empty slots costs more than copying the weights"
-    return Plan(0, min(usual_rows, 512), slice_bytes, request.platform), why
+    return Plan("loop", 0, min(usual_rows, 512), slice_bytes, request.platform), why
 
 
 def formulation(request: Request) -> Formulation:
     """What `plan` chose."""
     chosen, why = plan(request)
+    if chosen.formulation == "streamed":
+        return Formulation("streamed, one row of one expert at a time", why)
     blocks = f"blocks of {chosen.block_rows} rows, slices of at most {chosen.slice_bytes / 2**20:.3g} MiB of a matrix"
-    if chosen.capacity:
+    if chosen.formulation == "batched":
         return Formulation(f"batched with {chosen.capacity} slots per expert, rows without a slot in {blocks}", why)
     return Formulation(f"loop over {blocks}", why)
 
@@ -118,8 +122,8 @@ def _compute(
     assignment: Assignment,
 ) -> Float[Array, "T H"]:
     """The block without a gradient in mind. `topk_weights` are zero for pairs without a local expert."""
-    formulation = _batched if computation.plan.capacity else _loop
-    return formulation(computation, x, topk_weights, weights, assignment).astype(x.dtype)
+    compute = {"streamed": _streamed, "batched": _batched, "loop": _loop}[computation.plan.formulation]
+    return compute(computation, x, topk_weights, weights, assignment).astype(x.dtype)
 
 
 def _forward(computation, x, topk_weights, weights, assignment):
@@ -134,6 +138,37 @@ def _backward(computation, pullback, cotangent):
 
 
 _compute.defvjp(_forward, _backward)
+
+
+_MOST_PAIRS_UNROLLED = 16
+"""XLA on CPUs runs a loop's body on one core; unrolled pairs use all of them, but each takes a while to compile."""
+
+
+def _streamed(computation, x, topk_weights, weights, assignment) -> Float[Array, "T H"]:
+    """Pair by pair."""
+    num_experts = weights.down_proj.shape[0]
+    num_tokens, top_k = topk_weights.shape
+    input_weights, output_weights = _split_weights(computation, topk_weights)
+
+    def result_of(pair: Array | int, expert: Array) -> Float[Array, "H"]:
+        row = _rows_of(x, input_weights, jnp.asarray(pair)[None], assignment)[0]
+        return apply_expert_to_row(row, weights, expert, computation.activation)
+
+    if num_tokens * top_k <= _MOST_PAIRS_UNROLLED:
+        experts = jnp.minimum(assignment.expert, num_experts - 1).reshape(-1)
+        results = jnp.stack([result_of(pair, experts[pair]) for pair in range(num_tokens * top_k)])
+        order = jnp.arange(num_tokens * top_k).reshape(num_tokens, top_k)
+        return _combine(results, output_weights, order, assignment.is_local(num_experts))
+
+    def one_pair(index: Array, results: Array) -> Array:
+        pair = assignment.pair[index]
+        result = result_of(pair, assignment.expert.reshape(-1)[pair])
+        return jax.lax.dynamic_update_index_in_dim(results, result, index, 0)
+
+    nothing = varying_like(jnp.zeros((num_tokens * top_k, x.shape[1]), topk_weights.dtype), x)
+    num_local = jnp.sum(assignment.groups.sizes)
+    results = jax.lax.fori_loop(0, num_local, one_pair, nothing)
+    return _combine(results, output_weights, assignment.position, assignment.is_local(num_experts))
 
 
 def _loop(computation, x, topk_weights, weights, assignment) -> Float[Array, "T H"]:
