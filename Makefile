@@ -45,7 +45,7 @@ format: $(VENV)/.installed-test  ## Format the code
 
 types: $(VENV)/.installed-test  ## Check types, on the sources laid out as they are installed (build/types)
 	@rm -rf build/types
-	$(BIN)/python -W ignore setup.py --quiet build --build-base build/setuptools --build-lib build/types
+	@$(BIN)/python -W ignore setup.py --quiet build --build-base build/setuptools --build-lib build/types 2>&1 | grep -v "byte-compiling is disabled" | sed "/^$$/d"
 	$(BIN)/basedpyright
 
 golden-env: $(GOLDEN_VENV)/.installed  ## Set up torch and transformers in .venv-golden (Python 3.11, 1.2 GB)
@@ -78,20 +78,20 @@ $(VENV)/bin/python: | scripts/find-python
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt | $(VENV)/bin/python
 	@echo "Installing moe_jax into $(VENV)"
-	$(BIN)/python $(PIP_INSTALL) -c constraints.txt setuptools
-	$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e .
-	touch $@
+	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt setuptools
+	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e .
+	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "Installing the test tools into $(VENV)"
-	$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e '.[test]'
-	touch $@
+	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e '.[test]'
+	@touch $@
 
 $(GOLDEN_VENV)/.installed: tests/golden/requirements.txt
 	@python="$${GOLDEN_PYTHON:-$$(scripts/find-python 3.11 3.11)}" && test -n "$$python" && \
 	echo "Setting up $(GOLDEN_VENV) with $$("$$python" -V) ($$python)" && \
 	"$$python" -m venv --clear $(GOLDEN_VENV)
-	$(GOLDEN_VENV)/bin/python $(PIP_INSTALL) -r tests/golden/requirements.txt
-	touch $@
+	@$(GOLDEN_VENV)/bin/python $(PIP_INSTALL) -r tests/golden/requirements.txt
+	@touch $@
 
 .PHONY: demo test help test-slow test-all lint style format types golden-env golden check-transformers bench constraints clean
