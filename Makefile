@@ -45,7 +45,7 @@ format: $(VENV)/.installed-test  ## Format the code
 
 types: $(VENV)/.installed-test  ## Check types, on the sources laid out as they are installed (build/types)
 	@rm -rf build/types
-	@$(BIN)/python -W ignore setup.py --quiet build --build-base build/setuptools --build-lib build/types 2>&1 | grep -v "byte-compiling is disabled" | sed "/^$$/d"
+	@$(BIN)/python -W ignore setup.py --quiet build --build-base build/setuptools --build-lib build/types
 	$(BIN)/basedpyright
 
 golden-env: $(GOLDEN_VENV)/.installed  ## Set up torch and transformers in .venv-golden (Python 3.11, 1.2 GB)
