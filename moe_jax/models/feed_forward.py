@@ -1,14 +1,12 @@
-"""The feed-forward part of a layer: a dense gated MLP, or a Mixture of Experts that padding doesn't enter."""
+"""The feed-forward part of layers without a Mixture of Experts."""
 
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from moe_jax.families.decoder import DenseFeedForward
 from moe_jax.kernels import Activation
-from moe_jax.runner import MoEAux, MoERunner
 
 
 class GatedMLP(nnx.Module):
@@ -30,22 +28,3 @@ class GatedMLP(nnx.Module):
     def __call__(self, x: Float[Array, "B S H"]) -> Float[Array, "B S H"]:
         """The MLP's output, in its computation dtype."""
         return self.down_proj(self.activation(self.gate_proj(x), self.up_proj(x)))
-
-
-def run_mixture(
-    mixture: MoERunner,
-    x: Float[Array, "B S H"],
-    *,
-    is_real: Bool[Array, "B S"] | None,
-    forced_ids: Int[Array, "B S K"] | None,
-) -> tuple[Float[Array, "B S H"], MoEAux]:
-    """Run a Mixture of Experts in which padding goes to no expert (id -1) and counts in no load."""
-    router_logits = None
-    if is_real is not None:
-        if forced_ids is None:
-            routing = mixture.router(x.reshape(-1, x.shape[-1]))
-            router_logits = routing.router_logits.reshape(*x.shape[:-1], -1)
-            forced_ids = jnp.reshape(routing.topk_ids, (*x.shape[:-1], -1))
-        forced_ids = jnp.where(is_real[..., None], forced_ids, -1)
-    result: Any = mixture(x, router_logits=router_logits, forced_ids=forced_ids, with_aux=True)
-    return result

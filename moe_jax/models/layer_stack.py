@@ -13,7 +13,7 @@ from moe_jax.config import MoEConfig, ParallelConfig
 from moe_jax.families.decoder import Decoder, GroupedQueryAttention, Layer
 from moe_jax.models.attention import AttentionInputs, MultiHeadAttention
 from moe_jax.models.cache import CacheArrays, LayerCache
-from moe_jax.models.feed_forward import GatedMLP, run_mixture
+from moe_jax.models.feed_forward import GatedMLP
 from moe_jax.models.latent_attention import MultiHeadLatentAttention
 from moe_jax.models.scan_plan import Segment
 from moe_jax.runner import MoEAux, MoERunner
@@ -77,7 +77,8 @@ class DecoderLayer(nnx.Module):
         x = x + attended
         normed = self.feed_forward_norm(x)
         if isinstance(self.feed_forward, MoERunner):
-            output, aux = run_mixture(self.feed_forward, normed, is_real=is_real, forced_ids=forced_ids)
+            result: Any = self.feed_forward(normed, forced_ids=forced_ids, token_mask=is_real, with_aux=True)
+            output, aux = result
         else:
             output, aux = self.feed_forward(normed), None
         return x + output, cache, aux

@@ -4,7 +4,7 @@ import abc
 from typing import Any
 
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.runner.aux import MoEAux
 
@@ -32,6 +32,7 @@ class MoERunnerInterface(nnx.Module, abc.ABC):
         input_ids: Int[Array, "..."] | None = None,
         shared_experts_input: Float[Array, "... D"] | None = None,
         forced_ids: Int[Array, "... K"] | None = None,
+        token_mask: Bool[Array, "..."] | Int[Array, "..."] | None = None,
         key: Array | None = None,
         with_aux: bool = False,
     ) -> Float[Array, "... H"] | tuple[Float[Array, "... H"], MoEAux]:

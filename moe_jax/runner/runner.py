@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import reprlib
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import MoEConfig
 from moe_jax.experts import ExpertWeights, RoutedExperts, SharedExperts
@@ -29,8 +29,8 @@ class MoERunner(MoERunnerInterface):
 
     1. `routed_input_transform` gives the routed path its input; shared experts keep the original hidden states. A
        caller who passes `shared_experts_input` has applied the transform already, so it is skipped.
-    2. The router turns the routed input, or the caller's `router_logits`, into weights and logical ids; redundant
-       experts turn logical ids into physical ones.
+    2. The router turns the routed input, or the caller's `router_logits`, into weights and logical ids; tokens that
+       `token_mask` leaves out get none; redundant experts turn logical ids into physical ones.
     3. Routed and shared experts run; the two plans say where their outputs are scaled and summed over the ranks.
     4. `routed_output_transform`, then the shared output is added, then the zero experts' part: the routed input times
        the weight that its zero experts got.
@@ -119,6 +119,7 @@ class MoERunner(MoERunnerInterface):
         input_ids: Int[Array, "..."] | None = None,
         shared_experts_input: Float[Array, "... S"] | None = None,
         forced_ids: Int[Array, "... K"] | None = None,
+        token_mask: Bool[Array, "..."] | Int[Array, "..."] | None = None,
         key: Array | None = None,
         with_aux: bool = False,
     ) -> Float[Array, "... D"] | tuple[Float[Array, "... D"], MoEAux]:
@@ -131,6 +132,8 @@ class MoERunner(MoERunnerInterface):
             shared_experts_input: what the shared experts see; `hidden_states` are then the routed path's input, already
                 transformed.
             forced_ids: logical ids to route to, as `MoEAux.topk_ids` reports them.
+            token_mask: tokens where it is 0 go to no expert: the aux has id -1 and weight 0 for them, and doesn't count
+                them in its load. Shared experts still see them, so their output is meaningless, not zero.
             key: randomness, for simulated routing.
             with_aux: also return a `MoEAux`.
 
@@ -141,7 +144,7 @@ class MoERunner(MoERunnerInterface):
         Raises:
             ValueError: an argument that the router needs is missing, or leading dimensions differ.
         """
-        arrays = (hidden_states, router_logits, input_ids, shared_experts_input, forced_ids, key)
+        arrays = (hidden_states, router_logits, input_ids, shared_experts_input, forced_ids, token_mask, key)
         if self.axes is None or not self.axes.has_explicit_axes:
             return self._forward(*arrays, with_aux=with_aux)
 
@@ -159,7 +162,7 @@ class MoERunner(MoERunnerInterface):
         return run(state, *arrays)
 
     def _forward(
-        self, hidden_states, router_logits, input_ids, shared_experts_input, forced_ids, key, *, with_aux
+        self, hidden_states, router_logits, input_ids, shared_experts_input, forced_ids, token_mask, key, *, with_aux
     ) -> Array | tuple[Array, MoEAux]:
         if router_logits is None and not self.is_internal_router:
             raise ValueError("the router has no weight of its own: router_logits must be given, got None")
@@ -181,6 +184,9 @@ class MoERunner(MoERunnerInterface):
             forced_ids=_flatten("forced_ids", forced_ids, leading, 1),
             key=key,
         )
+        if token_mask is not None:
+            is_routed = _flatten("token_mask", token_mask, leading, 0)[:, None] != 0
+            topk_weights, topk_ids = jnp.where(is_routed, topk_weights, 0), jnp.where(is_routed, topk_ids, -1)
         output = self._run_experts(routed_input, shared_input, topk_weights, topk_ids)
         output = _unflatten(output, leading)
         if not with_aux:
