@@ -41,7 +41,8 @@ def from_pretrained(
         source: a Hugging Face folder, a converted folder, or a hub id ("owner/name").
         dtype: dtype of parameters and computation; None keeps what each tensor is stored in, and computes in the dtype
             of the embedding table. The router's correction bias is float32 in any case.
-        mesh: devices to spread the model over; None: the default device.
+        mesh: devices to spread the model over; None: the default device. Its axes may be Auto or Explicit; the model
+            computes with Auto ones, see `CausalLM`.
         parallel: how `mesh` splits the experts; None: over all its axes. Everything else is replicated.
         implementation: implementation of the expert computation; None chooses by device and shape.
 

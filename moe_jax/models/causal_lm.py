@@ -19,6 +19,7 @@ from moe_jax.models.layer_stack import BuildOptions, LayerStack
 from moe_jax.models.rotary import rotation
 from moe_jax.models.scan_plan import plan_segments
 from moe_jax.models.sequence import Sequence
+from moe_jax.parallel import with_auto_axes
 from moe_jax.runner import MoEAux
 
 
@@ -28,7 +29,7 @@ class CausalLM(nnx.Module):
     Attributes:
         decoder: what the model is made of.
         dtype: computation dtype.
-        mesh: devices that the model is spread over, or None.
+        mesh: devices that the model is spread over, as a mesh with Auto axes, or None.
         source_folder: the folder that the model was loaded from, with its tokenizer and generation settings, or None.
         embedder: `nnx.Embed` `[V, H]`.
         stacks: one `LayerStack` per segment of the scan plan.
@@ -57,21 +58,23 @@ class CausalLM(nnx.Module):
             dtype: computation dtype.
             param_dtype: dtype in which parameters are created; the router's correction bias is always float32.
             parallel: how every MoE layer is split over `mesh`; None: not at all.
-            mesh: devices of `parallel`'s axes.
+            mesh: devices of `parallel`'s axes. The model computes on these devices with Auto axes, whatever their type
+                in `mesh`. While `jax.set_mesh` makes Explicit axes current, enter `jax.set_mesh(model.mesh)` first, or
+                call the model in a `jax.sharding.auto_axes`.
             implementation: implementation of the expert computation; None chooses by device and shape.
             hf_config: the `config.json` that `decoder` was made from, kept for `save_pretrained`.
             source_folder: where its tokenizer and generation settings are.
         """
         self.decoder = decoder
         self.dtype = jnp.dtype(dtype)
-        self.mesh = mesh
+        self.mesh = None if mesh is None else with_auto_axes(mesh)
         self.source_folder = None if source_folder is None else os.fspath(source_folder)
         self._hf_config = None if hf_config is None else json.dumps(dict(hf_config))  # text, for modules hold hashables
         options = BuildOptions(
             dtype=self.dtype,
             param_dtype=param_dtype,
             parallel=ParallelConfig() if parallel is None else parallel,
-            mesh=mesh,
+            mesh=self.mesh,
             implementation=implementation,
         )
         dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": param_dtype, "rngs": rngs}

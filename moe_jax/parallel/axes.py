@@ -18,6 +18,13 @@ def axis_tuple(axes: AxisNames) -> tuple[str, ...]:
     return (axes,) if isinstance(axes, str) else tuple(axes)
 
 
+def with_auto_axes(mesh: Mesh) -> Mesh:
+    """The same devices and axis names, with every axis Auto: the compiler chooses the shardings between operations."""
+    if set(mesh.axis_types) == {AxisType.Auto}:
+        return mesh
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerAxes:
     """Mesh axes of one Mixture-of-Experts layer, by what they split.

@@ -24,7 +24,7 @@ ALLOWED = {
     "experts": {"config", "kernels", "placement"},
     "parallel": {"config", "kernels", "experts"},
     "runner": {"config", "kernels", "routing", "experts", "placement", "parallel"},
-    "models": {"config", "kernels", "families", "runner"},
+    "models": {"config", "kernels", "families", "parallel", "runner"},
     "checkpoints": {"config", "kernels", "families"},
 }
 
