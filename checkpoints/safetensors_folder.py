@@ -1,9 +1,10 @@
 """The tensors of a Hugging Face folder: which files hold them, and whether index and files agree."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from moe_jax import json_files
 
 from .errors import CheckpointError
 from .safetensors_file import TensorEntry, read_header
@@ -16,14 +17,13 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 def read_json_object(file: Path) -> dict[str, Any]:
     """The JSON object in `file`; CheckpointError naming the file when there is none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return json_files.read_json_object(file)
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: does not exist") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: must hold a JSON object, got {type(content).__name__}")
-    return content
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def list_tensors(folder: Path) -> dict[str, TensorEntry]:

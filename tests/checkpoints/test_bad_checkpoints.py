@@ -47,11 +47,14 @@ def test_a_folder_without_a_configuration_is_refused(source):
     refuses(source, "config.json")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
-def test_a_broken_configuration_is_refused(source, tensors, text):
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [("{", "is not valid JSON"), ("[]", "must hold a JSON object, got list"), ("\xff", "is not valid JSON")],
+)
+def test_a_broken_configuration_is_refused(source, tensors, text, problem):
     tiny.write_folder(source, tensors)
     (source / "config.json").write_text(text, encoding="latin-1")
-    refuses(source, str(source / "config.json"))
+    refuses(source, f"{source / 'config.json'}: {problem}")
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones(source, tensors):

@@ -104,7 +104,7 @@ def test_settings_are_read_from_a_checkpoint_folder(tmp_path):
 def test_a_broken_file_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "generation_config.json").write_text("{not json")
-    with pytest.raises(ValueError, match=r"generation_config\.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"generation_config\.json: is not valid JSON"):
         read_generation_settings(tmp_path)
     (tmp_path / "generation_config.json").write_text("[1]")
     with pytest.raises(ValueError, match="must hold a JSON object, got list"):

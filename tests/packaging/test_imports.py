@@ -17,6 +17,7 @@ PYTHON_FOLDERS = (*LIBRARY_FOLDERS, "benchmarks", "examples", "tests")
 # Who may import whom inside the project; a part may always import itself. Dependencies point one way.
 ALLOWED = {
     "kernels": set(),
+    "json_files": set(),
     "config": {"kernels"},
     "families": {"config", "kernels"},
     "placement": {"config"},
@@ -25,7 +26,7 @@ ALLOWED = {
     "parallel": {"config", "kernels", "experts"},
     "runner": {"config", "kernels", "routing", "experts", "placement", "parallel"},
     "models": {"config", "kernels", "families", "parallel", "runner"},
-    "checkpoints": {"config", "kernels", "families"},
+    "checkpoints": {"config", "kernels", "families", "json_files"},
 }
 
 
