@@ -1,7 +1,7 @@
 """What every source of parameters offers: a Hugging Face folder, a converted folder or a model in memory."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from moe_jax.families.parameters import FLOAT32_PARAMETERS
 from .dtypes import weight_dtype
 from .errors import CheckpointError
 from .layout import Shape
+from .safetensors_file import FileRange
 from .tensor_plan import default_sliced_axis, is_expert_leaf
 
 
@@ -91,6 +92,10 @@ class Checkpoint(Protocol):
         """Elements `start` up to `stop` of the axis `sliced_axis(path)`; otherwise as `read`."""
         ...
 
+    def file_ranges(self, path: str, start: int, stop: int, dtype: Any = None) -> Sequence[FileRange] | None:
+        """Where exactly the bytes that `read_slice` would return are found, one after the other; None: nowhere."""
+        ...
+
 
 def target_dtype(path: str, stored: np.dtype, dtype: Any) -> np.dtype:
     """The dtype in which a parameter is delivered when the caller asks for `dtype` (None: as stored)."""
@@ -123,6 +128,10 @@ class SlicedReader:
     def read_slice(self, path: str, start: int, stop: int, dtype: Any = None) -> np.ndarray:
         """See `Checkpoint.read_slice`."""
         raise NotImplementedError
+
+    def file_ranges(self, path: str, start: int, stop: int, dtype: Any = None) -> Sequence[FileRange] | None:
+        """Nowhere."""
+        return None
 
     def read(self, path: str, *, experts: range | None = None, dtype: Any = None) -> np.ndarray:
         """See `Checkpoint.read`."""

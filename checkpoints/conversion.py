@@ -29,7 +29,7 @@ from .errors import CheckpointError
 from .hub import resolve_source
 from .manifest import MANIFEST_NAME, PARTS_FOLDER, Manifest, plan_conversion
 from .opening import open_checkpoint
-from .parts import Part
+from .parts import Part, Slice
 from .progress import Progress, ProgressCallback
 from .side_files import copy_side_files
 from .staging import (
@@ -46,16 +46,17 @@ from .staging import (
 )
 
 if TYPE_CHECKING:
-    from .orbax_part import PartWriter
+    from .orbax_part import FilesArray, PartWriter
 
 PLAN_NAME = "conversion.json"
 PENDING_FOLDER = "pending"
 DEFAULT_PART_BYTES = 256 << 20
 """Large enough that a part's fixed costs vanish, small enough that a few of them are little memory."""
 
-_WRITERS = 2
-_PARTS_IN_FLIGHT = 3
-"""One is read while two are written."""
+_WRITERS = 4
+_PARTS_IN_FLIGHT = 6
+_MEMORY_BYTES = 3 * DEFAULT_PART_BYTES
+"""Values held in memory, at most, unless those of one part are more."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,24 +206,21 @@ def _write_parts(
     reader: Checkpoint, work: Path, manifest: Manifest, missing: list[Part], progress: ProgressCallback | None
 ) -> None:
     """Read parts one after the other while those before them are being written."""
-    from .orbax_part import PartWriter
+    from .orbax_part import FilesArray, PartWriter
 
     total = manifest.nbytes
     done = total - sum(map(manifest.part_bytes, missing))
     if progress is not None:
         progress(Progress(done_bytes=done, total_bytes=total, label="start"))
-    largest = max(map(manifest.part_bytes, missing), default=0)
-    # Beside a part that is huge, because one expert is, no other may be in memory.
-    allowed = min(_PARTS_IN_FLIGHT * largest, max(largest, _PARTS_IN_FLIGHT * DEFAULT_PART_BYTES))
-    in_flight: dict[Future[None], Part] = {}
+    in_flight: dict[Future[None], tuple[Part, int]] = {}
 
-    def settle(until: int) -> None:
-        """Wait until no more than `until` bytes are being written or wait for it."""
+    def settle(parts: int, memory: int) -> None:
+        """Wait until no more than so many parts, with no more than `memory` bytes of values, are to be written."""
         nonlocal done
-        while in_flight and sum(map(manifest.part_bytes, in_flight.values())) > until:
+        while len(in_flight) > parts or (in_flight and sum(held for _, held in in_flight.values()) > memory):
             finished, _ = wait(in_flight, return_when=FIRST_COMPLETED)
             for future in finished:
-                part = in_flight.pop(future)
+                part, _ = in_flight.pop(future)
                 future.result()
                 done += manifest.part_bytes(part)
                 if progress is not None:
@@ -232,22 +230,34 @@ def _write_parts(
         writers: SimpleQueue[PartWriter] = SimpleQueue()
         for _ in range(_WRITERS):
             writers.put(stack.enter_context(contextlib.closing(PartWriter())))
-        pool = stack.enter_context(ThreadPoolExecutor(_WRITERS))
+        pool = ThreadPoolExecutor(_WRITERS)
+        stack.callback(pool.shutdown, cancel_futures=True)
         for part in missing:
-            settle(max(0, allowed - manifest.part_bytes(part)))
-            arrays = {
-                s.path: reader.read_slice(s.path, s.start, s.stop, manifest.leaves[s.path].dtype) for s in part.slices
-            }
-            in_flight[pool.submit(_write_part, writers, work, part.name, arrays)] = part
-            del arrays
-        settle(-1)
+            slices: dict[str, np.ndarray | FilesArray] = {}
+            computed: list[tuple[Slice, np.dtype]] = []
+            for s in part.slices:
+                leaf = manifest.leaves[s.path]
+                ranges = reader.file_ranges(s.path, s.start, s.stop, leaf.dtype)
+                if ranges is None:
+                    computed.append((s, leaf.dtype))
+                else:
+                    slices[s.path] = FilesArray(leaf.slice_shape(s.start, s.stop), leaf.dtype, ranges)
+            held = sum((s.stop - s.start) * manifest.leaves[s.path].slice_bytes for s, _ in computed)
+            # Beside values that fill the memory by themselves, because one expert is huge, no others may be held.
+            settle(_PARTS_IN_FLIGHT - 1, max(0, _MEMORY_BYTES - held))
+            slices |= {s.path: reader.read_slice(s.path, s.start, s.stop, dtype) for s, dtype in computed}
+            in_flight[pool.submit(_write_part, writers, work, part.name, slices)] = (part, held)
+            del slices
+        settle(0, 0)
 
 
-def _write_part(writers: "SimpleQueue[PartWriter]", work: Path, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+def _write_part(
+    writers: "SimpleQueue[PartWriter]", work: Path, name: str, slices: Mapping[str, "np.ndarray | FilesArray"]
+) -> None:
     pending = work / PENDING_FOLDER / name
     writer = writers.get()
     try:
-        writer.write(pending, arrays)
+        writer.write(pending, slices)
         sync_tree(pending)
         os.rename(pending, work / PARTS_FOLDER / name)
         sync(work / PARTS_FOLDER)

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from .dtypes import weight_dtype
 from .errors import CheckpointError
 from .layout import Shape
 from .quantization_config import read_quantization
-from .safetensors_file import read_header_bytes
+from .safetensors_file import FileRange, read_header_bytes
 from .safetensors_folder import list_tensors, read_json_object
-from .stored_rows import MXFP4Rows, StoredRows
+from .stored_rows import MXFP4Rows, PlainRows, StoredRows
 from .tensor_plan import StoredTensor, TensorPlan
 
 CONFIG_NAME = "config.json"
@@ -30,6 +31,7 @@ DECODED_DTYPE = "bfloat16"
 _TRANSPOSED_ROWS = 256
 """Rows transposed at a time: enough for whole cache lines in the result, few enough to stay in the cache."""
 _PIECE_BYTES = 1 << 23
+_CACHE_LINE = 64
 
 
 class HuggingFaceCheckpoint(SlicedReader):
@@ -88,6 +90,20 @@ class HuggingFaceCheckpoint(SlicedReader):
         self.shape_of(path)
         return self._rows[self.plan.tensors[path][0].name].dtype or self._decoded_dtype
 
+    def file_ranges(self, path: str, start: int, stop: int, dtype: Any = None) -> Sequence[FileRange] | None:
+        """See `Checkpoint.file_ranges`: the tensors' bytes, if their order, numbers and dtype are ours already."""
+        stored = self.dtype_of(path)
+        if target_dtype(path, stored, dtype) != stored:
+            return None
+        ranges = []
+        for tensor in sorted(self.plan.tensors[path], key=lambda tensor: tensor.index):
+            source = self._rows[tensor.name]
+            if not isinstance(source, PlainRows) or not tensor.layout.keeps_order:
+                return None
+            if rows := tensor.rows(start, stop):
+                ranges.append(source.entry.range_of(rows))
+        return ranges
+
     def read_slice(self, path: str, start: int, stop: int, dtype: Any = None) -> np.ndarray:
         """See `Checkpoint.read_slice`; tensors are read and decoded by several threads."""
         shape, axis = list(self.shape_of(path)), self.sliced_axis(path)
@@ -116,11 +132,14 @@ def _fill(tensor: StoredTensor, source: StoredRows, region: np.ndarray, rows: ra
     if target.flags.c_contiguous:
         source.read_into(target.reshape(layout.stored_shape(region.shape)), rows.start)
         return
-    stored_shape = layout.stored_shape(region.shape)
-    row_bytes = region.nbytes // max(len(rows), 1)
-    step = max(1, min(_TRANSPOSED_ROWS, _PIECE_BYTES // max(row_bytes, 1)))
+    row_shape = layout.stored_shape(region.shape)[1:]
+    row_size = math.prod(row_shape)
+    step = max(1, min(_TRANSPOSED_ROWS, _PIECE_BYTES // max(row_size * region.itemsize, 1)))
+    piece = np.empty((min(step, len(rows)), *row_shape), region.dtype)
+    # Rows a power of two apart would compete for the same lines of the cache while they are transposed.
+    spread = np.empty((len(piece), row_size + _CACHE_LINE // region.itemsize), region.dtype)[:, :row_size]
     for begin in range(0, len(rows), step):
         count = min(step, len(rows) - begin)
-        piece = np.empty((count, *stored_shape[1:]), region.dtype)
-        source.read_into(piece, rows.start + begin)
-        target[begin : begin + count] = piece.reshape(count, *target.shape[1:])
+        source.read_into(piece[:count], rows.start + begin)
+        spread[:count] = piece[:count].reshape(count, row_size)
+        target[begin : begin + count] = spread[:count].reshape(count, *target.shape[1:])

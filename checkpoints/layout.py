@@ -31,6 +31,11 @@ class Layout:
         return self.axes.index(self.stored_groups[0][0])
 
     @property
+    def keeps_order(self) -> bool:
+        """Whether the stored tensor's bytes are the region's, in the same order."""
+        return self._split == self.axes
+
+    @property
     def _split(self) -> tuple[str, ...]:
         return tuple(axis for group in self.stored_groups for axis in group)
 

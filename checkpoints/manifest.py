@@ -26,6 +26,10 @@ class Leaf:
     axis: int
     """The axis along which it may be split over several parts."""
 
+    def slice_shape(self, start: int, stop: int) -> Shape:
+        """Shape of the slice from `start` up to `stop` of the axis."""
+        return (*self.shape[: self.axis], stop - start, *self.shape[self.axis + 1 :])
+
     @property
     def slice_bytes(self) -> int:
         """Bytes of one step along the axis."""

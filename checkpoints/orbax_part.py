@@ -6,8 +6,11 @@ storage layer, because Orbax restores whole arrays where no sharding is given.
 """
 
 import contextlib
+import dataclasses
+import json
 import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,19 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from .errors import CheckpointError
+from .layout import Shape
+from .safetensors_file import FileRange
 from .tensor_plan import is_expert_leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class FilesArray:
+    """An array whose bytes lie in files already."""
+
+    shape: Shape
+    dtype: np.dtype
+    ranges: Sequence[FileRange]
+    """Its bytes, one range after the other."""
 
 
 class PartWriter:
@@ -32,13 +47,21 @@ class PartWriter:
             )
         self._checkpointer = ocp.Checkpointer(handler)
 
-    def write(self, folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
-        """Save `arrays` (path -> slice) as the Orbax checkpoint `folder`, nested by the components of the paths."""
+    def write(self, folder: Path, slices: Mapping[str, np.ndarray | FilesArray]) -> None:
+        """Save `slices` (path -> values) as the Orbax checkpoint `folder`, nested by the components of the paths.
+
+        Values that lie in files go from there straight into chunks; Orbax saves a placeholder of one element for each,
+        and with it everything that makes the folder a checkpoint.
+        """
+        arrays = {path: _placeholder(s) if isinstance(s, FilesArray) else s for path, s in slices.items()}
         save_args = {path: _save_args(path, array) for path, array in arrays.items()}
         with _without_expected_warnings():
             self._checkpointer.save(
                 folder.absolute(), args=ocp.args.PyTreeSave(_nested(arrays), save_args=_nested(save_args))
             )
+        for path, values in slices.items():
+            if isinstance(values, FilesArray):
+                _replace_placeholder(folder / path, values, is_expert_leaf(path))
 
     def close(self) -> None:
         """Release Orbax's threads."""
@@ -51,6 +74,38 @@ def _save_args(path: str, array: np.ndarray) -> ocp.SaveArgs:
     return ocp.SaveArgs()
 
 
+def _placeholder(values: FilesArray) -> np.ndarray:
+    return np.zeros((1,) * len(values.shape), values.dtype)
+
+
+def _replace_placeholder(folder: Path, values: FilesArray, chunk_per_row: bool) -> None:
+    """Give the zarr array in `folder` its true shape and its bytes: a chunk is a file of uncompressed numbers."""
+    description = folder / ".zarray"
+    metadata = json.loads(description.read_text())
+    if any(metadata[key] != value for key, value in _PLAIN_CHUNKS.items()):
+        raise RuntimeError(f"Orbax was asked for plain zarr chunks, but wrote {metadata}")
+    metadata["shape"] = list(values.shape)
+    metadata["chunks"] = [1, *values.shape[1:]] if chunk_per_row else list(values.shape)
+    description.write_text(json.dumps(metadata))
+    chunk_bytes = math.prod(metadata["chunks"]) * values.dtype.itemsize
+    remaining = list(reversed(values.ranges))
+    for number in range(values.shape[0] if chunk_per_row else 1):
+        with open(folder / ".".join([str(number), *["0"] * (len(values.shape) - 1)]), "wb", buffering=0) as chunk:
+            for piece in _take(remaining, chunk_bytes):
+                piece.copy_to(chunk.fileno())
+
+
+def _take(remaining: list[FileRange], nbytes: int) -> Iterator[FileRange]:
+    """Take ranges of `nbytes` in all from the end of `remaining`, splitting the last of them where necessary."""
+    while nbytes:
+        piece = remaining.pop()
+        if piece.nbytes > nbytes:
+            remaining.append(dataclasses.replace(piece, offset=piece.offset + nbytes, nbytes=piece.nbytes - nbytes))
+            piece = dataclasses.replace(piece, nbytes=nbytes)
+        nbytes -= piece.nbytes
+        yield piece
+
+
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for path, value in flat.items():
@@ -61,6 +116,9 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
         node[last] = value
     return tree
 
+
+_PLAIN_CHUNKS = {"compressor": None, "filters": None, "order": "C", "dimension_separator": ".", "zarr_format": 2}
+"""What makes a chunk a file of nothing but the numbers (zarr format 2)."""
 
 _EXPECTED_WARNINGS = (
     "Skipping merge of OCDBT",

@@ -5,6 +5,7 @@ Data is read with `pread` into buffers of the caller, never mapped: mapped pages
 """
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -21,6 +22,58 @@ from .layout import Shape
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the reference implementation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FileRange:
+    """Consecutive bytes of a file."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    what: str
+    """What they are, for messages."""
+
+    def copy_to(self, descriptor: int) -> None:
+        """Append the bytes to an open file, inside the kernel where the file systems can.
+
+        Raises:
+            CheckpointError: The file ends early or cannot be opened.
+            OSError: The bytes cannot be written.
+        """
+        try:
+            source = os.open(self.file, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(f"{self.file}: cannot read {self.what}: {error.strerror}") from error
+        try:
+            done = 0
+            while done < self.nbytes:
+                count = _copy_some(source, descriptor, self.nbytes - done, self.offset + done)
+                if count == 0:
+                    raise CheckpointError(f"{self.file}: ends inside {self.what}, at byte {self.offset + done}")
+                done += count
+        finally:
+            os.close(source)
+
+
+_NOT_IN_KERNEL = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
+"""What `copy_file_range` says of a pair of file systems between which it cannot copy."""
+_COPY_BYTES = 1 << 22
+
+
+def _copy_some(source: int, target: int, count: int, offset: int) -> int:
+    """Append some of the `count` bytes at `offset` of `source` to `target`; how many, 0 at the end of the file."""
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(source, target, count, offset_src=offset)
+        except OSError as error:
+            if error.errno not in _NOT_IN_KERNEL:
+                raise
+    data = memoryview(os.pread(source, min(count, _COPY_BYTES), offset))
+    written = 0
+    while written < len(data):
+        written += os.write(target, data[written:])
+    return len(data)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +106,10 @@ class TensorEntry:
     def nbytes(self) -> int:
         """Bytes of all of it."""
         return self.num_rows * self.row_bytes
+
+    def range_of(self, rows: range) -> FileRange:
+        """Where the bytes of consecutive `rows` are."""
+        return FileRange(self.file, self.offset + rows.start * self.row_bytes, len(rows) * self.row_bytes, self.name)
 
     def read_into(self, rows: np.ndarray, start: int = 0) -> None:
         """Fill the C-contiguous `rows` with the rows that begin at `start`.

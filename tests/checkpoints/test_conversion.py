@@ -144,6 +144,16 @@ def test_the_size_of_parts_changes_nothing_that_is_read(source, output, group_by
         np.testing.assert_array_equal(copy.read_slice(path, *middle), original.read_slice(path, *middle), err_msg=path)
 
 
+def test_fused_tensors_are_split_into_one_chunk_per_expert(output):
+    case = golden_cases.golden_case("mixtral", "sliding")
+    convert(case.folder("fused"), output)
+    stored = tiny.read_folder(case.folder("fused"))
+    gate_up = stored["model.layers.0.mlp.experts.gate_up_proj"]
+    part = output / "parts" / "layers.00000.experts.00000-00008"
+    for expert in range(9):
+        assert (part / GATE_UP / f"{expert}.0.0.0").read_bytes() == gate_up[expert].tobytes()
+
+
 def test_all_zero_parameters_are_stored_like_any_other(tmp_path, output):
     tensors = {name: np.zeros(shape, np.float32) for name, shape in tiny.qwen3_shapes().items()}
     source = tiny.write_folder(tmp_path / "zeros", tensors)

@@ -1,6 +1,8 @@
 """A safetensors file is refused, with file and tensor named, unless its header describes its bytes exactly."""
 
+import errno
 import json
+import os
 
 import ml_dtypes
 import numpy as np
@@ -144,6 +146,27 @@ def test_a_tensor_without_its_description_is_refused(file, tensors, missing):
     del header["second"][missing]
     tiny.write_raw(file, json.dumps(header), data_of(tensors))
     refuses(file, "second", missing)
+
+
+@pytest.mark.parametrize("copies_in_kernel", [True, False])
+def test_rows_are_copied_from_file_to_file_with_and_without_the_kernels_help(file, rng, monkeypatch, copies_in_kernel):
+    tensors = {"big": rng.integers(0, 256, (5, 1 << 20), np.uint8), "small": rng.integers(0, 256, (4, 3), np.uint8)}
+    tiny.write_file(file, tensors)
+    if not copies_in_kernel:
+
+        def refuse(*arguments, **kwargs):
+            raise OSError(errno.EXDEV, "between two file systems")
+
+        monkeypatch.setattr(os, "copy_file_range", refuse)
+    entries = {entry.name: entry for entry in read_header(file)}
+    target = file.with_name("target")
+    with open(target, "wb", buffering=0) as stream:
+        entries["small"].range_of(range(1, 3)).copy_to(stream.fileno())
+        entries["big"].range_of(range(5)).copy_to(stream.fileno())
+    assert target.read_bytes() == tensors["small"][1:3].tobytes() + tensors["big"].tobytes()
+    file.write_bytes(file.read_bytes()[:-1])
+    with open(target, "wb", buffering=0) as stream, pytest.raises(CheckpointError, match="ends inside small"):
+        entries["small"].range_of(range(4)).copy_to(stream.fileno())
 
 
 def test_a_file_that_shrinks_after_it_was_opened_is_noticed_when_read(file, tensors):
