@@ -6,8 +6,8 @@ The life of an output folder:
 2. Each part is written by Orbax in `OUT.incomplete/pending/`, forced to the disk, then renamed into `parts/`.
 3. The small files are copied, `conversion.json` is renamed to `moe_jax.json`, and `OUT.incomplete` to `OUT`.
 
-A kill between any two steps leaves either the same state or the next one. Reading a part overlaps with writing the ones
-before it; what is in flight is bounded in bytes, not in parts.
+A kill between any two steps leaves either the same state or the next one. Values that need no conversion go from file to
+file inside the kernel. The others are read while parts before them are being written, and are bounded in bytes.
 """
 
 import contextlib
@@ -206,7 +206,7 @@ def _write_parts(
     reader: Checkpoint, work: Path, manifest: Manifest, missing: list[Part], progress: ProgressCallback | None
 ) -> None:
     """Read parts one after the other while those before them are being written."""
-    from .orbax_part import FilesArray, PartWriter
+    from .orbax_part import PartWriter
 
     total = manifest.nbytes
     done = total - sum(map(manifest.part_bytes, missing))
@@ -233,22 +233,33 @@ def _write_parts(
         pool = ThreadPoolExecutor(_WRITERS)
         stack.callback(pool.shutdown, cancel_futures=True)
         for part in missing:
-            slices: dict[str, np.ndarray | FilesArray] = {}
-            computed: list[tuple[Slice, np.dtype]] = []
-            for s in part.slices:
-                leaf = manifest.leaves[s.path]
-                ranges = reader.file_ranges(s.path, s.start, s.stop, leaf.dtype)
-                if ranges is None:
-                    computed.append((s, leaf.dtype))
-                else:
-                    slices[s.path] = FilesArray(leaf.slice_shape(s.start, s.stop), leaf.dtype, ranges)
-            held = sum((s.stop - s.start) * manifest.leaves[s.path].slice_bytes for s, _ in computed)
+            slices, computed = _divide(reader, manifest, part)
+            held = sum((s.stop - s.start) * manifest.leaves[s.path].slice_bytes for s in computed)
             # Beside values that fill the memory by themselves, because one expert is huge, no others may be held.
             settle(_PARTS_IN_FLIGHT - 1, max(0, _MEMORY_BYTES - held))
-            slices |= {s.path: reader.read_slice(s.path, s.start, s.stop, dtype) for s, dtype in computed}
+            for s in computed:
+                slices[s.path] = reader.read_slice(s.path, s.start, s.stop, manifest.leaves[s.path].dtype)
             in_flight[pool.submit(_write_part, writers, work, part.name, slices)] = (part, held)
             del slices
         settle(0, 0)
+
+
+def _divide(
+    reader: Checkpoint, manifest: Manifest, part: Part
+) -> tuple[dict[str, "np.ndarray | FilesArray"], list[Slice]]:
+    """Of the slices of a part: those whose bytes can be copied from file to file, and those that must be read."""
+    from .orbax_part import FilesArray
+
+    copied: dict[str, np.ndarray | FilesArray] = {}
+    computed: list[Slice] = []
+    for s in part.slices:
+        leaf = manifest.leaves[s.path]
+        ranges = reader.file_ranges(s.path, s.start, s.stop, leaf.dtype)
+        if ranges is None:
+            computed.append(s)
+        else:
+            copied[s.path] = FilesArray(leaf.slice_shape(s.start, s.stop), leaf.dtype, ranges)
+    return copied, computed
 
 
 def _write_part(
