@@ -5,8 +5,7 @@ Three formulations, chosen from static shapes by `plan`:
 - *streamed*, on CPUs: every pair of a token and an expert by itself, reading the expert's weights in place (`streamed.py`).
 - *batched*: every expert gets `capacity` slots, and one batched matmul reads the weights in place, without a copy. Rows that
   find no slot, which is rare unless routing is skewed, are computed block by block afterwards and added.
-- *loop*: over blocks of sorted rows of one expert each. Reads only the experts that are used and computes few rows in vain,
-  but each block copies the expert's weights.
+- *loop*, elsewhere with few rows: over blocks of sorted rows of one expert each. Reads only the experts that are used.
 
 Gradients are those of a fourth one, which keeps what they need: gather, grouped matmul, activation, grouped matmul, combine.
 """
@@ -62,8 +61,8 @@ def unsupported(request: Request) -> str | None:
     return None
 
 
-_MOST_ROWS_BATCHED = 96
-"""Mean rows per expert up to which saving the copy of the weights is worth computing empty slots."""
+_MOST_ROWS_PER_BLOCK = 128
+"""Larger blocks compute too many rows in vain, smaller ones copy an expert's weights too often."""
 
 
 def plan(request: Request) -> tuple[Plan, str]:
@@ -81,13 +80,8 @@ def plan(request: Request) -> tuple[Plan, str]:
         return Plan("streamed" if on_cpu else "loop", 0, 8, slice_bytes, request.platform), why
     # Two standard deviations above the mean of random routing: most experts need no more.
     usual_rows = -(-math.ceil(mean + 2 * math.sqrt(mean)) // 8) * 8
-    batched = Plan("batched", usual_rows, min(usual_rows, 32), slice_bytes, request.platform)
-    if mean <= _MOST_ROWS_BATCHED:
-        return batched, f"{spread}: few enough that reading the weights costs more than computing empty slots"
-    if request.gate_up_proj.dtype.itemsize * math.prod(request.gate_up_proj.shape[1:]) > 2 * slice_bytes:
-        return batched, f"{spread}, and an expert is large: a copy of its weights would go slice by slice"
-    why = f"{spread}: enough that computing empty slots costs more than copying the weights"
-    return Plan("loop", 0, min(usual_rows, 512), slice_bytes, request.platform), why
+    why = f"{spread}: computing the slots that stay empty costs less than copying the weights"
+    return Plan("batched", usual_rows, min(usual_rows, _MOST_ROWS_PER_BLOCK), slice_bytes, request.platform), why
 
 
 def formulation(request: Request) -> Formulation:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from oracles import experts as oracle
 
 from moe_jax.kernels import Activation, explain_fused_moe, fused_moe
 from moe_jax.kernels.fused_moe.api import IMPLEMENTATIONS as MODULES
+from moe_jax.kernels.fused_moe.xla import Plan
 
 IMPLEMENTATIONS = [module.NAME for module in MODULES]
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -457,8 +459,8 @@ def describe(tokens, experts, top_k, intermediate, dtype=jnp.float32):
         ((1, 64, 8, 384), "streamed", "many experts are not used"),
         ((1, 64, 8, 384, jnp.bfloat16), "streamed", "many experts are not used"),
         ((128, 64, 8, 384), "batched with 24 slots", "16 each on average"),
-        ((2048, 64, 8, 384), "loop over blocks of 288 rows", "256 each on average"),
-        ((2048, 8, 2, 3584), "batched with 560 slots", "an expert is large"),
+        ((2048, 64, 8, 384), "batched with 288 slots", "256 each on average"),
+        ((2048, 8, 2, 3584), "batched with 560 slots", "512 each on average"),
     ],
     ids=str,
 )
@@ -476,9 +478,21 @@ def test_explain_gives_the_reason_of_every_rejected_implementation():
     assert all(rejected.values())
 
 
-@pytest.mark.parametrize("sizes", [dict(tokens=200, experts=8, top_k=2), dict(tokens=300, experts=3, top_k=1)], ids=str)
-def test_both_formulations_of_xla_compute_skewed_routing(sizes, rng):
-    block = Block.draw(rng, **sizes, bias=True)
-    ids = jnp.where(jnp.arange(sizes["tokens"])[:, None] % 10 < 8, jnp.arange(sizes["top_k"]), block.arrays["topk_ids"])
+@pytest.mark.parametrize(
+    "formulation",
+    [
+        Plan("streamed", capacity=0, block_rows=8, slice_bytes=2**20, platform="cpu"),
+        Plan("batched", capacity=16, block_rows=16, slice_bytes=2**20, platform="cpu"),
+        Plan("batched", capacity=8, block_rows=5, slice_bytes=2**10, platform="cpu"),
+        Plan("loop", capacity=0, block_rows=8, slice_bytes=2**20, platform="gpu"),
+        Plan("loop", capacity=0, block_rows=7, slice_bytes=2**10, platform="gpu"),
+    ],
+    ids=str,
+)
+def test_every_formulation_of_xla_computes_skewed_routing(formulation, rng, monkeypatch):
+    monkeypatch.setattr(sys.modules[Plan.__module__], "plan", lambda request: (formulation, "as the test says"))
+    block = Block.draw(rng, tokens=75, experts=6, top_k=2, bias=True)
+    ids = jnp.where(jnp.arange(75)[:, None] % 10 < 8, jnp.arange(2), block.arrays["topk_ids"]).at[::9].set(-1)
     block = block.with_arrays(topk_ids=ids.astype(jnp.int32))
-    assert_close(block.run("xla"), block.expected())
+    result = jax.jit(lambda arrays: fused_moe(**arrays, implementation="xla"))(block.arrays)
+    assert_close(result, block.expected())
