@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ..grouped_matmul.groups import Groups
+from ..groups import Groups
 
 
 class Assignment(NamedTuple):

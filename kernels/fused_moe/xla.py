@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 
 from ..activations import Activation
 from ..grouped_matmul.blocks import Schedule
-from ..grouped_matmul.groups import Groups
+from ..groups import Groups
 from ..grouped_matmul.xla import multiply_groups, tiling_for
 from ..selection import Formulation
 from ..varying import varying_like

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..varying import varying_like
-from .groups import Groups
+from ..groups import Groups
 
 
 class Tiling(NamedTuple):

@@ -6,7 +6,7 @@ from jax import Array
 
 from ..selection import Formulation
 from ..varying import varying_like
-from .groups import Groups, keep_rows
+from ..groups import Groups, keep_rows
 from .request import Request
 
 NAME = "reference"

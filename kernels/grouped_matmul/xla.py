@@ -11,7 +11,7 @@ from jax import Array
 
 from ..selection import Formulation
 from . import blocks
-from .groups import Groups, keep_rows
+from ..groups import Groups, keep_rows
 from .request import Request
 
 NAME = "xla"

@@ -1,0 +1,69 @@
+"""Which tile of rows belongs to which group: the tables that a kernel's blocks read to find their work.
+
+A kernel runs over tiles of rows of one group each. A tile starts at a multiple of 8 rows, because that is what a swizzled copy
+to shared memory can address; the rows of a tile that belong to its group are `first : last`. Two layouts of rows occur:
+
+- *compact*: groups lie one after the other, as the caller of `grouped_matmul` has them. A group's first tile starts at the
+  multiple of 8 before the group, and the stores leave out the rows before and after it.
+- *aligned*: each group starts at a multiple of 8, and what lies between is padding that kernels may read and overwrite.
+  `fused_moe` gathers its rows, so it can place them like this at no cost, and stores need no single rows.
+"""
+
+from typing import NamedTuple, Self
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from ..groups import Groups
+
+ROW_ALIGNMENT = 8
+
+
+def aligned_num_rows(num_rows: int, num_groups: int) -> int:
+    """Rows of the aligned layout that hold `num_rows` rows of `num_groups` groups, whatever the groups' sizes."""
+    padding = (ROW_ALIGNMENT - 1) * min(num_groups, num_rows)
+    return -(-(num_rows + padding) // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+def aligned_groups(sizes: Int[Array, "G"]) -> Groups:
+    """Where the groups lie in the aligned layout."""
+    spaces = -(-sizes // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    return Groups(jnp.cumsum(spaces) - spaces, sizes)
+
+
+class TileTable(NamedTuple):
+    """The tiles of rows that exist, in the order of the rows; entries from `count` on are zero and mean nothing."""
+
+    group: Int[Array, "tiles"]
+    """Group of the tile."""
+    row: Int[Array, "tiles"]
+    """First row of the tile, a multiple of 8; the tile may reach beyond its group, and beyond the last row."""
+    first: Int[Array, "tiles"]
+    """First row that belongs to the group, relative to `row`: 0 to 7."""
+    last: Int[Array, "tiles"]
+    """End of the rows that belong to the group, relative to `row`: at most the tile's rows."""
+    count: Int[Array, "1"]
+    """How many tiles there are."""
+
+    @classmethod
+    def of(cls, groups: Groups, num_rows: int, tile_rows: int) -> Self:
+        """The tiles of `groups`, with `tile_rows` rows each, in a layout of `num_rows` rows.
+
+        Groups without rows have no tile. The table's length depends on shapes alone.
+        """
+        offset = groups.starts % ROW_ALIGNMENT
+        tiles_of_group = jnp.where(groups.sizes > 0, -(-(offset + groups.sizes) // tile_rows), 0)
+        ends = jnp.cumsum(tiles_of_group)
+        num_groups = groups.sizes.shape[0]
+        # A group of s rows has at most (s + 7 + tile_rows - 1) / tile_rows tiles.
+        most = (num_rows + (ROW_ALIGNMENT + tile_rows - 2) * min(num_groups, num_rows)) // tile_rows
+        tile = jnp.arange(max(most, 1), dtype=jnp.int32)
+        group = jnp.sum(tile[:, None] >= ends[None, :], axis=1, dtype=jnp.int32)
+        exists = group < num_groups
+        group = jnp.where(exists, group, 0)
+        within = tile - (ends - tiles_of_group)[group]
+        row = groups.starts[group] - offset[group] + within * tile_rows
+        first = jnp.where(within == 0, offset[group], 0)
+        last = jnp.minimum(groups.starts[group] + groups.sizes[group] - row, tile_rows)
+        columns = (jnp.where(exists, column, 0).astype(jnp.int32) for column in (group, row, first, last))
+        return cls(*columns, ends[-1:].astype(jnp.int32))

@@ -1,0 +1,51 @@
+"""Tile sizes of the kernels: hashable data, checked against what the hardware can hold."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowTiles:
+    """Tile sizes of the kernel that multiplies rows by their group's matrix (`rows_kernel.py`): many rows per group."""
+
+    rows: int
+    """Rows of a tile: 64 (both warpgroups share them and split the columns) or 128 (64 for each warpgroup)."""
+    columns: int
+    """Output columns of a tile, of gate and of up each."""
+    depth: int
+    """Elements of the contracted dimension per step of the pipeline."""
+    stages: int
+    """Steps that are in shared memory at once."""
+    panel: int
+    """Tiles of rows that are worked on side by side, so that they share weights in the L2 cache."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamTiles:
+    """Tile sizes of the kernel that streams weights past few rows (`stream_kernel.py`): decoding."""
+
+    rows: int
+    """Rows of a tile: 8, 16, 32 or 64, the narrow side of the multiplication."""
+    columns: int
+    """Output columns of a tile, of gate and of up each: a multiple of 64, the side on which weights are multiplied."""
+    depth: int
+    """Elements of the contracted dimension per step of the pipeline."""
+    stages: int
+    """Steps that are in flight at once."""
+    splits: int
+    """Parts into which the contracted dimension is split, for when there are fewer tiles than multiprocessors."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightsGradientTiles:
+    """Tile sizes of the kernel that multiplies transposed rows with rows, group by group (`weights_gradient_kernel.py`)."""
+
+    out_columns: int
+    """Columns of the cotangent, rows of the gradient."""
+    in_columns: int
+    """Columns of the rows, columns of the gradient."""
+    depth: int
+    """Rows per step of the pipeline."""
+    stages: int
+    """Steps that are in shared memory at once."""
+    panel: int
+    """Tiles along `out_columns` that are worked on side by side, so that they share rows in the L2 cache."""
