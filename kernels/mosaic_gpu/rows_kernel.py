@@ -1,0 +1,399 @@
+"""Rows times the matrix of their group, on Hopper: the kernel for many rows per group.
+
+One block per multiprocessor walks over output tiles. Its first two warpgroups multiply; the third copies rows and weights to
+shared memory, several steps ahead. Steps are counted over all tiles of a block, so the copies for the next tile are under way
+while the results of this one are activated and stored.
+
+Gate and up lie side by side in shared memory and are multiplied by one instruction; the activation is applied to its
+accumulator, so what enters the activation never reaches memory unless it is asked for.
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from ..activations import Activation
+from ..device import GpuDevice
+from .schedule import ROW_ALIGNMENT, TileTable
+from .stores import store_rows, swizzled
+from .tiles import RowTiles
+
+WARPGROUPS = 2
+"""Those that multiply."""
+COPYING_REGISTERS, MULTIPLYING_REGISTERS = 40, 232
+"""Per thread; together the register file of a multiprocessor."""
+WARPGROUP_ROWS = 64
+"""Rows that one instruction multiplies."""
+SWIZZLE_BYTES = 128
+
+
+def shared_memory_bytes(tiles: RowTiles, projections: int, itemsize: int) -> int:
+    """What a block needs: the pipeline, two chunks of results for each warpgroup, and barriers."""
+    step = (tiles.rows + projections * tiles.columns) * tiles.depth * itemsize
+    results = WARPGROUPS * 2 * WARPGROUP_ROWS * SWIZZLE_BYTES
+    return tiles.stages * (step + 2 * 8) + results + 1024
+
+
+def check_tiles(tiles: RowTiles, projections: int, itemsize: int, device: GpuDevice) -> None:
+    """Refuse tiles that the kernel cannot use.
+
+    Raises:
+        ValueError: says which limit was hit.
+    """
+    if tiles.rows not in (64, 128):
+        raise ValueError(f"rows of a tile must be 64 or 128, got {tiles.rows}")
+    part = tiles.columns // _column_parts(tiles)
+    if part % 64 or projections * part > 256:
+        raise ValueError(
+            f"columns per warpgroup must be a multiple of 64 with at most {256 // projections} for {projections}"
+            f" projections, got {part} of {tiles}"
+        )
+    if tiles.depth * itemsize % SWIZZLE_BYTES:
+        raise ValueError(f"depth must be a multiple of {SWIZZLE_BYTES // itemsize}, got {tiles.depth}")
+    if tiles.stages < 2 or tiles.panel < 1:
+        raise ValueError(f"at least 2 stages and 1 tile per panel are needed, got {tiles}")
+    needed = shared_memory_bytes(tiles, projections, itemsize)
+    if needed > device.shared_memory_bytes:
+        raise ValueError(
+            f"{tiles} needs {needed} bytes of shared memory, {device.name} has {device.shared_memory_bytes}"
+        )
+
+
+def multiply_rows(
+    rows: Float[Array, "M D"],
+    weights: Float[Array, "GP N D"] | Float[Array, "G D N"],
+    table: TileTable,
+    *,
+    tiles: RowTiles,
+    projections: int = 1,
+    contract: Literal["in", "out"] = "in",
+    bias: Float[Array, "GP N"] | None = None,
+    activation: Activation | None = None,
+    row_scale: Float[Array, "M"] | None = None,
+    keep_projected: bool = False,
+    zero_groups: bool,
+    exact_rows: bool,
+    output_dtype: DTypeLike,
+    device: GpuDevice,
+) -> Array | tuple[Array, Array]:
+    """row_scale * activation(rows @ matrices + bias), the matrices being those of each row's group.
+
+    Accumulates, adds, activates and scales in float32, then rounds once to `output_dtype`.
+
+    Args:
+        rows: bfloat16 or float16, D a multiple of 8.
+        weights: of the same dtype. With `contract="in"` the `projections` matrices of each group, (out, in): their last axis is
+            contracted (forward). With "out" one matrix per group, whose middle axis is contracted (gradient of rows).
+        table: tiles of `tiles.rows` rows.
+        tiles: tile sizes, legal by `check_tiles`.
+        projections: matrices per group whose results meet in the activation: 2 (0 = gate, 1 = up) or 1.
+        contract: see `weights`.
+        bias: added to each projection.
+        activation: of the projections; None if there is one projection, which is then the result.
+        row_scale: float32 factor of each row of the result.
+        keep_projected: also return what enters the activation, for the backward pass.
+        zero_groups: whether the table may hold tiles of group -1, whose rows become zero without anything being read.
+        exact_rows: store no row outside a tile's own (compact layout); otherwise whole multiples of 8 rows (aligned layout).
+        output_dtype: bfloat16, float16 or float32.
+        device: what the kernel runs on.
+
+    Returns:
+        [M, N]; with `keep_projected` also [M, projections, N]. Rows of no tile are not written: they hold
+        anything, NaN too.
+
+    Raises:
+        ValueError: tiles that don't fit.
+    """
+    num_rows, width_in = rows.shape
+    width_out = weights.shape[1] if contract == "in" else weights.shape[2]
+    check_tiles(tiles, projections, rows.dtype.itemsize, device)
+    column_parts = _column_parts(tiles)
+    part_columns = tiles.columns // column_parts
+    dtype, output_dtype = rows.dtype, jnp.dtype(output_dtype)
+    weights_step = (projections * part_columns, tiles.depth) if contract == "in" else (tiles.depth, part_columns)
+    copies = 1 + column_parts * (projections if contract == "in" else 1)
+    operands = {
+        **table._asdict(),
+        "rows": rows,
+        "weights": weights,
+        "bias": None if bias is None else _pad_columns(bias.astype(jnp.float32), tiles.columns),
+        "row_scale": None if row_scale is None else jnp.pad(row_scale.astype(jnp.float32), (0, tiles.rows)),
+    }
+    operands = {name: operand for name, operand in operands.items() if operand is not None}
+    outputs = {"result": jax.ShapeDtypeStruct((num_rows, width_out), output_dtype)}
+    if keep_projected:
+        outputs["projected"] = jax.ShapeDtypeStruct((num_rows, projections, width_out), output_dtype)
+    problem = _Problem(
+        tiles=tiles,
+        projections=projections,
+        contract=contract,
+        activation=activation,
+        zero_groups=zero_groups,
+        exact_rows=exact_rows,
+        width_in=width_in,
+        width_out=width_out,
+        multiprocessors=device.multiprocessors,
+    )
+
+    def grouped_rows(*refs: plgpu.RefType, **scratch: plgpu.RefType) -> None:
+        named = dict(zip((*operands, *outputs), refs, strict=True))
+        copying = lax.axis_index("warpgroup") == WARPGROUPS
+        lax.cond(copying, lambda: _copy(problem, **named, **scratch), lambda: _multiply(problem, **named, **scratch))
+
+    results = plgpu.kernel(
+        grouped_rows,
+        out_type=tuple(outputs.values()),
+        grid=(device.multiprocessors,),
+        grid_names=("multiprocessor",),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        scratch_types=dict(
+            rows_smem=plgpu.SMEM((tiles.stages, tiles.rows, tiles.depth), dtype, transforms=swizzled(dtype)),
+            weights_smem=plgpu.SMEM((tiles.stages, column_parts, *weights_step), dtype, transforms=swizzled(dtype)),
+            result_smem=plgpu.SMEM(
+                (WARPGROUPS, 2, WARPGROUP_ROWS, SWIZZLE_BYTES // output_dtype.itemsize),
+                output_dtype,
+                transforms=swizzled(output_dtype, 1 if exact_rows else ROW_ALIGNMENT),
+            ),
+            filled=plgpu.Barrier(num_arrivals=copies, num_barriers=tiles.stages),
+            consumed=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiles.stages),
+        ),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True),
+    )(*operands.values())
+    return tuple(results) if keep_projected else results[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    """What is static in the body of the kernel."""
+
+    tiles: RowTiles
+    projections: int
+    contract: Literal["in", "out"]
+    activation: Activation | None
+    zero_groups: bool
+    exact_rows: bool
+    width_in: int
+    width_out: int
+    multiprocessors: int
+
+    @property
+    def steps(self) -> int:
+        """Of the pipeline, for one tile."""
+        return pl.cdiv(self.width_in, self.tiles.depth)
+
+
+class _Tile(NamedTuple):
+    """One output tile."""
+
+    column: Array
+    """Index of its columns."""
+    group: Array
+    row: Array
+    first: Array
+    last: Array
+
+    def steps(self, problem: _Problem) -> int | Array:
+        """Steps of the pipeline: none if the tile is only to be zero."""
+        return jnp.where(self.group < 0, 0, problem.steps) if problem.zero_groups else problem.steps
+
+
+def _column_parts(tiles: RowTiles) -> int:
+    """Parts into which the columns are split: the warpgroups share 64 rows, or take 64 of 128 rows each."""
+    return WARPGROUPS * WARPGROUP_ROWS // tiles.rows
+
+
+def _num_own_tiles(problem: _Problem, count: plgpu.RefType) -> Array:
+    """How many tiles this block computes: every `multiprocessors`-th."""
+    total = count[0] * pl.cdiv(problem.width_out, problem.tiles.columns)
+    return lax.div(total - lax.axis_index("multiprocessor") + problem.multiprocessors - 1, problem.multiprocessors)
+
+
+def _tile(problem: _Problem, index: Array, named: dict[str, plgpu.RefType]) -> _Tile:
+    """The `index`-th tile of this block: panels of rows one after the other, column by column within a panel.
+
+    Blocks work on neighbouring tiles at any time; within a panel these share the weights of a column or the rows of a tile.
+    """
+    panel, columns = problem.tiles.panel, pl.cdiv(problem.width_out, problem.tiles.columns)
+    position = lax.axis_index("multiprocessor") + index * problem.multiprocessors
+    which = lax.div(position, panel * columns)
+    within = position - which * (panel * columns)
+    height = jnp.minimum(named["count"][0] - which * panel, panel)
+    column = lax.div(within, height)
+    entry = which * panel + within - column * height
+    return _Tile(column, *(named[name][entry] for name in ("group", "row", "first", "last")))
+
+
+def _copy(problem: _Problem, *, rows_smem, weights_smem, filled, consumed, result_smem, **named) -> None:
+    """Copy rows and weights, step by step of tile by tile, as far ahead as there is room."""
+    plgpu.set_max_registers(COPYING_REGISTERS, action="decrease")
+    tiles, projections = problem.tiles, problem.projections
+    column_parts = _column_parts(tiles)
+    part_columns = tiles.columns // column_parts
+    rows, weights = named["rows"], named["weights"]
+
+    def copy_tile(index: Array, step: Array) -> Array:
+        tile = _tile(problem, index, named)
+        row = pl.multiple_of(tile.row, ROW_ALIGNMENT)
+
+        def copy_step(k: Array, step: Array) -> Array:
+            slot = lax.rem(step, tiles.stages)
+
+            @pl.when(step >= tiles.stages)
+            def _():
+                plgpu.barrier_wait(consumed.at[slot])
+
+            depth = pl.ds(k * tiles.depth, tiles.depth)
+            plgpu.copy_gmem_to_smem(rows.at[pl.ds(row, tiles.rows), depth], rows_smem.at[slot], filled.at[slot])
+            for part in range(column_parts):
+                columns = pl.ds(tile.column * tiles.columns + part * part_columns, part_columns)
+                if problem.contract == "out":
+                    source = weights.at[tile.group, depth, columns]
+                    plgpu.copy_gmem_to_smem(source, weights_smem.at[slot, part], filled.at[slot])
+                    continue
+                for projection in range(projections):
+                    source = weights.at[tile.group * projections + projection, columns, depth]
+                    beside = pl.ds(projection * part_columns, part_columns)
+                    plgpu.copy_gmem_to_smem(source, weights_smem.at[slot, part, beside], filled.at[slot])
+            return step + 1
+
+        return lax.fori_loop(0, tile.steps(problem), copy_step, step)
+
+    step = lax.fori_loop(0, _num_own_tiles(problem, named["count"]), copy_tile, jnp.int32(0))
+
+    @pl.loop(jnp.maximum(step - tiles.stages, 0), step)
+    def _(last_step):
+        plgpu.barrier_wait(consumed.at[lax.rem(last_step, tiles.stages)])
+
+
+def _multiply(problem: _Problem, *, rows_smem, weights_smem, filled, consumed, result_smem, **named) -> None:
+    """Multiply what has been copied, and store the results, tile by tile."""
+    plgpu.set_max_registers(MULTIPLYING_REGISTERS, action="increase")
+    tiles, projections = problem.tiles, problem.projections
+    column_parts = _column_parts(tiles)
+    part_columns = tiles.columns // column_parts
+    warpgroup = lax.axis_index("warpgroup")
+    row_part, column_part = (warpgroup, 0) if column_parts == 1 else (0, warpgroup)
+    own_rows = pl.ds(row_part * WARPGROUP_ROWS, WARPGROUP_ROWS)
+
+    def multiply_tile(index: Array, step: Array) -> Array:
+        tile = _tile(problem, index, named)
+        steps = tile.steps(problem)
+        first, last = tile.first - row_part * WARPGROUP_ROWS, tile.last - row_part * WARPGROUP_ROWS
+
+        def pass_over() -> None:
+            @pl.loop(step, step + steps)
+            def _(passed):
+                slot = lax.rem(passed, tiles.stages)
+                plgpu.barrier_wait(filled.at[slot])
+                plgpu.barrier_arrive(consumed.at[slot])
+
+        def compute() -> None:
+            def accumulate(accumulator: plgpu.RefType) -> Array:
+                @pl.loop(step, step + steps)
+                def _(current):
+                    slot = lax.rem(current, tiles.stages)
+                    plgpu.barrier_wait(filled.at[slot])
+                    matrix = weights_smem.at[slot, column_part]
+                    if problem.contract == "in":
+                        matrix = matrix.transpose((1, 0))
+                    plgpu.wgmma(accumulator, rows_smem.at[slot, own_rows], matrix)
+                    # The product of this step runs on; that of the last one is complete, and its operands may go.
+                    plgpu.wgmma_wait(1)
+
+                    @pl.when(current > step)
+                    def _():
+                        plgpu.barrier_arrive(consumed.at[lax.rem(current - 1, tiles.stages)])
+
+                plgpu.wgmma_wait(0)
+
+                @pl.when(steps > 0)
+                def _():
+                    plgpu.barrier_arrive(consumed.at[lax.rem(step + steps - 1, tiles.stages)])
+
+                return accumulator[...]
+
+            accumulated = pl.run_scoped(accumulate, plgpu.ACC((WARPGROUP_ROWS, projections * part_columns)))
+            column = tile.column * tiles.columns + column_part * part_columns
+            _finish(problem, accumulated, tile, row_part * WARPGROUP_ROWS, column, result_smem.at[warpgroup], named)
+
+        if column_parts == 1:
+            lax.cond(jnp.logical_and(first < WARPGROUP_ROWS, last > 0), compute, pass_over)
+        else:
+            compute()
+        return step + steps
+
+    lax.fori_loop(0, _num_own_tiles(problem, named["count"]), multiply_tile, jnp.int32(0))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _finish(
+    problem: _Problem,
+    accumulated: Array,
+    tile: _Tile,
+    row_offset: Array | int,
+    column: Array,
+    buffers: plgpu.RefType,
+    named: dict[str, plgpu.RefType],
+) -> None:
+    """Bias, activation and scale of a warpgroup's accumulator, then the stores, one chunk of columns after the other."""
+    projections = problem.projections
+    part_columns = accumulated.shape[1] // projections
+    num_slots, _, chunk = buffers.shape
+    row = pl.multiple_of(tile.row + row_offset, ROW_ALIGNMENT)
+    scale = named["row_scale"][pl.ds(row, WARPGROUP_ROWS)] if "row_scale" in named else None
+    stored = 0
+
+    def store(values: Array, destination: plgpu.RefType, first_column: Array) -> None:
+        nonlocal stored
+        buffer = buffers.at[stored % num_slots]
+        stored += 1
+        plgpu.wait_smem_to_gmem(num_slots - 1, wait_read_only=True)
+        buffer[...] = values.astype(buffer.dtype)
+        plgpu.commit_smem()
+        store_rows(
+            buffer,
+            destination,
+            row=row,
+            first=tile.first - row_offset,
+            last=tile.last - row_offset,
+            column=first_column,
+            exact_rows=problem.exact_rows,
+        )
+        plgpu.commit_smem_to_gmem_group()
+
+    for start in range(0, part_columns, chunk):
+        projected = []
+        for projection in range(projections):
+            begin = projection * part_columns + start
+            values = accumulated[:, begin : begin + chunk]
+            if "bias" in named:
+                values = values + _bias(problem, tile, projection, column + start, chunk, named["bias"])[None, :]
+            projected.append(values)
+            if "projected" in named:
+                store(values, named["projected"].at[:, projection], column + start)
+        values = projected[0] if problem.activation is None else problem.activation(*projected)
+        if scale is not None:
+            values = values * scale[:, None]
+        store(values, named["result"], column + start)
+
+
+def _bias(
+    problem: _Problem, tile: _Tile, projection: int, column: Array, chunk: int, bias: plgpu.RefType
+) -> Float[Array, "chunk"]:
+    """The bias of a chunk of columns; zero for a tile that is to be zero."""
+    group = jnp.maximum(tile.group, 0) if problem.zero_groups else tile.group
+    values = bias[group * problem.projections + projection, pl.ds(column, chunk)]
+    return values * (tile.group >= 0).astype(jnp.float32) if problem.zero_groups else values
+
+
+def _pad_columns(bias: Float[Array, "GP N"], columns: int) -> Float[Array, "GP Npadded"]:
+    """A bias that the last, partial tile of columns can be read from."""
+    return jnp.pad(bias, ((0, 0), (0, -bias.shape[1] % columns)))
