@@ -1,0 +1,51 @@
+"""Running Mosaic GPU kernels on a CPU, in interpret mode, where a race is a failure."""
+
+import contextlib
+import dataclasses
+
+import jax
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from moe_jax.kernels.device import GPU_DEVICES, targeting
+
+
+class Interpretation:
+    """What was interpreted so far."""
+
+    def __init__(self, race_detectors):
+        self._race_detectors = race_detectors
+
+    @property
+    def num_kernels(self):
+        """How many kernel calls were interpreted, of those whose results were waited for."""
+        return len(self._race_detectors)
+
+
+@contextlib.contextmanager
+def interpreting(multiprocessors=2, device="h200"):
+    """Kernels called inside are built for `device`, with so many multiprocessors, and interpreted with race detection.
+
+    On leaving, all kernels have run, and it is an error if any of them had a race. jax 0.12 raises where the race happens;
+    0.11 has each call print its races and forget those of the call before, so the detectors of all calls are kept here.
+    """
+    named = dataclasses.replace(GPU_DEVICES[device], multiprocessors=multiprocessors)
+    race_detectors = []
+    new_race_detector = gpu_callbacks.GPURaceDetectionState
+
+    def kept_race_detector(*args, **kwargs):
+        race_detectors.append(new_race_detector(*args, **kwargs))
+        return race_detectors[-1]
+
+    gpu_callbacks.GPURaceDetectionState = kept_race_detector
+    try:
+        with targeting(named), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+            yield Interpretation(race_detectors)
+        jax.effects_barrier()
+    except BaseException:
+        gpu_callbacks.reset_gpu_interpret_mode_state()
+        raise
+    finally:
+        gpu_callbacks.GPURaceDetectionState = new_race_detector
+    racing = sum(detector.races_found for detector in race_detectors)
+    assert not racing, f"{racing} of {len(race_detectors)} interpreted kernel calls had a race; see what was printed"
