@@ -1,0 +1,467 @@
+"""Rows times the matrix of their group, on Blackwell: the kernel for any number of rows per group.
+
+One block per multiprocessor walks over output tiles. Its parts meet only at barriers, and each runs ahead as far as memory
+allows:
+
+- one warp copies steps of rows and weights into a ring in shared memory, without a pause between tiles;
+- one warp multiplies them (tcgen05), gate and up side by side by one instruction, into one of two accumulators in tensor memory;
+- one warpgroup takes a complete accumulator through bias, activation and scale to global memory, while the next tile is
+  multiplied into the other accumulator.
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from ..activations import Activation
+from ..device import GpuDevice
+from .schedule import ROW_ALIGNMENT, TileTable
+from .stores import store_rows, swizzled
+from .tiles import RowTiles
+
+TILE_ROWS = 128
+"""Rows that one instruction multiplies: all lanes of tensor memory."""
+TENSOR_MEMORY_COLUMNS = 512
+"""Float32 columns of tensor memory."""
+ACCUMULATORS = 2
+"""One is multiplied into while the other is stored."""
+RESULT_BUFFERS = 2
+"""One is written while the other is copied to global memory."""
+SWIZZLE_BYTES = 128
+MOST_STAGES = 8
+"""Beyond these the latency of global memory is hidden, whatever the shape."""
+MOST_PANEL_TILES = 64
+
+_STORING, _MULTIPLYING = 0, 1  # warpgroups
+_COPY_WARP, _MULTIPLY_WARP = 0, 1  # warps of the multiplying warpgroup
+
+
+def blackwell_shared_memory_bytes(tiles: RowTiles, projections: int, itemsize: int) -> int:
+    """What a block needs: the ring of steps, the buffers of results, and barriers."""
+    step = (tiles.rows + projections * tiles.columns) * tiles.depth * itemsize
+    results = RESULT_BUFFERS * tiles.rows * SWIZZLE_BYTES
+    return tiles.stages * (step + 2 * 8) + results + 1024
+
+
+def check_blackwell_row_tiles(tiles: RowTiles, projections: int, itemsize: int, device: GpuDevice) -> None:
+    """Refuse tiles that the kernel cannot use.
+
+    Raises:
+        ValueError: says which limit was hit.
+    """
+    if tiles.rows != TILE_ROWS:
+        raise ValueError(f"rows of a tile must be {TILE_ROWS}, got {tiles.rows}")
+    if tiles.columns < 64 or tiles.columns % 64:
+        raise ValueError(f"columns of a tile must be a multiple of 64, got {tiles.columns}")
+    if tiles.depth < 1 or tiles.depth * itemsize % SWIZZLE_BYTES:
+        raise ValueError(f"depth must be a multiple of {SWIZZLE_BYTES // itemsize}, got {tiles.depth}")
+    if tiles.stages < 2 or tiles.panel < 1:
+        raise ValueError(f"at least 2 stages and 1 tile per panel are needed, got {tiles}")
+    accumulators = ACCUMULATORS * projections * tiles.columns
+    if accumulators > TENSOR_MEMORY_COLUMNS:
+        raise ValueError(
+            f"{tiles} with {projections} projections needs {accumulators} columns of tensor memory,"
+            f" there are {TENSOR_MEMORY_COLUMNS}"
+        )
+    needed = blackwell_shared_memory_bytes(tiles, projections, itemsize)
+    if needed > device.shared_memory_bytes:
+        raise ValueError(
+            f"{tiles} needs {needed} bytes of shared memory, {device.name} has {device.shared_memory_bytes}"
+        )
+
+
+def default_blackwell_row_tiles(
+    num_rows: int,
+    num_groups: int,
+    width_in: int,
+    width_out: int,
+    projections: int,
+    itemsize: int,
+    device: GpuDevice,
+) -> RowTiles:
+    """Tiles that suit any shape: the widest that still give every multiprocessor a tile, with all stages that fit.
+
+    Args:
+        num_rows: M, rows of all groups.
+        num_groups: G.
+        width_in: contracted width.
+        width_out: columns of the result.
+        projections: 2 for gate and up, otherwise 1.
+        itemsize: bytes per element of rows and weights.
+        device: what the kernel runs on.
+
+    Raises:
+        ValueError: not even two stages of the narrowest tile fit the device.
+    """
+    columns = min(TENSOR_MEMORY_COLUMNS // (ACCUMULATORS * projections), pl.cdiv(width_out, 64) * 64)
+    row_tiles = pl.cdiv(num_rows, TILE_ROWS) + min(num_groups, num_rows) // 2
+    while columns > 64 and row_tiles * pl.cdiv(width_out, columns) < device.multiprocessors:
+        columns = pl.cdiv(columns // 2, 64) * 64
+    # The rows of a panel are read again for each tile of columns, and stay in the cache next to the weights that stream by.
+    panel = device.l2_bytes // 4 // (TILE_ROWS * width_in * itemsize)
+    tiles = RowTiles(
+        rows=TILE_ROWS,
+        columns=columns,
+        depth=SWIZZLE_BYTES // itemsize,
+        stages=MOST_STAGES,
+        panel=min(max(panel, 1), MOST_PANEL_TILES),
+    )
+    while tiles.stages > 2 and blackwell_shared_memory_bytes(tiles, projections, itemsize) > device.shared_memory_bytes:
+        tiles = dataclasses.replace(tiles, stages=tiles.stages - 1)
+    check_blackwell_row_tiles(tiles, projections, itemsize, device)
+    return tiles
+
+
+def multiply_rows(
+    rows: Float[Array, "M D"],
+    weights: Float[Array, "GP N D"] | Float[Array, "G D N"],
+    table: TileTable,
+    *,
+    tiles: RowTiles,
+    projections: int = 1,
+    contract: Literal["in", "out"] = "in",
+    bias: Float[Array, "GP N"] | None = None,
+    activation: Activation | None = None,
+    row_scale: Float[Array, "M"] | None = None,
+    keep_projected: bool = False,
+    zero_groups: bool,
+    exact_rows: bool,
+    output_dtype: DTypeLike,
+    device: GpuDevice,
+) -> Array | tuple[Array, Array]:
+    """row_scale * activation(rows @ matrices + bias), the matrices being those of each row's group.
+
+    Accumulates, adds, activates and scales in float32, then rounds once to `output_dtype`.
+
+    Args:
+        rows: bfloat16 or float16, D a multiple of 8.
+        weights: of the same dtype, N a multiple of 8. With `contract="in"` the `projections` matrices of each group, (out, in):
+            their last axis is contracted (forward). With "out" one matrix per group, whose middle axis is contracted (gradient
+            of rows).
+        table: tiles of `tiles.rows` rows.
+        tiles: tile sizes, legal by `check_blackwell_row_tiles`.
+        projections: matrices per group whose results meet in the activation: 2 (0 = gate, 1 = up) or 1.
+        contract: see `weights`.
+        bias: added to each projection.
+        activation: of the projections; None if there is one projection, which is then the result.
+        row_scale: float32 factor of each row of the result.
+        keep_projected: also return what enters the activation, for the backward pass.
+        zero_groups: whether the table may hold tiles of group -1, whose rows become zero without anything being read.
+        exact_rows: store no row outside a tile's own (compact layout); otherwise whole multiples of 8 rows (aligned layout).
+        output_dtype: bfloat16, float16 or float32.
+        device: what the kernel runs on.
+
+    Returns:
+        [M, N]; with `keep_projected` also [M, projections, N]. Rows of no tile are not written: they hold anything, NaN too.
+
+    Raises:
+        ValueError: tiles that don't fit.
+    """
+    num_rows, width_in = rows.shape
+    width_out = weights.shape[1] if contract == "in" else weights.shape[2]
+    check_blackwell_row_tiles(tiles, projections, rows.dtype.itemsize, device)
+    dtype, output_dtype = rows.dtype, jnp.dtype(output_dtype)
+    width = projections * tiles.columns
+    operands = {
+        **table._asdict(),
+        "rows": rows,
+        "weights": weights,
+        # What is read without a bulk copy must exist for the last, partial tile too.
+        "bias": None if bias is None else jnp.pad(bias.astype(jnp.float32), ((0, 0), (0, -width_out % tiles.columns))),
+        "row_scale": None if row_scale is None else jnp.pad(row_scale.astype(jnp.float32), (0, tiles.rows)),
+    }
+    operands = {name: operand for name, operand in operands.items() if operand is not None}
+    outputs = {"result": jax.ShapeDtypeStruct((num_rows, width_out), output_dtype)}
+    if keep_projected:
+        outputs["projected"] = jax.ShapeDtypeStruct((num_rows, projections, width_out), output_dtype)
+    problem = _Problem(
+        tiles=tiles,
+        projections=projections,
+        contract=contract,
+        activation=activation,
+        zero_groups=zero_groups,
+        exact_rows=exact_rows,
+        width_in=width_in,
+        width_out=width_out,
+        multiprocessors=device.multiprocessors,
+    )
+
+    def grouped_rows(*refs: plgpu.RefType, **scratch: plgpu.RefType) -> None:
+        named = dict(zip((*operands, *outputs), refs, strict=True)) | scratch
+
+        @pl.when(lax.axis_index("warpgroup") == _MULTIPLYING)
+        def _():
+            @plgpu.warp_map
+            def _(warp):
+                pl.when(warp == _COPY_WARP)(lambda: _copy(problem, named))
+                pl.when(warp == _MULTIPLY_WARP)(lambda: _multiply(problem, named))
+
+        pl.when(lax.axis_index("warpgroup") == _STORING)(lambda: _store(problem, named))
+
+    results = plgpu.kernel(
+        grouped_rows,
+        out_type=tuple(outputs.values()),
+        grid=(device.multiprocessors,),
+        grid_names=("multiprocessor",),
+        num_threads=2,
+        thread_name="warpgroup",
+        scratch_types=dict(
+            rows_smem=plgpu.SMEM((tiles.stages, tiles.rows, tiles.depth), dtype, transforms=swizzled(dtype)),
+            weights_smem=plgpu.SMEM(
+                (tiles.stages, *((width, tiles.depth) if contract == "in" else (tiles.depth, width))),
+                dtype,
+                transforms=swizzled(dtype),
+            ),
+            result_smem=plgpu.SMEM(
+                (RESULT_BUFFERS, tiles.rows, SWIZZLE_BYTES // output_dtype.itemsize),
+                output_dtype,
+                transforms=swizzled(output_dtype, 1 if exact_rows else ROW_ALIGNMENT),
+            ),
+            accumulators=plgpu.TMEM((tiles.rows, ACCUMULATORS * width), jnp.float32),
+            filled=plgpu.Barrier(num_arrivals=1 + projections, num_barriers=tiles.stages),
+            consumed=plgpu.Barrier(num_arrivals=1, num_barriers=tiles.stages, orders_tensor_core=True),
+            multiplied=plgpu.Barrier(num_arrivals=1, num_barriers=ACCUMULATORS, orders_tensor_core=True),
+            taken=plgpu.Barrier(num_arrivals=1, num_barriers=ACCUMULATORS, orders_tensor_core=True),
+        ),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True),
+    )(*operands.values())
+    return tuple(results) if keep_projected else results[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    """What is static in the body of the kernel."""
+
+    tiles: RowTiles
+    projections: int
+    contract: Literal["in", "out"]
+    activation: Activation | None
+    zero_groups: bool
+    exact_rows: bool
+    width_in: int
+    width_out: int
+    multiprocessors: int
+
+    @property
+    def steps(self) -> int:
+        """Of the pipeline, for one tile."""
+        return pl.cdiv(self.width_in, self.tiles.depth)
+
+    @property
+    def columns(self) -> int:
+        """Of one accumulator: gate and up side by side."""
+        return self.projections * self.tiles.columns
+
+
+class _Tile(NamedTuple):
+    """One output tile."""
+
+    column: Array
+    """Index of its columns."""
+    group: Array
+    row: Array
+    first: Array
+    last: Array
+
+
+def _num_own_tiles(problem: _Problem, count: plgpu.RefType) -> Array:
+    """How many tiles this block computes: every `multiprocessors`-th."""
+    total = count[0] * pl.cdiv(problem.width_out, problem.tiles.columns)
+    return lax.div(total - lax.axis_index("multiprocessor") + problem.multiprocessors - 1, problem.multiprocessors)
+
+
+def _tile(problem: _Problem, index: Array, named: dict[str, plgpu.RefType]) -> _Tile:
+    """The `index`-th tile of this block: panels of rows one after the other, column by column within a panel.
+
+    Blocks work on neighbouring tiles at any time; within a panel these share the weights of a column or the rows of a tile.
+    """
+    panel, columns = problem.tiles.panel, pl.cdiv(problem.width_out, problem.tiles.columns)
+    position = lax.axis_index("multiprocessor") + index * problem.multiprocessors
+    which = lax.div(position, panel * columns)
+    within = position - which * (panel * columns)
+    height = jnp.minimum(named["count"][0] - which * panel, panel)
+    column = lax.div(within, height)
+    entry = which * panel + within - column * height
+    return _Tile(column, *(named[name][entry] for name in ("group", "row", "first", "last")))
+
+
+def _for_each_multiplied_tile(problem: _Problem, named: dict[str, plgpu.RefType], visit, pass_zeros=None) -> Array:
+    """Call `visit(tile, multiplied)` for the tiles of this block that are multiplied, in order, and count them.
+
+    `multiplied` is how many were before; every part of the block finds its slots of barriers and memory by it.
+    `pass_zeros(tile)` is called for the tiles that are only to be zero.
+    """
+
+    def one_tile(index: Array, multiplied: Array) -> Array:
+        tile = _tile(problem, index, named)
+        if not problem.zero_groups:
+            visit(tile, multiplied)
+            return multiplied + 1
+        is_zero = tile.group < 0
+        pl.when(jnp.logical_not(is_zero))(lambda: visit(tile, multiplied))
+        if pass_zeros is not None:
+            pl.when(is_zero)(lambda: pass_zeros(tile))
+        return multiplied + jnp.where(is_zero, 0, 1)
+
+    return lax.fori_loop(0, _num_own_tiles(problem, named["count"]), one_tile, jnp.int32(0))
+
+
+def _copy(problem: _Problem, named: dict[str, plgpu.RefType]) -> None:
+    """Copy rows and weights, step by step of tile by tile, as far ahead as there is room."""
+    tiles, projections, steps = problem.tiles, problem.projections, problem.steps
+    rows, weights = named["rows"], named["weights"]
+    rows_smem, weights_smem, filled, consumed = (
+        named[name] for name in ("rows_smem", "weights_smem", "filled", "consumed")
+    )
+
+    def copy_tile(tile: _Tile, multiplied: Array) -> None:
+        # A product, because code of a single warp cannot state what a number is a multiple of.
+        row = lax.div(tile.row, ROW_ALIGNMENT) * ROW_ALIGNMENT
+        columns = pl.ds(tile.column * tiles.columns, tiles.columns)
+
+        @pl.loop(0, steps)
+        def _(k):
+            step = multiplied * steps + k
+            slot = lax.rem(step, tiles.stages)
+
+            @pl.when(step >= tiles.stages)
+            def _():
+                plgpu.barrier_wait(consumed.at[slot])
+
+            depth = pl.ds(k * tiles.depth, tiles.depth)
+            plgpu.copy_gmem_to_smem(rows.at[pl.ds(row, tiles.rows), depth], rows_smem.at[slot], filled.at[slot])
+            if problem.contract == "out":
+                plgpu.copy_gmem_to_smem(weights.at[tile.group, depth, columns], weights_smem.at[slot], filled.at[slot])
+                return
+            for projection in range(projections):
+                source = weights.at[tile.group * projections + projection, columns, depth]
+                beside = pl.ds(projection * tiles.columns, tiles.columns)
+                plgpu.copy_gmem_to_smem(source, weights_smem.at[slot, beside], filled.at[slot])
+
+    total = _for_each_multiplied_tile(problem, named, copy_tile) * steps
+
+    # The tensor core reports to these barriers on its own, so they must outlive its last report.
+    @pl.loop(jnp.maximum(total - tiles.stages, 0), total)
+    def _(step):
+        plgpu.barrier_wait(consumed.at[lax.rem(step, tiles.stages)])
+
+
+def _multiply(problem: _Problem, named: dict[str, plgpu.RefType]) -> None:
+    """Multiply what has been copied, each tile into the accumulator that is free."""
+    tiles, steps = problem.tiles, problem.steps
+    rows_smem, weights_smem, filled, consumed, multiplied_barrier, taken = (
+        named[name] for name in ("rows_smem", "weights_smem", "filled", "consumed", "multiplied", "taken")
+    )
+
+    def multiply_tile(tile: _Tile, multiplied: Array) -> None:
+        accumulator, which = _accumulator(problem, named, multiplied)
+
+        @pl.when(multiplied >= ACCUMULATORS)
+        def _():
+            plgpu.barrier_wait(taken.at[which])
+
+        @pl.loop(0, steps)
+        def _(k):
+            slot = lax.rem(multiplied * steps + k, tiles.stages)
+            plgpu.barrier_wait(filled.at[slot])
+            matrix = weights_smem.at[slot]
+            if problem.contract == "in":
+                matrix = matrix.transpose((1, 0))
+            plgpu.tcgen05_mma(accumulator, rows_smem.at[slot], matrix, consumed.at[slot], accumulate=k > 0)
+
+        plgpu.tcgen05_commit_arrive(multiplied_barrier.at[which])
+
+    _for_each_multiplied_tile(problem, named, multiply_tile)
+
+
+def _accumulator(problem: _Problem, named: dict[str, plgpu.RefType], multiplied: Array) -> tuple[plgpu.RefType, Array]:
+    """The accumulator of a tile, and its index: they take turns."""
+    which = lax.rem(multiplied, ACCUMULATORS)
+    begin = which * problem.columns
+    return named["accumulators"].at[:, pl.ds(begin, problem.columns)], which
+
+
+def _store(problem: _Problem, named: dict[str, plgpu.RefType]) -> None:
+    """Bias, activation and scale of each complete accumulator, then the stores, one chunk of columns after the other."""
+    tiles, projections = problem.tiles, problem.projections
+    buffers = named["result_smem"]
+    chunk = buffers.shape[2]
+
+    def store_tile(tile: _Tile, multiplied: Array) -> None:
+        accumulator, which = _accumulator(problem, named, multiplied)
+        store = _TileStore(problem, tile, buffers)
+        scale = None
+        if "row_scale" in named:
+            scale = plgpu.load(
+                named["row_scale"].at[pl.ds(store.row, tiles.rows)], layout=plgpu.Layout.TCGEN05.reduce(1)
+            )
+        plgpu.barrier_wait(named["multiplied"].at[which])
+        for start in range(0, tiles.columns, chunk):
+            column = tile.column * tiles.columns + start
+            projected = []
+            for projection in range(projections):
+                source = accumulator.at[:, pl.ds(projection * tiles.columns + start, chunk)]
+                projected.append(plgpu.async_load_tmem(source, layout=plgpu.Layout.TCGEN05))
+            if start + chunk == tiles.columns:
+                plgpu.wait_load_tmem()
+                plgpu.barrier_arrive(named["taken"].at[which])
+            for projection in range(projections):
+                if "bias" in named:
+                    source = named["bias"].at[tile.group * projections + projection, pl.ds(column, chunk)]
+                    bias = plgpu.load(source, layout=plgpu.Layout.TCGEN05.reduce(0))
+                    bias = lax.broadcast_in_dim(bias, projected[projection].shape, (1,))
+                    projected[projection] = projected[projection] + bias
+                if "projected" in named:
+                    store(projected[projection], named["projected"].at[:, projection], column)
+            values = projected[0] if problem.activation is None else problem.activation(*projected)
+            if scale is not None:
+                values = values * lax.broadcast_in_dim(scale, values.shape, (0,))
+            store(values, named["result"], column)
+
+    def store_zeros(tile: _Tile) -> None:
+        store = _TileStore(problem, tile, buffers)
+        zeros = plgpu.layout_cast(jnp.zeros((tiles.rows, chunk), jnp.float32), plgpu.Layout.TCGEN05)
+        for start in range(0, tiles.columns, chunk):
+            column = tile.column * tiles.columns + start
+            if "projected" in named:
+                for projection in range(projections):
+                    store(zeros, named["projected"].at[:, projection], column)
+            store(zeros, named["result"], column)
+
+    _for_each_multiplied_tile(problem, named, store_tile, store_zeros)
+    plgpu.wait_smem_to_gmem(0)
+
+
+class _TileStore:
+    """Stores chunks of a tile through the buffers in shared memory, which take turns."""
+
+    def __init__(self, problem: _Problem, tile: _Tile, buffers: plgpu.RefType) -> None:
+        self.row = pl.multiple_of(tile.row, ROW_ALIGNMENT)
+        self._problem, self._tile, self._buffers = problem, tile, buffers
+        self._stored = 0
+
+    def __call__(self, values: Array, destination: plgpu.RefType, column: Array) -> None:
+        num_buffers = self._buffers.shape[0]
+        buffer = self._buffers.at[self._stored % num_buffers]
+        # The tile before may have left through any of the buffers last.
+        plgpu.wait_smem_to_gmem(0 if self._stored == 0 else num_buffers - 1, wait_read_only=True)
+        self._stored += 1
+        buffer[...] = values.astype(buffer.dtype)
+        plgpu.commit_smem()
+        store_rows(
+            buffer,
+            destination,
+            row=self.row,
+            first=self._tile.first,
+            last=self._tile.last,
+            column=column,
+            exact_rows=self._problem.exact_rows,
+        )
+        plgpu.commit_smem_to_gmem_group()
