@@ -21,6 +21,7 @@ from jaxtyping import Float
 
 from ..activations import Activation
 from ..device import GpuDevice
+from .epilogue import activate, load_vector
 from .schedule import ROW_ALIGNMENT, TileTable
 from .stores import store_rows, swizzled
 from .tiles import RowTiles
@@ -348,7 +349,7 @@ def _finish(
     part_columns = accumulated.shape[1] // projections
     num_slots, _, chunk = buffers.shape
     row = pl.multiple_of(tile.row + row_offset, ROW_ALIGNMENT)
-    scale = named["row_scale"][pl.ds(row, WARPGROUP_ROWS)] if "row_scale" in named else None
+    scale = load_vector(named["row_scale"].at[pl.ds(row, WARPGROUP_ROWS)]) if "row_scale" in named else None
     stored = 0
 
     def store(values: Array, destination: plgpu.RefType, first_column: Array) -> None:
@@ -379,7 +380,7 @@ def _finish(
             projected.append(values)
             if "projected" in named:
                 store(values, named["projected"].at[:, projection], column + start)
-        values = projected[0] if problem.activation is None else problem.activation(*projected)
+        values = activate(problem.activation, projected)
         if scale is not None:
             values = values * scale[:, None]
         store(values, named["result"], column + start)
@@ -390,7 +391,7 @@ def _bias(
 ) -> Float[Array, "chunk"]:
     """The bias of a chunk of columns; zero for a tile that is to be zero."""
     group = jnp.maximum(tile.group, 0) if problem.zero_groups else tile.group
-    values = bias[group * problem.projections + projection, pl.ds(column, chunk)]
+    values = load_vector(bias.at[group * problem.projections + projection, pl.ds(column, chunk)])
     return values * (tile.group >= 0).astype(jnp.float32) if problem.zero_groups else values
 
 
