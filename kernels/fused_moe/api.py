@@ -5,10 +5,10 @@ from jaxtyping import Float, Int
 
 from ..activations import Activation
 from ..selection import Choice, Implementation, choose
-from . import reference, xla
+from . import pallas_gpu, reference, xla
 from .request import Request
 
-IMPLEMENTATIONS: tuple[Implementation[Request], ...] = (xla, reference)
+IMPLEMENTATIONS: tuple[Implementation[Request], ...] = (pallas_gpu, xla, reference)
 """Every implementation, the preferred ones first."""
 
 
@@ -24,6 +24,7 @@ def fused_moe(
     activation: str | Activation = "silu",
     expert_offset: int | Int[Array, ""] = 0,
     apply_router_weight_on_input: bool = False,
+    recompute_activation: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "T H"]:
     """The experts of an MoE block: for each token, the weighted sum of its chosen experts' outputs.
@@ -42,14 +43,16 @@ def fused_moe(
         x: tokens, floating.
         topk_weights: router weights, floating (used in float32).
         topk_ids: integer; the same expert may be named twice.
-        gate_up_proj: (out, in) matrices of the dtype of x. P = 2 (0 = gate, 1 = up) for a gated activation, otherwise P = 1.
-        down_proj: (out, in) matrices of the dtype of x.
+        gate_up_proj: (out, in) matrices of the dtype of x, or float32: they are then rounded to the dtype of x, and their
+            gradient is float32, never rounded. P = 2 (0 = gate, 1 = up) for a gated activation, otherwise P = 1.
+        down_proj: (out, in) matrices, as `gate_up_proj`.
         gate_up_bias: added before the activation.
         down_bias: added before the router weight is applied.
         activation: a name, or an `Activation` with its parameters.
         expert_offset: id of the first expert whose weights are given.
         apply_router_weight_on_input: multiply the expert's input instead of its output by the router weight (Llama 4).
-        implementation: "xla" or "reference"; None chooses by device and shape, see `explain`.
+        recompute_activation: keep less for the gradient, and compute what enters the activation again (half a forward pass).
+        implementation: "pallas_gpu", "xla" or "reference"; None chooses by device and shape, see `explain`.
 
     Raises:
         ValueError: shapes that do not fit, an unknown activation or implementation.
@@ -69,6 +72,7 @@ def fused_moe(
         activation,
         expert_offset,
         apply_router_weight_on_input,
+        recompute_activation,
     )
     chosen, _ = choose("fused_moe", IMPLEMENTATIONS, request, implementation)
     return chosen.run(request.equally_varying())
@@ -86,6 +90,7 @@ def explain(
     activation: str | Activation = "silu",
     expert_offset: int | Int[Array, ""] = 0,
     apply_router_weight_on_input: bool = False,
+    recompute_activation: bool = False,
     implementation: str | None = None,
 ) -> Choice:
     """What `fused_moe` would run for these arguments (arrays or `jax.ShapeDtypeStruct`s), and why.
@@ -104,5 +109,6 @@ def explain(
         activation,
         expert_offset,
         apply_router_weight_on_input,
+        recompute_activation,
     )
     return choose("fused_moe", IMPLEMENTATIONS, request, implementation)[1]

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from ..activations import Activation
@@ -28,6 +29,10 @@ class ExpertWeights(NamedTuple):
     down_proj: Float[Array, "E H I"]
     gate_up_bias: Float[Array, "E P I"] | None
     down_bias: Float[Array, "E H"] | None
+
+    def matrices_as(self, dtype: DTypeLike) -> "ExpertWeights":
+        """The same with both projections in `dtype`."""
+        return self._replace(gate_up_proj=self.gate_up_proj.astype(dtype), down_proj=self.down_proj.astype(dtype))
 
 
 def apply_expert(

@@ -48,8 +48,8 @@ def run(request: Request) -> Array:
 
     experts = (
         jnp.arange(request.num_experts, dtype=pair_ids.dtype),
-        request.gate_up_proj,
-        request.down_proj,
+        request.gate_up_proj.astype(x.dtype),
+        request.down_proj.astype(x.dtype),
         bias_or_zero(request.gate_up_bias, request.gate_up_proj.shape[:3]),
         bias_or_zero(request.down_bias, request.down_proj.shape[:2]),
     )

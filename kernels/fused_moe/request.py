@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..activations import Activation
+from ..device import GpuDevice, gpu_device_of
 from ..selection import platform_of
 from ..varying import equally_varying
 
@@ -25,7 +26,10 @@ class Request:
     activation: Activation
     expert_offset: int | Array
     apply_router_weight_on_input: bool
+    recompute_activation: bool
     platform: str
+    gpu: GpuDevice | None
+    """The NVIDIA GPU that computes, if one does."""
 
     @property
     def num_tokens(self) -> int:
@@ -65,6 +69,7 @@ class Request:
         activation: str | Activation,
         expert_offset: int | Array,
         apply_router_weight_on_input: bool,
+        recompute_activation: bool,
     ) -> Self:
         """Check the arguments and describe them.
 
@@ -103,8 +108,10 @@ class Request:
             if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
                 raise TypeError(f"{name} must be floating, got {array.dtype}")
         for name, array in {"gate_up_proj": gate_up_proj, "down_proj": down_proj}.items():
-            if array.dtype != x.dtype:
-                raise TypeError(f"x and {name} must have one dtype, got {x.dtype} and {array.dtype}")
+            if array.dtype not in (x.dtype, jnp.float32):
+                raise TypeError(
+                    f"{name} must have the dtype of x, {x.dtype}, or float32 (to get float32 gradients), got {array.dtype}"
+                )
         if not jnp.issubdtype(topk_ids.dtype, jnp.integer):
             raise TypeError(f"topk_ids must be integer, got {topk_ids.dtype}")
         return cls(
@@ -118,7 +125,9 @@ class Request:
             activation,
             expert_offset,
             apply_router_weight_on_input,
+            recompute_activation,
             platform_of(gate_up_proj, x),
+            gpu_device_of(gate_up_proj, x),
         )
 
     def equally_varying(self) -> Self:

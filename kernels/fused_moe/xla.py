@@ -21,8 +21,8 @@ from jaxtyping import Float, Int
 
 from ..activations import Activation
 from ..grouped_matmul.blocks import Schedule
-from ..groups import Groups
 from ..grouped_matmul.xla import multiply_groups, tiling_for
+from ..groups import Groups
 from ..selection import Formulation
 from ..varying import varying_like
 from .assignment import Assignment, combine_rows, gather_rows
@@ -54,6 +54,7 @@ class Computation(NamedTuple):
     plan: Plan
     activation: Activation
     apply_router_weight_on_input: bool
+    recompute_activation: bool
 
 
 def unsupported(request: Request) -> str | None:
@@ -103,7 +104,9 @@ def run(request: Request) -> Array:
     wide = jnp.promote_types(request.x.dtype, jnp.float32)
     topk_weights = jnp.where(assignment.is_local(request.num_experts), request.topk_weights.astype(wide), 0)
     weights = ExpertWeights(request.gate_up_proj, request.down_proj, request.gate_up_bias, request.down_bias)
-    computation = Computation(plan(request)[0], request.activation, request.apply_router_weight_on_input)
+    computation = Computation(
+        plan(request)[0], request.activation, request.apply_router_weight_on_input, request.recompute_activation
+    )
     return _compute(computation, request.x, topk_weights, weights, assignment)
 
 
@@ -117,13 +120,15 @@ def _compute(
 ) -> Float[Array, "T H"]:
     """The block without a gradient in mind. `topk_weights` are zero for pairs without a local expert."""
     compute = {"streamed": _streamed, "batched": _batched, "loop": _loop}[computation.plan.formulation]
-    return compute(computation, x, topk_weights, weights, assignment).astype(x.dtype)
+    return compute(computation, x, topk_weights, weights.matrices_as(x.dtype), assignment).astype(x.dtype)
 
 
 def _forward(computation, x, topk_weights, weights, assignment):
     def differentiable(x, topk_weights, weights):
         return _with_gradient(computation, x, topk_weights, weights, assignment)
 
+    if computation.recompute_activation:
+        differentiable = jax.checkpoint(differentiable)
     return jax.vjp(differentiable, x, topk_weights, weights)
 
 

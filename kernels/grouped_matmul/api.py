@@ -5,10 +5,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from ..selection import Choice, Implementation, choose
-from . import reference, xla
+from . import pallas_gpu, reference, xla
 from .request import Request
 
-IMPLEMENTATIONS: tuple[Implementation[Request], ...] = (xla, reference)
+IMPLEMENTATIONS: tuple[Implementation[Request], ...] = (pallas_gpu, xla, reference)
 """Every implementation, the preferred ones first."""
 
 
@@ -31,14 +31,15 @@ def grouped_matmul(
 
     Args:
         rows: floating.
-        weights: (out, in) matrices of G consecutive groups, of the same dtype.
+        weights: (out, in) matrices of G consecutive groups, of the same dtype, or float32: they are then rounded to the dtype
+            of `rows`, and their gradient is float32, never rounded.
         group_sizes: rows per group, not negative, of at least G groups; their sum must not exceed M.
         bias: added to each row of its group, in float32.
         group_offset: which of the groups of `group_sizes` the first matrix of `weights` belongs to, when a device holds only
             the groups `[group_offset, group_offset + G)`. Rows of other groups are not computed; their result is zero, so
             results of all devices add up to the whole.
         preferred_element_type: dtype of the result; None: that of `rows`.
-        implementation: "xla" or "reference"; None chooses by device and shape, see `explain`.
+        implementation: "pallas_gpu", "xla" or "reference"; None chooses by device and shape, see `explain`.
 
     Raises:
         ValueError: shapes that do not fit, an offset that is out of range, an unknown implementation.

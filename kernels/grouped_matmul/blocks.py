@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..varying import varying_like
 from ..groups import Groups
+from ..varying import varying_like
 
 
 class Tiling(NamedTuple):

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ..groups import Groups, keep_rows
 from ..selection import Formulation
 from ..varying import varying_like
-from ..groups import Groups, keep_rows
 from .request import Request
 
 NAME = "reference"
@@ -24,7 +24,7 @@ def formulation(request: Request) -> Formulation:
 
 def run(request: Request) -> Array:
     """rows[i] @ weights[g].T + bias[g] for each row i of group g, in float32; zero for every other row."""
-    weights = request.weights
+    weights = request.weights.astype(request.rows.dtype)
     accumulator = jnp.promote_types(weights.dtype, jnp.float32)
     groups = Groups.of(request.group_sizes, request.group_offset, weights.shape[0])
     bias = jnp.zeros(weights.shape[:2], accumulator) if request.bias is None else request.bias.astype(accumulator)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from ..device import GpuDevice, gpu_device_of
 from ..selection import platform_of
 from ..varying import equally_varying
 
@@ -22,6 +23,8 @@ class Request:
     group_offset: int | Array
     output_dtype: jnp.dtype
     platform: str
+    gpu: GpuDevice | None
+    """The NVIDIA GPU that computes, if one does."""
 
     @classmethod
     def of(
@@ -64,15 +67,17 @@ class Request:
         for name, array in {"rows": rows, "weights": weights, "bias": bias}.items():
             if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
                 raise TypeError(f"{name} must be floating, got {array.dtype}")
-        if rows.dtype != weights.dtype:
-            raise TypeError(f"rows and weights must have one dtype, got {rows.dtype} and {weights.dtype}")
+        if weights.dtype not in (rows.dtype, jnp.float32):
+            raise TypeError(
+                f"weights must have the dtype of rows, {rows.dtype}, or float32 (to get float32 gradients), got {weights.dtype}"
+            )
         if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
             raise TypeError(f"group_sizes must be integer, got {group_sizes.dtype}")
         output_dtype = jnp.dtype(rows.dtype if preferred_element_type is None else preferred_element_type)
         if not jnp.issubdtype(output_dtype, jnp.floating):
             raise TypeError(f"preferred_element_type must be floating, got {output_dtype}")
-        platform = platform_of(weights, rows)
-        return cls(rows, weights, group_sizes, bias, group_offset, output_dtype, platform)
+        platform, gpu = platform_of(weights, rows), gpu_device_of(weights, rows)
+        return cls(rows, weights, group_sizes, bias, group_offset, output_dtype, platform, gpu)
 
     def equally_varying(self) -> Self:
         """The same arguments, fit to meet each other in loops and custom gradients inside `jax.shard_map`."""

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ..groups import Groups, keep_rows
 from ..selection import Formulation
 from . import blocks
-from ..groups import Groups, keep_rows
 from .request import Request
 
 NAME = "xla"
@@ -69,7 +69,8 @@ def multiply_groups(
     num_rows = rows.shape[0]
     schedule = blocks.Schedule.of(groups, num_rows, tiling.block_rows)
     padded = _pad(rows, tiling)
-    result = blocks.multiply(padded, weights, schedule, tiling, output_dtype=output_dtype, bias=bias)
+    matrices = weights.astype(rows.dtype)
+    result = blocks.multiply(padded, matrices, schedule, tiling, output_dtype=output_dtype, bias=bias)
     return keep_rows(result[:num_rows], groups.contain(num_rows))
 
 
@@ -83,8 +84,9 @@ def _backward(tiling, output_dtype, saved, cotangent):
     num_rows = rows.shape[0]
     schedule = blocks.Schedule.of(groups, num_rows, tiling.block_rows)
     padded_cotangent = _pad(cotangent.astype(rows.dtype), tiling)
+    matrices = weights.astype(rows.dtype)
     rows_gradient = blocks.multiply(
-        padded_cotangent, weights, schedule, tiling, output_dtype=rows.dtype, transposed=True
+        padded_cotangent, matrices, schedule, tiling, output_dtype=rows.dtype, transposed=True
     )
     rows_gradient = keep_rows(rows_gradient[:num_rows], groups.contain(num_rows))
     weights_gradient = blocks.contract_rows(

@@ -33,6 +33,8 @@ COPYING_REGISTERS, MULTIPLYING_REGISTERS = 40, 232
 WARPGROUP_ROWS = 64
 """Rows that one instruction multiplies."""
 SWIZZLE_BYTES = 128
+MOST_STAGES = 6
+"""More hide no more latency."""
 
 
 def shared_memory_bytes(tiles: RowTiles, projections: int, itemsize: int) -> int:
@@ -65,6 +67,30 @@ def check_tiles(tiles: RowTiles, projections: int, itemsize: int, device: GpuDev
         raise ValueError(
             f"{tiles} needs {needed} bytes of shared memory, {device.name} has {device.shared_memory_bytes}"
         )
+
+
+def default_row_tiles(
+    num_rows: int, num_groups: int, width_in: int, width_out: int, projections: int, itemsize: int, device: GpuDevice
+) -> RowTiles:
+    """Tiles that suit any shape: the largest that the registers hold, as many stages as shared memory holds.
+
+    128 rows as soon as groups have 64 on average: a tile with no more than 64 rows is computed by one warpgroup, in half the
+    time. Columns are halved where a whole tile would be mostly empty.
+    """
+    rows = 128 if num_rows >= 64 * num_groups else 64
+    tiles = RowTiles(
+        rows=rows,
+        columns=256 // projections,
+        depth=SWIZZLE_BYTES // itemsize,
+        stages=MOST_STAGES,
+        panel=16,
+    )
+    least_columns = 64 * _column_parts(tiles)
+    while tiles.columns // 2 >= max(least_columns, width_out):
+        tiles = dataclasses.replace(tiles, columns=tiles.columns // 2)
+    while shared_memory_bytes(tiles, projections, itemsize) > device.shared_memory_bytes:
+        tiles = dataclasses.replace(tiles, stages=tiles.stages - 1)
+    return tiles
 
 
 def multiply_rows(

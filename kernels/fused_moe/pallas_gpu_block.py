@@ -1,0 +1,229 @@
+"""The fused MoE block from Mosaic GPU kernels, with its gradient.
+
+Rows are gathered, sorted by expert, into the aligned layout (`mosaic_gpu/schedule.py`). One kernel multiplies them by gate and
+up and applies the activation, one multiplies by down and applies the router's weight, and each token's results are summed in
+the order of its choices. With few rows per expert the kernels stream weights instead; see `mosaic_gpu/choice.py`.
+
+The gradient recomputes the gathered rows. What enters the activation is kept for it, or computed again if asked for.
+"""
+
+import functools
+from typing import NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from ..activations import Activation
+from ..device import GpuDevice
+from ..groups import Groups
+from ..mosaic_gpu import matmuls
+from ..mosaic_gpu.choice import ChosenTiles
+from ..mosaic_gpu.schedule import aligned_groups, aligned_num_rows
+from .assignment import Assignment
+from .expert_block import ExpertWeights
+
+
+class Computation(NamedTuple):
+    """What to compute, without the arrays."""
+
+    device: GpuDevice
+    activation: Activation
+    apply_router_weight_on_input: bool
+    recompute_activation: bool
+
+
+class AlignedRows(NamedTuple):
+    """Where the pairs of tokens and experts lie in the aligned layout of M rows."""
+
+    token: Int[Array, "M"]
+    """Token of each row; any for padding and for rows of no expert."""
+    position: Int[Array, "T K"]
+    """Row of each pair; 0 for pairs without a local expert."""
+    is_local: Bool[Array, "T K"]
+    """Whether a pair's expert is here."""
+    groups: Groups
+    """Rows of each local expert."""
+
+    @classmethod
+    def of(cls, assignment: Assignment, num_experts: int) -> Self:
+        """Move the sorted rows so that each expert's begin at a multiple of 8."""
+        num_tokens, top_k = assignment.position.shape
+        groups = aligned_groups(assignment.groups.sizes)
+        is_local = assignment.is_local(num_experts)
+        expert = jnp.minimum(assignment.expert, num_experts - 1)
+        shift = (groups.starts - assignment.groups.starts)[expert]
+        position = jnp.where(is_local, assignment.position + shift, 0)
+        num_rows = aligned_num_rows(num_tokens * top_k, num_experts)
+        target = jnp.where(is_local, position, num_rows).reshape(-1)
+        token = jnp.arange(num_tokens * top_k, dtype=jnp.int32) // top_k
+        token = jnp.zeros(num_rows, jnp.int32).at[target].set(token, mode="drop", unique_indices=True)
+        return cls(token, position, is_local, groups)
+
+    def spread(self, values: Float[Array, "T K"]) -> Float[Array, "M"]:
+        """Each row's value; zero for rows that are no pair's."""
+        num_rows = self.token.shape[0]
+        target = jnp.where(self.is_local, self.position, num_rows).reshape(-1)
+        return jnp.zeros(num_rows, values.dtype).at[target].set(values.reshape(-1), mode="drop", unique_indices=True)
+
+    def collect(self, values: Float[Array, "M"]) -> Float[Array, "T K"]:
+        """Each pair's value; zero for pairs without a local expert."""
+        return jnp.where(self.is_local, values[self.position], 0)
+
+    def combine(self, rows: Float[Array, "M H"]) -> Float[Array, "T H"]:
+        """Sum of each token's rows in float32, in the order of its choices."""
+        total = jnp.zeros((), jnp.float32)
+        for choice in range(self.position.shape[1]):
+            row = rows[self.position[:, choice]].astype(jnp.float32)
+            total = total + jnp.where(self.is_local[:, choice, None], row, 0)
+        return total
+
+
+def chosen_kernels(
+    num_pairs: int, gate_up_shape: tuple[int, int, int, int], dtype: jnp.dtype, device: GpuDevice
+) -> tuple[str, ChosenTiles, ChosenTiles]:
+    """Name of the kernel of the forward pass, its tiles for gate/up, and for down."""
+    num_experts, _, intermediate, hidden = gate_up_shape
+    num_rows = aligned_num_rows(num_pairs, num_experts)
+    kernel, gate_up = matmuls.chosen_for_forward(num_rows, gate_up_shape, dtype, dtype, device)
+    _, down = matmuls.chosen_for_forward(num_rows, (num_experts, 1, hidden, intermediate), dtype, dtype, device)
+    return kernel, gate_up, down
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def compute(
+    computation: Computation,
+    x: Float[Array, "T H"],
+    topk_weights: Float[Array, "T K"],
+    weights: ExpertWeights,
+    aligned: AlignedRows,
+) -> Float[Array, "T H"]:
+    """`topk_weights` are zero for pairs without a local expert."""
+    rows, router_weight = _rows_of(computation, x, topk_weights, aligned)
+    matrices = weights.matrices_as(x.dtype)
+    activated = matmuls.multiply(
+        rows,
+        matrices.gate_up_proj,
+        aligned.groups,
+        bias=weights.gate_up_bias,
+        activation=computation.activation,
+        output_dtype=x.dtype,
+        device=computation.device,
+    )
+    return _down(computation, activated, router_weight, matrices, aligned)
+
+
+def _rows_of(computation, x, topk_weights, aligned) -> tuple[Float[Array, "M H"], Float[Array, "M"] | None]:
+    """The rows that enter the experts, and the router weights that are still to be applied to their results."""
+    rows = x[aligned.token]
+    router_weight = aligned.spread(topk_weights)
+    if not computation.apply_router_weight_on_input:
+        return rows, router_weight
+    return (rows.astype(jnp.float32) * router_weight[:, None]).astype(x.dtype), None
+
+
+def _down(computation, activated, router_weight, matrices, aligned) -> Float[Array, "T H"]:
+    results = matmuls.multiply(
+        activated,
+        matrices.down_proj[:, None],
+        aligned.groups,
+        bias=None if matrices.down_bias is None else matrices.down_bias[:, None],
+        row_scale=router_weight,
+        output_dtype=activated.dtype,
+        device=computation.device,
+    )
+    return aligned.combine(results).astype(activated.dtype)
+
+
+def _project(computation, rows, matrices, aligned) -> tuple[Float[Array, "M I"], Float[Array, "M P I"]]:
+    """The activated rows, and what entered the activation."""
+    return matmuls.multiply_and_keep(
+        rows,
+        matrices.gate_up_proj,
+        aligned.groups,
+        bias=matrices.gate_up_bias,
+        activation=computation.activation,
+        keep_projected=True,
+        output_dtype=rows.dtype,
+        device=computation.device,
+    )
+
+
+def _forward(computation, x, topk_weights, weights, aligned):
+    if computation.recompute_activation:
+        return compute(computation, x, topk_weights, weights, aligned), (x, topk_weights, weights, aligned, None)
+    rows, router_weight = _rows_of(computation, x, topk_weights, aligned)
+    matrices = weights.matrices_as(x.dtype)
+    activated, projected = _project(computation, rows, matrices, aligned)
+    result = _down(computation, activated, router_weight, matrices, aligned)
+    return result, (x, topk_weights, weights, aligned, projected)
+
+
+def _backward(computation, saved, cotangent):
+    x, topk_weights, weights, aligned, projected = saved
+    device, groups = computation.device, aligned.groups
+    matrices = weights.matrices_as(x.dtype)
+    rows, router_weight = _rows_of(computation, x, topk_weights, aligned)
+    if projected is None:
+        _, projected = _project(computation, rows, matrices, aligned)
+
+    # Without router weights: the gradient with respect to a router weight is the product of both sides of the down projection.
+    result_gradient = cotangent.astype(x.dtype)[aligned.token]
+    activated_gradient = matmuls.rows_gradient(
+        result_gradient, matrices.down_proj, groups, output_dtype=x.dtype, device=device
+    ).astype(jnp.float32)
+    activated, activation_pullback = jax.vjp(
+        lambda projected: computation.activation(*jnp.unstack(projected, axis=1)), projected.astype(jnp.float32)
+    )
+    scale = 1.0 if router_weight is None else router_weight[:, None]
+    (projected_gradient,) = activation_pullback(activated_gradient * scale)
+    projected_gradient = projected_gradient.astype(x.dtype)
+    scaled = (activated.astype(x.dtype).astype(jnp.float32) * scale).astype(x.dtype)
+    down_gradient = matmuls.weights_gradient(
+        result_gradient, scaled, groups, output_dtype=weights.down_proj.dtype, device=device
+    )
+
+    num_experts, projections, intermediate, hidden = matrices.gate_up_proj.shape
+    flat_gradient = projected_gradient.reshape(-1, projections * intermediate)
+    rows_gradient = matmuls.rows_gradient(
+        flat_gradient,
+        matrices.gate_up_proj.reshape(num_experts, projections * intermediate, hidden),
+        groups,
+        output_dtype=x.dtype,
+        device=device,
+    )
+    gate_up_gradient = matmuls.weights_gradient(
+        flat_gradient, rows, groups, output_dtype=weights.gate_up_proj.dtype, device=device
+    ).reshape(weights.gate_up_proj.shape)
+
+    gate_up_bias_gradient = down_bias_gradient = None
+    if weights.gate_up_bias is not None:
+        gate_up_bias_gradient = matmuls.bias_gradient(flat_gradient, groups).reshape(weights.gate_up_bias.shape)
+        gate_up_bias_gradient = gate_up_bias_gradient.astype(weights.gate_up_bias.dtype)
+    if weights.down_bias is not None:
+        down_bias_gradient = matmuls.bias_gradient(result_gradient, groups, router_weight)
+        down_bias_gradient = down_bias_gradient.astype(weights.down_bias.dtype)
+
+    if router_weight is None:
+        scale = aligned.spread(topk_weights)[:, None]
+        per_row = jnp.sum(rows_gradient.astype(jnp.float32) * x[aligned.token].astype(jnp.float32), axis=1)
+        rows_gradient = rows_gradient.astype(jnp.float32) * scale
+    else:
+        per_row = jnp.sum(activated_gradient * activated, axis=1)
+        if weights.down_bias is not None:
+            per_row += _dot_with_bias(result_gradient, weights.down_bias, groups)
+    x_gradient = aligned.combine(rows_gradient).astype(x.dtype)
+    weights_gradient = ExpertWeights(gate_up_gradient, down_gradient, gate_up_bias_gradient, down_bias_gradient)
+    return x_gradient, aligned.collect(per_row), weights_gradient, None
+
+
+compute.defvjp(_forward, _backward)
+
+
+def _dot_with_bias(rows: Float[Array, "M H"], bias: Float[Array, "E H"], groups: Groups) -> Float[Array, "M"]:
+    """Each row's scalar product with the bias of its expert; any value for rows of no expert."""
+    row = jnp.arange(rows.shape[0])
+    expert = jnp.sum(row[:, None] >= (groups.starts + groups.sizes)[None, :], axis=1)
+    bias_of_row = bias.astype(jnp.float32)[jnp.minimum(expert, bias.shape[0] - 1)]
+    return jnp.sum(rows.astype(jnp.float32) * bias_of_row, axis=1)

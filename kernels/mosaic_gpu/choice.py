@@ -1,0 +1,74 @@
+"""Which kernel and which tiles compute a grouped matmul on a device, and why: from static shapes alone.
+
+A tuned entry for the very shape comes first, then the analytic default.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+
+from ..device import GpuDevice
+from . import blackwell_rows_kernel, rows_kernel, stream_tiles, weights_gradient_kernel
+from .tiles import RowTiles, StreamTiles, WeightsGradientTiles
+from .tuning import KernelShape, rows_bucket, tuned_tiles
+
+STREAM_MOST_MEAN_ROWS = 16
+"""Up to so many rows per group on average, weights are streamed past the rows; beyond, rows are tiled."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ChosenTiles:
+    """Tile sizes, and where they come from."""
+
+    tiles: RowTiles | StreamTiles | WeightsGradientTiles
+    reason: str
+
+
+def is_blackwell(device: GpuDevice) -> bool:
+    """Whether a device multiplies with tcgen05 instead of wgmma."""
+    return device.compute_capability[0] == 10
+
+
+def streams_weights(num_rows: int, num_groups: int, device: GpuDevice) -> bool:
+    """Whether the rows per group are so few that weights should be streamed past them."""
+    return not is_blackwell(device) and num_rows <= STREAM_MOST_MEAN_ROWS * num_groups
+
+
+def choose_tiles(
+    kernel: Literal["rows", "rows_gradient", "stream", "weights_gradient"],
+    *,
+    num_rows: int,
+    num_groups: int,
+    width_in: int,
+    width_out: int,
+    projections: int = 1,
+    dtype: jnp.dtype,
+    output_dtype: jnp.dtype,
+    device: GpuDevice,
+) -> ChosenTiles:
+    """The tiles for a kernel and its static shapes: the tuned ones for this device, or the analytic default."""
+    shape = KernelShape(
+        groups=num_groups,
+        width_in=width_in,
+        width_out=width_out,
+        projections=projections,
+        dtype=dtype.name,
+        rows_bucket=rows_bucket(num_rows, num_groups),
+    )
+    tuned = tuned_tiles(kernel, shape, device.name)
+    if tuned is not None:
+        return ChosenTiles(tuned.tiles, tuned.source)
+    itemsize, output_itemsize = dtype.itemsize, jnp.dtype(output_dtype).itemsize
+    sizes = (num_rows, num_groups, width_in, width_out, projections, itemsize, device)
+    if kernel == "weights_gradient":
+        tiles = weights_gradient_kernel.default_weights_gradient_tiles(
+            num_rows, num_groups, width_out, width_in, itemsize, output_itemsize, device
+        )
+    elif kernel == "stream":
+        tiles = stream_tiles.default_stream_tiles(*sizes)
+    elif is_blackwell(device):
+        tiles = blackwell_rows_kernel.default_blackwell_row_tiles(*sizes)
+    else:
+        tiles = rows_kernel.default_row_tiles(*sizes)
+    return ChosenTiles(tiles, f"analytic default, no tuned entry of {device.name} for {shape}")

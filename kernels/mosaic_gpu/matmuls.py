@@ -1,0 +1,261 @@
+"""The three products of a grouped matmul and its gradient, on whichever GPU: choose kernel and tiles, build tables, call."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from ..activations import Activation
+from ..device import GpuDevice
+from ..groups import Groups
+from ..varying import varying_like
+from . import blackwell_rows_kernel, rows_kernel, stream_kernel, weights_gradient_kernel
+from .choice import ChosenTiles, choose_tiles, is_blackwell, streams_weights
+from .schedule import TileTable
+
+
+def chosen_for_forward(
+    num_rows: int,
+    weights_shape: tuple[int, int, int, int],
+    dtype: DTypeLike,
+    output_dtype: DTypeLike,
+    device: GpuDevice,
+) -> tuple[Literal["rows", "stream"], ChosenTiles]:
+    """Kernel and tiles of `multiply`, for weights of shape [G, P, N, D]."""
+    num_groups, projections, width_out, width_in = weights_shape
+    kernel = "stream" if streams_weights(num_rows, num_groups, device) else "rows"
+    return kernel, choose_tiles(
+        kernel,
+        num_rows=num_rows,
+        num_groups=num_groups,
+        width_in=width_in,
+        width_out=width_out,
+        projections=projections,
+        dtype=jnp.dtype(dtype),
+        output_dtype=output_dtype,
+        device=device,
+    )
+
+
+def multiply(
+    rows: Float[Array, "M D"],
+    weights: Float[Array, "G P N D"],
+    groups: Groups,
+    *,
+    bias: Float[Array, "G P N"] | None = None,
+    activation: Activation | None = None,
+    row_scale: Float[Array, "M"] | None = None,
+    output_dtype: DTypeLike,
+    device: GpuDevice,
+) -> Float[Array, "M N"]:
+    """row_scale * activation(rows @ matrices + bias) for rows in the aligned layout.
+
+    Rows of no group hold anything afterwards. See `rows_kernel.multiply_rows`.
+    """
+    kernel, chosen = chosen_for_forward(rows.shape[0], weights.shape, rows.dtype, output_dtype, device)
+    if kernel == "rows":
+        return multiply_and_keep(
+            rows,
+            weights,
+            groups,
+            bias=bias,
+            activation=activation,
+            row_scale=row_scale,
+            keep_projected=False,
+            output_dtype=output_dtype,
+            device=device,
+        )[0]
+    result = stream_kernel.stream_weights(
+        rows,
+        _side_by_side(weights),
+        TileTable.of(groups, rows.shape[0], chosen.tiles.rows),
+        tiles=chosen.tiles,
+        projections=weights.shape[1],
+        bias=None if bias is None else _side_by_side(bias),
+        activation=activation,
+        row_scale=row_scale,
+        output_dtype=output_dtype,
+        device=device,
+    )
+    return varying_like(result, rows)
+
+
+def multiply_and_keep(
+    rows: Float[Array, "M D"],
+    weights: Float[Array, "G P N D"],
+    groups: Groups,
+    *,
+    bias: Float[Array, "G P N"] | None = None,
+    activation: Activation | None = None,
+    row_scale: Float[Array, "M"] | None = None,
+    keep_projected: bool,
+    output_dtype: DTypeLike,
+    device: GpuDevice,
+) -> tuple[Float[Array, "M N"], Float[Array, "M P N"] | None]:
+    """The same by the kernel for many rows, which can also return what enters the activation, for the backward pass."""
+    num_groups, projections, width_out, width_in = weights.shape
+    chosen = choose_tiles(
+        "rows",
+        num_rows=rows.shape[0],
+        num_groups=num_groups,
+        width_in=width_in,
+        width_out=width_out,
+        projections=projections,
+        dtype=rows.dtype,
+        output_dtype=output_dtype,
+        device=device,
+    )
+    result = _rows_kernel(device).multiply_rows(
+        rows,
+        _side_by_side(weights),
+        TileTable.of(groups, rows.shape[0], chosen.tiles.rows),
+        tiles=chosen.tiles,
+        projections=projections,
+        bias=None if bias is None else _side_by_side(bias),
+        activation=activation,
+        row_scale=row_scale,
+        keep_projected=keep_projected,
+        zero_groups=False,
+        exact_rows=False,
+        output_dtype=output_dtype,
+        device=device,
+    )
+    results = result if keep_projected else (result, None)
+    return tuple(array if array is None else varying_like(array, rows) for array in results)
+
+
+def multiply_compact(
+    rows: Float[Array, "M D"],
+    weights: Float[Array, "G N D"] | Float[Array, "G D N"],
+    groups: Groups,
+    *,
+    contract: Literal["in", "out"] = "in",
+    bias: Float[Array, "G N"] | None = None,
+    output_dtype: DTypeLike,
+    device: GpuDevice,
+) -> Float[Array, "M N"]:
+    """Rows @ matrices + bias for groups that lie one after the other; rows before and after them become zero unread.
+
+    With `contract="out"` the middle axis of the weights is contracted: the gradient of rows.
+    """
+    num_groups = weights.shape[0]
+    width_in, width_out = (weights.shape[2], weights.shape[1]) if contract == "in" else weights.shape[1:]
+    chosen = choose_tiles(
+        "rows" if contract == "in" else "rows_gradient",
+        num_rows=rows.shape[0],
+        num_groups=num_groups,
+        width_in=width_in,
+        width_out=width_out,
+        dtype=rows.dtype,
+        output_dtype=output_dtype,
+        device=device,
+    )
+    table = TileTable.of(_with_surroundings(groups, rows.shape[0]), rows.shape[0], chosen.tiles.rows)
+    group = jnp.where(table.group > num_groups, 0, table.group) - 1
+    result = _rows_kernel(device).multiply_rows(
+        rows,
+        weights,
+        table._replace(group=group),
+        tiles=chosen.tiles,
+        contract=contract,
+        bias=bias,
+        zero_groups=True,
+        exact_rows=True,
+        output_dtype=output_dtype,
+        device=device,
+    )
+    return varying_like(result, rows)
+
+
+def rows_gradient(
+    cotangent: Float[Array, "M N"],
+    weights: Float[Array, "G N D"],
+    groups: Groups,
+    *,
+    output_dtype: DTypeLike,
+    device: GpuDevice,
+) -> Float[Array, "M D"]:
+    """Cotangent @ matrices, in the aligned layout: the gradient of `rows @ matrices.T`. Rows of no group hold anything."""
+    chosen = choose_tiles(
+        "rows_gradient",
+        num_rows=cotangent.shape[0],
+        num_groups=weights.shape[0],
+        width_in=weights.shape[1],
+        width_out=weights.shape[2],
+        dtype=cotangent.dtype,
+        output_dtype=output_dtype,
+        device=device,
+    )
+    result = _rows_kernel(device).multiply_rows(
+        cotangent,
+        weights,
+        TileTable.of(groups, cotangent.shape[0], chosen.tiles.rows),
+        tiles=chosen.tiles,
+        contract="out",
+        zero_groups=False,
+        exact_rows=False,
+        output_dtype=output_dtype,
+        device=device,
+    )
+    return varying_like(result, cotangent)
+
+
+def weights_gradient(
+    cotangent: Float[Array, "M N"],
+    rows: Float[Array, "M D"],
+    groups: Groups,
+    *,
+    output_dtype: DTypeLike,
+    device: GpuDevice,
+) -> Float[Array, "G N D"]:
+    """cotangent.T @ rows over the rows of each group; zero for a group without rows. Other rows may be NaN."""
+    chosen = choose_tiles(
+        "weights_gradient",
+        num_rows=rows.shape[0],
+        num_groups=groups.sizes.shape[0],
+        width_in=rows.shape[1],
+        width_out=cotangent.shape[1],
+        dtype=rows.dtype,
+        output_dtype=output_dtype,
+        device=device,
+    )
+    result = weights_gradient_kernel.weights_gradient(
+        cotangent, rows, groups, tiles=chosen.tiles, output_dtype=output_dtype, device=device
+    )
+    return varying_like(result, rows)
+
+
+def bias_gradient(
+    cotangent: Float[Array, "M N"], groups: Groups, row_scale: Float[Array, "M"] | None = None
+) -> Float[Array, "G N"]:
+    """Sum of the (scaled) rows of each group, float32. Other rows may be NaN.
+
+    A product with the matrix of memberships: its order of summation is fixed, which a scatter's on a GPU is not.
+    """
+    row = jnp.arange(cotangent.shape[0])[None, :]
+    starts, ends = groups.starts[:, None], (groups.starts + groups.sizes)[:, None]
+    member = ((row >= starts) & (row < ends)).astype(jnp.float32)
+    in_any = jnp.any(member > 0, axis=0)
+    scaled = cotangent.astype(jnp.float32) * (1 if row_scale is None else row_scale[:, None])
+    scaled = jnp.where(in_any[:, None], scaled, 0)
+    return jnp.dot(member, scaled, precision=jax.lax.Precision.HIGHEST)
+
+
+def _rows_kernel(device: GpuDevice):
+    return blackwell_rows_kernel if is_blackwell(device) else rows_kernel
+
+
+def _side_by_side(array: Array) -> Array:
+    """[G, P, ...] as [G * P, ...]."""
+    return array.reshape(-1, *array.shape[2:])
+
+
+def _with_surroundings(groups: Groups, num_rows: int) -> Groups:
+    """The groups, and one more before and one after them for the rows that belong to none."""
+    end = groups.starts[-1] + groups.sizes[-1]
+    starts = jnp.concatenate([jnp.zeros_like(end)[None], groups.starts, end[None]])
+    sizes = jnp.concatenate([groups.starts[:1], groups.sizes, (num_rows - end)[None]])
+    return Groups(starts, sizes)
