@@ -10,6 +10,8 @@ allows:
 """
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -22,6 +24,7 @@ from jaxtyping import Float
 
 from ..activations import Activation
 from ..device import GpuDevice
+from .epilogue import activate, load_vector
 from .schedule import ROW_ALIGNMENT, TileTable
 from .stores import store_rows, swizzled
 from .tiles import RowTiles
@@ -35,6 +38,8 @@ ACCUMULATORS = 2
 RESULT_BUFFERS = 2
 """One is written while the other is copied to global memory."""
 SWIZZLE_BYTES = 128
+EPILOGUE_VALUES = 64
+"""Float32 values of gate and up that a thread takes from tensor memory at a time: more would not leave it registers enough."""
 MOST_STAGES = 8
 """Beyond these the latency of global memory is hidden, whatever the shape."""
 MOST_PANEL_TILES = 64
@@ -164,17 +169,22 @@ def multiply_rows(
     Raises:
         ValueError: tiles that don't fit.
     """
-    num_rows, width_in = rows.shape
-    width_out = weights.shape[1] if contract == "in" else weights.shape[2]
     check_blackwell_row_tiles(tiles, projections, rows.dtype.itemsize, device)
     dtype, output_dtype = rows.dtype, jnp.dtype(output_dtype)
+    true_shape = rows.shape[0], weights.shape[1] if contract == "in" else weights.shape[2]
+    # Swizzled copies address whole rows of 128 bytes, 8 at a time. Nothing is padded at widths of models.
+    whole = SWIZZLE_BYTES // dtype.itemsize
+    rows, weights = pad_to_multiples(rows, ROW_ALIGNMENT, whole), pad_to_multiples(weights, 1, whole, whole)
+    num_rows, width_in = rows.shape
+    width_out = weights.shape[1] if contract == "in" else weights.shape[2]
     width = projections * tiles.columns
+    chunk = min(EPILOGUE_VALUES // projections, SWIZZLE_BYTES // output_dtype.itemsize)
     operands = {
         **table._asdict(),
         "rows": rows,
         "weights": weights,
         # What is read without a bulk copy must exist for the last, partial tile too.
-        "bias": None if bias is None else jnp.pad(bias.astype(jnp.float32), ((0, 0), (0, -width_out % tiles.columns))),
+        "bias": None if bias is None else pad_to_multiples(bias.astype(jnp.float32), 1, math.lcm(whole, tiles.columns)),
         "row_scale": None if row_scale is None else jnp.pad(row_scale.astype(jnp.float32), (0, tiles.rows)),
     }
     operands = {name: operand for name, operand in operands.items() if operand is not None}
@@ -220,9 +230,9 @@ def multiply_rows(
                 transforms=swizzled(dtype),
             ),
             result_smem=plgpu.SMEM(
-                (RESULT_BUFFERS, tiles.rows, SWIZZLE_BYTES // output_dtype.itemsize),
+                (RESULT_BUFFERS, tiles.rows, chunk),
                 output_dtype,
-                transforms=swizzled(output_dtype, 1 if exact_rows else ROW_ALIGNMENT),
+                transforms=swizzled(output_dtype, 1 if exact_rows else ROW_ALIGNMENT, chunk * output_dtype.itemsize),
             ),
             accumulators=plgpu.TMEM((tiles.rows, ACCUMULATORS * width), jnp.float32),
             filled=plgpu.Barrier(num_arrivals=1 + projections, num_barriers=tiles.stages),
@@ -232,7 +242,14 @@ def multiply_rows(
         ),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True),
     )(*operands.values())
-    return tuple(results) if keep_projected else results[0]
+    results = tuple(result[: true_shape[0], ..., : true_shape[1]] for result in results)
+    return results if keep_projected else results[0]
+
+
+def pad_to_multiples(array: Array, *multiples: int) -> Array:
+    """`array` with zeros at the end of each axis, up to the next multiple; the array itself where it is one."""
+    padding = [(0, -size % multiple) for size, multiple in zip(array.shape, multiples, strict=True)]
+    return jnp.pad(array, padding) if any(after for _, after in padding) else array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,7 +309,12 @@ def _tile(problem: _Problem, index: Array, named: dict[str, plgpu.RefType]) -> _
     return _Tile(column, *(named[name][entry] for name in ("group", "row", "first", "last")))
 
 
-def _for_each_multiplied_tile(problem: _Problem, named: dict[str, plgpu.RefType], visit, pass_zeros=None) -> Array:
+def _for_each_multiplied_tile(
+    problem: _Problem,
+    named: dict[str, plgpu.RefType],
+    visit: Callable[[_Tile, Array], None],
+    pass_zeros: Callable[[_Tile], None] | None = None,
+) -> Array:
     """Call `visit(tile, multiplied)` for the tiles of this block that are multiplied, in order, and count them.
 
     `multiplied` is how many were before; every part of the block finds its slots of barriers and memory by it.
@@ -304,11 +326,10 @@ def _for_each_multiplied_tile(problem: _Problem, named: dict[str, plgpu.RefType]
         if not problem.zero_groups:
             visit(tile, multiplied)
             return multiplied + 1
-        is_zero = tile.group < 0
-        pl.when(jnp.logical_not(is_zero))(lambda: visit(tile, multiplied))
+        pl.when(tile.group >= 0)(lambda: visit(tile, multiplied))
         if pass_zeros is not None:
-            pl.when(is_zero)(lambda: pass_zeros(tile))
-        return multiplied + jnp.where(is_zero, 0, 1)
+            pl.when(tile.group < 0)(lambda: pass_zeros(tile))
+        return multiplied + jnp.where(tile.group >= 0, 1, 0)
 
     return lax.fori_loop(0, _num_own_tiles(problem, named["count"]), one_tile, jnp.int32(0))
 
@@ -378,7 +399,11 @@ def _multiply(problem: _Problem, named: dict[str, plgpu.RefType]) -> None:
 
         plgpu.tcgen05_commit_arrive(multiplied_barrier.at[which])
 
-    _for_each_multiplied_tile(problem, named, multiply_tile)
+    total = _for_each_multiplied_tile(problem, named, multiply_tile)
+
+    @pl.loop(jnp.maximum(total - ACCUMULATORS, 0), total)
+    def _(multiplied):
+        plgpu.barrier_wait(taken.at[lax.rem(multiplied, ACCUMULATORS)])
 
 
 def _accumulator(problem: _Problem, named: dict[str, plgpu.RefType], multiplied: Array) -> tuple[plgpu.RefType, Array]:
@@ -391,77 +416,69 @@ def _accumulator(problem: _Problem, named: dict[str, plgpu.RefType], multiplied:
 def _store(problem: _Problem, named: dict[str, plgpu.RefType]) -> None:
     """Bias, activation and scale of each complete accumulator, then the stores, one chunk of columns after the other."""
     tiles, projections = problem.tiles, problem.projections
-    buffers = named["result_smem"]
-    chunk = buffers.shape[2]
+    num_buffers, _, chunk = named["result_smem"].shape
+    num_chunks = tiles.columns // chunk
+    num_destinations = 1 + (projections if "projected" in named else 0)
+
+    def store_chunks(tile: _Tile, compute: Callable[[Array, Array], tuple[list[Array], Array]]) -> None:
+        """Store what `compute` returns for each chunk: what enters the activation, and the result."""
+        row = pl.multiple_of(tile.row, ROW_ALIGNMENT)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before may have left through any buffer last
+
+        @pl.loop(0, num_chunks)
+        def _(index):
+            column = tile.column * tiles.columns + index * chunk
+            projected, result = compute(index, column)
+            stores = [(result, named["result"])]
+            if "projected" in named:
+                stores = [(projected[p], named["projected"].at[:, p]) for p in range(projections)] + stores
+            for place, (values, destination) in enumerate(stores):
+                buffer = named["result_smem"].at[lax.rem(index * num_destinations + place, num_buffers)]
+                plgpu.wait_smem_to_gmem(num_buffers - 1, wait_read_only=True)
+                buffer[...] = values.astype(buffer.dtype)
+                plgpu.commit_smem()
+                store_rows(
+                    buffer,
+                    destination,
+                    row=row,
+                    first=tile.first,
+                    last=tile.last,
+                    column=column,
+                    exact_rows=problem.exact_rows,
+                )
+                plgpu.commit_smem_to_gmem_group()
 
     def store_tile(tile: _Tile, multiplied: Array) -> None:
         accumulator, which = _accumulator(problem, named, multiplied)
-        store = _TileStore(problem, tile, buffers)
         scale = None
         if "row_scale" in named:
-            scale = plgpu.load(
-                named["row_scale"].at[pl.ds(store.row, tiles.rows)], layout=plgpu.Layout.TCGEN05.reduce(1)
-            )
-        plgpu.barrier_wait(named["multiplied"].at[which])
-        for start in range(0, tiles.columns, chunk):
-            column = tile.column * tiles.columns + start
+            row = pl.multiple_of(tile.row, ROW_ALIGNMENT)
+            scale = load_vector(named["row_scale"].at[pl.ds(row, tiles.rows)])
+
+        def compute(index: Array, column: Array) -> tuple[list[Array], Array]:
             projected = []
             for projection in range(projections):
-                source = accumulator.at[:, pl.ds(projection * tiles.columns + start, chunk)]
+                source = accumulator.at[:, pl.ds(projection * tiles.columns + index * chunk, chunk)]
                 projected.append(plgpu.async_load_tmem(source, layout=plgpu.Layout.TCGEN05))
-            if start + chunk == tiles.columns:
+
+            @pl.when(index == num_chunks - 1)
+            def _():
                 plgpu.wait_load_tmem()
                 plgpu.barrier_arrive(named["taken"].at[which])
-            for projection in range(projections):
-                if "bias" in named:
+
+            if "bias" in named:
+                for projection in range(projections):
                     source = named["bias"].at[tile.group * projections + projection, pl.ds(column, chunk)]
-                    bias = plgpu.load(source, layout=plgpu.Layout.TCGEN05.reduce(0))
-                    bias = lax.broadcast_in_dim(bias, projected[projection].shape, (1,))
-                    projected[projection] = projected[projection] + bias
-                if "projected" in named:
-                    store(projected[projection], named["projected"].at[:, projection], column)
-            values = projected[0] if problem.activation is None else problem.activation(*projected)
-            if scale is not None:
-                values = values * lax.broadcast_in_dim(scale, values.shape, (0,))
-            store(values, named["result"], column)
+                    projected[projection] += load_vector(source)[None, :]
+            result = activate(problem.activation, projected)
+            return projected, result if scale is None else result * scale[:, None]
+
+        plgpu.barrier_wait(named["multiplied"].at[which])
+        store_chunks(tile, compute)
 
     def store_zeros(tile: _Tile) -> None:
-        store = _TileStore(problem, tile, buffers)
         zeros = plgpu.layout_cast(jnp.zeros((tiles.rows, chunk), jnp.float32), plgpu.Layout.TCGEN05)
-        for start in range(0, tiles.columns, chunk):
-            column = tile.column * tiles.columns + start
-            if "projected" in named:
-                for projection in range(projections):
-                    store(zeros, named["projected"].at[:, projection], column)
-            store(zeros, named["result"], column)
+        store_chunks(tile, lambda *_: ([zeros] * projections, zeros))
 
     _for_each_multiplied_tile(problem, named, store_tile, store_zeros)
     plgpu.wait_smem_to_gmem(0)
-
-
-class _TileStore:
-    """Stores chunks of a tile through the buffers in shared memory, which take turns."""
-
-    def __init__(self, problem: _Problem, tile: _Tile, buffers: plgpu.RefType) -> None:
-        self.row = pl.multiple_of(tile.row, ROW_ALIGNMENT)
-        self._problem, self._tile, self._buffers = problem, tile, buffers
-        self._stored = 0
-
-    def __call__(self, values: Array, destination: plgpu.RefType, column: Array) -> None:
-        num_buffers = self._buffers.shape[0]
-        buffer = self._buffers.at[self._stored % num_buffers]
-        # The tile before may have left through any of the buffers last.
-        plgpu.wait_smem_to_gmem(0 if self._stored == 0 else num_buffers - 1, wait_read_only=True)
-        self._stored += 1
-        buffer[...] = values.astype(buffer.dtype)
-        plgpu.commit_smem()
-        store_rows(
-            buffer,
-            destination,
-            row=self.row,
-            first=self._tile.first,
-            last=self._tile.last,
-            column=column,
-            exact_rows=self._problem.exact_rows,
-        )
-        plgpu.commit_smem_to_gmem_group()
