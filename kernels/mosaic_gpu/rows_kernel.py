@@ -9,6 +9,7 @@ accumulator, so what enters the activation never reaches memory unless it is ask
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -237,24 +238,41 @@ def _column_parts(tiles: RowTiles) -> int:
     return WARPGROUPS * WARPGROUP_ROWS // tiles.rows
 
 
-def _num_own_tiles(problem: _Problem, count: plgpu.RefType) -> Array:
-    """How many tiles this block computes: every `multiprocessors`-th."""
-    total = count[0] * pl.cdiv(problem.width_out, problem.tiles.columns)
-    return lax.div(total - lax.axis_index("multiprocessor") + problem.multiprocessors - 1, problem.multiprocessors)
+def _for_own_tiles(problem: _Problem, named: dict[str, plgpu.RefType], visit: Callable[[_Tile, Array], Array]) -> Array:
+    """Call `visit(tile, step)` for each tile of this block, every `multiprocessors`-th of all.
 
-
-def _tile(problem: _Problem, index: Array, named: dict[str, plgpu.RefType]) -> _Tile:
-    """The `index`-th tile of this block: panels of rows one after the other, column by column within a panel.
-
-    Blocks work on neighbouring tiles at any time; within a panel these share the weights of a column or the rows of a tile.
+    `step` counts the steps of the pipeline, which `visit` advances; returns it at last. A tile's entry is read from memory
+    while the tile before it is computed.
     """
-    panel, columns = problem.tiles.panel, pl.cdiv(problem.width_out, problem.tiles.columns)
-    position = lax.axis_index("multiprocessor") + index * problem.multiprocessors
-    which = lax.div(position, panel * columns)
-    within = position - which * (panel * columns)
-    height = jnp.minimum(named["count"][0] - which * panel, panel)
+    block, num_columns = lax.axis_index("multiprocessor"), pl.cdiv(problem.width_out, problem.tiles.columns)
+    count = named["count"][0]
+    own = lax.div(count * num_columns - block + problem.multiprocessors - 1, problem.multiprocessors)
+
+    def entry(index: Array) -> _Tile:
+        return _tile(problem, block + jnp.minimum(index, own - 1) * problem.multiprocessors, count, named)
+
+    def visit_and_read_ahead(index: Array, carry: tuple[Array, _Tile]) -> tuple[Array, _Tile]:
+        step, tile = carry
+        ahead = entry(index + 1)
+        return visit(tile, step), ahead
+
+    return lax.fori_loop(0, own, visit_and_read_ahead, (jnp.int32(0), entry(jnp.int32(0))))[0]
+
+
+def _tile(problem: _Problem, position: Array, count: Array, named: dict[str, plgpu.RefType]) -> _Tile:
+    """The tile at a position: panels of rows one after the other, column by column within a panel.
+
+    Blocks work on neighbouring positions at any time; within a panel these share the weights of a column or the rows of a
+    tile. Any position will do for a table without tiles.
+    """
+    panel, num_columns = problem.tiles.panel, pl.cdiv(problem.width_out, problem.tiles.columns)
+    position = jnp.maximum(position, 0)
+    which = lax.div(position, panel * num_columns)
+    within = position - which * (panel * num_columns)
+    height = jnp.clip(count - which * panel, 1, panel)
     column = lax.div(within, height)
     entry = which * panel + within - column * height
+    entry = jnp.where(count > 0, entry, 0)
     return _Tile(column, *(named[name][entry] for name in ("group", "row", "first", "last")))
 
 
@@ -266,8 +284,7 @@ def _copy(problem: _Problem, *, rows_smem, weights_smem, filled, consumed, resul
     part_columns = tiles.columns // column_parts
     rows, weights = named["rows"], named["weights"]
 
-    def copy_tile(index: Array, step: Array) -> Array:
-        tile = _tile(problem, index, named)
+    def copy_tile(tile: _Tile, step: Array) -> Array:
         row = pl.multiple_of(tile.row, ROW_ALIGNMENT)
 
         def copy_step(k: Array, step: Array) -> Array:
@@ -293,7 +310,7 @@ def _copy(problem: _Problem, *, rows_smem, weights_smem, filled, consumed, resul
 
         return lax.fori_loop(0, tile.steps(problem), copy_step, step)
 
-    step = lax.fori_loop(0, _num_own_tiles(problem, named["count"]), copy_tile, jnp.int32(0))
+    step = _for_own_tiles(problem, named, copy_tile)
 
     @pl.loop(jnp.maximum(step - tiles.stages, 0), step)
     def _(last_step):
@@ -310,8 +327,7 @@ def _multiply(problem: _Problem, *, rows_smem, weights_smem, filled, consumed, r
     row_part, column_part = (warpgroup, 0) if column_parts == 1 else (0, warpgroup)
     own_rows = pl.ds(row_part * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
-    def multiply_tile(index: Array, step: Array) -> Array:
-        tile = _tile(problem, index, named)
+    def multiply_tile(tile: _Tile, step: Array) -> Array:
         steps = tile.steps(problem)
         first, last = tile.first - row_part * WARPGROUP_ROWS, tile.last - row_part * WARPGROUP_ROWS
 
@@ -357,7 +373,7 @@ def _multiply(problem: _Problem, *, rows_smem, weights_smem, filled, consumed, r
             compute()
         return step + steps
 
-    lax.fori_loop(0, _num_own_tiles(problem, named["count"]), multiply_tile, jnp.int32(0))
+    _for_own_tiles(problem, named, multiply_tile)
     plgpu.wait_smem_to_gmem(0)
 
 
