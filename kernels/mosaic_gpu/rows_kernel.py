@@ -23,6 +23,7 @@ from jaxtyping import Float
 from ..activations import Activation
 from ..device import GpuDevice
 from .epilogue import activate, load_vector
+from .limits import SWIZZLES, swizzle_bytes
 from .schedule import ROW_ALIGNMENT, TileTable
 from .stores import store_rows, swizzled
 from .tiles import RowTiles
@@ -33,7 +34,6 @@ COPYING_REGISTERS, MULTIPLYING_REGISTERS = 40, 232
 """Per thread; together the register file of a multiprocessor."""
 WARPGROUP_ROWS = 64
 """Rows that one instruction multiplies."""
-SWIZZLE_BYTES = 128
 MOST_STAGES = 6
 """More hide no more latency."""
 
@@ -41,7 +41,7 @@ MOST_STAGES = 6
 def shared_memory_bytes(tiles: RowTiles, projections: int, itemsize: int) -> int:
     """What a block needs: the pipeline, two chunks of results for each warpgroup, and barriers."""
     step = (tiles.rows + projections * tiles.columns) * tiles.depth * itemsize
-    results = WARPGROUPS * 2 * WARPGROUP_ROWS * SWIZZLE_BYTES
+    results = WARPGROUPS * 2 * WARPGROUP_ROWS * SWIZZLES[0]
     return tiles.stages * (step + 2 * 8) + results + 1024
 
 
@@ -59,8 +59,8 @@ def check_tiles(tiles: RowTiles, projections: int, itemsize: int, device: GpuDev
             f"columns per warpgroup must be a multiple of 64 with at most {256 // projections} for {projections}"
             f" projections, got {part} of {tiles}"
         )
-    if tiles.depth * itemsize % SWIZZLE_BYTES:
-        raise ValueError(f"depth must be a multiple of {SWIZZLE_BYTES // itemsize}, got {tiles.depth}")
+    if tiles.depth * itemsize % SWIZZLES[0]:
+        raise ValueError(f"depth must be a multiple of {SWIZZLES[0] // itemsize}, got {tiles.depth}")
     if tiles.stages < 2 or tiles.panel < 1:
         raise ValueError(f"at least 2 stages and 1 tile per panel are needed, got {tiles}")
     needed = shared_memory_bytes(tiles, projections, itemsize)
@@ -82,7 +82,7 @@ def default_row_tiles(
     tiles = RowTiles(
         rows=rows,
         columns=256 // projections,
-        depth=SWIZZLE_BYTES // itemsize,
+        depth=SWIZZLES[0] // itemsize,
         stages=MOST_STAGES,
         panel=16,
     )
@@ -116,9 +116,10 @@ def multiply_rows(
     Accumulates, adds, activates and scales in float32, then rounds once to `output_dtype`.
 
     Args:
-        rows: bfloat16 or float16, D a multiple of 8.
-        weights: of the same dtype. With `contract="in"` the `projections` matrices of each group, (out, in): their last axis is
-            contracted (forward). With "out" one matrix per group, whose middle axis is contracted (gradient of rows).
+        rows: bfloat16 or float16, D a multiple of 16.
+        weights: of the same dtype, N a multiple of 16. With `contract="in"` the `projections` matrices of each group, (out, in):
+            their last axis is contracted (forward). With "out" one matrix per group, whose middle axis is contracted (gradient
+            of rows).
         table: tiles of `tiles.rows` rows.
         tiles: tile sizes, legal by `check_tiles`.
         projections: matrices per group whose results meet in the activation: 2 (0 = gate, 1 = up) or 1.
@@ -137,7 +138,7 @@ def multiply_rows(
         anything, NaN too.
 
     Raises:
-        ValueError: tiles that don't fit.
+        ValueError: tiles that don't fit, or widths that bulk copies cannot address.
     """
     num_rows, width_in = rows.shape
     width_out = weights.shape[1] if contract == "in" else weights.shape[2]
@@ -147,6 +148,8 @@ def multiply_rows(
     dtype, output_dtype = rows.dtype, jnp.dtype(output_dtype)
     weights_step = (projections * part_columns, tiles.depth) if contract == "in" else (tiles.depth, part_columns)
     copies = 1 + column_parts * (projections if contract == "in" else 1)
+    in_swizzle, out_swizzle = swizzle_bytes(width_in, dtype.itemsize), swizzle_bytes(width_out, dtype.itemsize)
+    result_swizzle = swizzle_bytes(width_out, output_dtype.itemsize)
     operands = {
         **table._asdict(),
         "rows": rows,
@@ -183,12 +186,18 @@ def multiply_rows(
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         scratch_types=dict(
-            rows_smem=plgpu.SMEM((tiles.stages, tiles.rows, tiles.depth), dtype, transforms=swizzled(dtype)),
-            weights_smem=plgpu.SMEM((tiles.stages, column_parts, *weights_step), dtype, transforms=swizzled(dtype)),
+            rows_smem=plgpu.SMEM(
+                (tiles.stages, tiles.rows, tiles.depth), dtype, transforms=swizzled(dtype, swizzle_bytes=in_swizzle)
+            ),
+            weights_smem=plgpu.SMEM(
+                (tiles.stages, column_parts, *weights_step),
+                dtype,
+                transforms=swizzled(dtype, swizzle_bytes=in_swizzle if contract == "in" else out_swizzle),
+            ),
             result_smem=plgpu.SMEM(
-                (WARPGROUPS, 2, WARPGROUP_ROWS, SWIZZLE_BYTES // output_dtype.itemsize),
+                (WARPGROUPS, 2, WARPGROUP_ROWS, result_swizzle // output_dtype.itemsize),
                 output_dtype,
-                transforms=swizzled(output_dtype, 1 if exact_rows else ROW_ALIGNMENT),
+                transforms=swizzled(output_dtype, 1 if exact_rows else ROW_ALIGNMENT, result_swizzle),
             ),
             filled=plgpu.Barrier(num_arrivals=copies, num_barriers=tiles.stages),
             consumed=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiles.stages),
@@ -397,8 +406,9 @@ def _finish(
     def store(values: Array, destination: plgpu.RefType, first_column: Array) -> None:
         nonlocal stored
         buffer = buffers.at[stored % num_slots]
+        # A tile begins with the first buffer, whichever the tile before it ended with.
+        plgpu.wait_smem_to_gmem(num_slots - 1 if stored else 0, wait_read_only=True)
         stored += 1
-        plgpu.wait_smem_to_gmem(num_slots - 1, wait_read_only=True)
         buffer[...] = values.astype(buffer.dtype)
         plgpu.commit_smem()
         store_rows(
