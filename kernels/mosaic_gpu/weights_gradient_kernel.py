@@ -11,6 +11,7 @@ is still being multiplied.
 """
 
 import dataclasses
+import itertools
 import math
 from typing import NamedTuple, Self
 
@@ -31,6 +32,9 @@ from .tiles import WeightsGradientTiles
 CONSUMERS = 2
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
 SWIZZLE_BYTES = 128
+CHUNK_ROWS = 64
+"""Output is stored in chunks of so many rows, as wide as the swizzle."""
+CHUNK_BYTES = CHUNK_ROWS * SWIZZLE_BYTES
 COPY_ALIGNMENT_BYTES = 16
 LEGAL_OUT_COLUMNS, LEGAL_IN_COLUMNS = (128, 256), (64, 128, 192, 256)
 LEGAL_DEPTHS = (64,)
@@ -120,7 +124,7 @@ def shared_memory_bytes(tiles: WeightsGradientTiles, itemsize: int, output_items
     Raises:
         ValueError: it would be more than the device has, or the kernel has no such tiles.
     """
-    staging = _staged_chunks(tiles, itemsize, output_itemsize, device) * _chunk_bytes(tiles)
+    staging = _staged_chunks(tiles, itemsize, output_itemsize, device) * CONSUMERS * CHUNK_BYTES
     return _operand_bytes(tiles, itemsize) + staging
 
 
@@ -258,15 +262,18 @@ def weights_gradient(
 
                 product = pl.run_scoped(multiply, plgpu.ACC((consumer_rows, tiles.in_columns)))
                 matrix = gradient.at[group[place]]
-                gradient_rows = pl.ds(out_column + warpgroup * consumer_rows, consumer_rows)
-                for chunk in range(tiles.in_columns // chunk_columns):
-                    columns = chunk * chunk_columns
+                first_row = out_column + warpgroup * consumer_rows
+                chunks = itertools.product(
+                    range(0, consumer_rows, CHUNK_ROWS), range(0, tiles.in_columns, chunk_columns)
+                )
+                for chunk, (chunk_row, column) in enumerate(chunks):
                     stage = staging.at[warpgroup, chunk % staged]
                     plgpu.wait_smem_to_gmem(staged - 1, wait_read_only=True)
-                    stage[...] = product[:, columns : columns + chunk_columns].astype(output_dtype)
+                    part = product[chunk_row : chunk_row + CHUNK_ROWS, column : column + chunk_columns]
+                    stage[...] = part.astype(output_dtype)
                     plgpu.commit_smem()
-                    gradient_columns = pl.ds(in_column + columns, chunk_columns)
-                    plgpu.copy_smem_to_gmem(stage, matrix.at[gradient_rows, gradient_columns])
+                    gradient_rows = pl.ds(first_row + chunk_row, CHUNK_ROWS)
+                    plgpu.copy_smem_to_gmem(stage, matrix.at[gradient_rows, pl.ds(in_column + column, chunk_columns)])
                 return step + num_steps
 
             lax.fori_loop(0, num_tiles_here, compute_tile, jnp.int32(0))
@@ -284,9 +291,7 @@ def weights_gradient(
         scratch_types=[
             plgpu.SMEM((stages, depth, tiles.out_columns), rows.dtype, transforms=swizzled(rows.dtype)),
             plgpu.SMEM((stages, depth, tiles.in_columns), rows.dtype, transforms=swizzled(rows.dtype)),
-            plgpu.SMEM(
-                (CONSUMERS, staged, consumer_rows, chunk_columns), output_dtype, transforms=swizzled(output_dtype)
-            ),
+            plgpu.SMEM((CONSUMERS, staged, CHUNK_ROWS, chunk_columns), output_dtype, transforms=swizzled(output_dtype)),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
             plgpu.Barrier(num_arrivals=CONSUMERS),
@@ -385,17 +390,14 @@ def _operand_bytes(tiles: WeightsGradientTiles, itemsize: int) -> int:
     return tiles.stages * tiles.depth * (tiles.out_columns + tiles.in_columns) * itemsize + (2 * tiles.stages + 1) * 8
 
 
-def _chunk_bytes(tiles: WeightsGradientTiles) -> int:
-    """One chunk of output of each consumer: their rows, as wide as the swizzle."""
-    return tiles.out_columns * SWIZZLE_BYTES
-
-
 def _num_chunks(tiles: WeightsGradientTiles, output_itemsize: int) -> int:
-    return tiles.in_columns * output_itemsize // SWIZZLE_BYTES
+    """Chunks of one consumer's output."""
+    return tiles.out_columns // CONSUMERS * tiles.in_columns * output_itemsize // CHUNK_BYTES
 
 
 def _most_staged_chunks(tiles: WeightsGradientTiles, itemsize: int, device: GpuDevice) -> int:
-    return (device.shared_memory_bytes - _operand_bytes(tiles, itemsize)) // _chunk_bytes(tiles)
+    """Chunks of each consumer's output that fit beside the operands."""
+    return (device.shared_memory_bytes - _operand_bytes(tiles, itemsize)) // (CONSUMERS * CHUNK_BYTES)
 
 
 def _staged_chunks(tiles: WeightsGradientTiles, itemsize: int, output_itemsize: int, device: GpuDevice) -> int:
@@ -417,7 +419,7 @@ def _staged_chunks(tiles: WeightsGradientTiles, itemsize: int, output_itemsize: 
     fitting = _most_staged_chunks(tiles, itemsize, device)
     if fitting < 1:
         raise ValueError(
-            f"{tiles} needs {_operand_bytes(tiles, itemsize) + _chunk_bytes(tiles)} bytes of shared memory,"
+            f"{tiles} needs {_operand_bytes(tiles, itemsize) + CONSUMERS * CHUNK_BYTES} bytes of shared memory,"
             f" {device.name} has {device.shared_memory_bytes}"
         )
     num_chunks = _num_chunks(tiles, output_itemsize)
