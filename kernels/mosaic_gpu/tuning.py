@@ -15,7 +15,9 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +108,37 @@ def tuned_tiles(kernel: str, shape: KernelShape, device_name: str) -> Tuned | No
         ValueError: an unknown kernel, or a broken file; names the file and the entry.
     """
     _check_kernel(kernel)
+    trial = _trial.get()
+    if trial is not None and trial.kernel == kernel:
+        return None if trial.tiles is None else Tuned(trial.tiles, "being tried")
     for file, owner in ((user_file(device_name), "the user's cache"), (committed_file(device_name), "the package")):
         entry = _entries_by_key(file, device_name).get((kernel, shape))
         if entry is not None:
             return Tuned(entry.tiles, f"tuned entry of {owner} ({file.name}: {shape})")
     return None
+
+
+@contextmanager
+def trying(kernel: str, tiles: Tiles | None) -> Iterator[None]:
+    """Trace `kernel` with these tiles, whatever the tables say; None: with its analytic default. For tuning.
+
+    What is traced in here must not be taken from a cache of `jax.jit` that was filled outside, nor fill one.
+    """
+    _check_kernel(kernel)
+    token = _trial.set(_Trial(kernel, tiles))
+    try:
+        yield
+    finally:
+        _trial.reset(token)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trial:
+    kernel: str
+    tiles: Tiles | None
+
+
+_trial: ContextVar[_Trial | None] = ContextVar("trial", default=None)
 
 
 def user_file(device_name: str) -> Path:

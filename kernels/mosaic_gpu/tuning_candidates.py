@@ -1,0 +1,113 @@
+"""The tile sizes that are worth measuring for a shape: those that the kernel accepts and that fill the shared memory."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+
+import jax.numpy as jnp
+
+from ..device import GpuDevice
+from . import (
+    blackwell_rows_kernel,
+    blackwell_weights_gradient_kernel,
+    rows_kernel,
+    weights_gradient_kernel,
+)
+from .choice import is_blackwell
+from .stream_tiles import check_stream_tiles
+from .tiles import RowTiles, StreamTiles, WeightsGradientTiles
+from .tuning import TILES_OF_KERNEL, KernelShape, Tiles
+
+MOST_STAGES = 8
+"""More never fit beside tiles that are worth trying."""
+PANELS = (1, 4, 8, 16)
+
+
+def candidates(kernel: str, shape: KernelShape, device: GpuDevice) -> tuple[Tiles, ...]:
+    """Tile sizes worth measuring, each of which the kernel accepts on `device`.
+
+    Every size of tile has as many stages as fit; tiles of the kernels that are short of registers also come with one less.
+
+    Args:
+        kernel: a name in `tuning.TILES_OF_KERNEL`.
+        shape: what they are to be used for; sizes that reach far beyond it are left out.
+        device: see `GpuDevice`.
+
+    Raises:
+        ValueError: unknown kernel.
+    """
+    if kernel not in TILES_OF_KERNEL:
+        raise ValueError(f"unknown kernel {kernel!r}; legal are {', '.join(TILES_OF_KERNEL)}")
+    found: list[Tiles] = []
+    for tiles in _GRIDS[kernel](shape, device):
+        staged = (dataclasses.replace(tiles, stages=stages) for stages in range(MOST_STAGES, 1, -1))
+        fitting = (tiles for tiles in staged if _is_accepted(kernel, tiles, shape, device))
+        found.extend(itertools.islice(fitting, 1 if kernel == "stream" else 2))
+    return tuple(found)
+
+
+def check_tiles(kernel: str, tiles: Tiles, shape: KernelShape, device: GpuDevice) -> None:
+    """Refuse tiles that the kernel cannot use for this shape on this device.
+
+    Raises:
+        ValueError: says which limit was hit.
+    """
+    itemsize = jnp.dtype(shape.dtype).itemsize
+    match tiles:
+        case RowTiles() if is_blackwell(device):
+            blackwell_rows_kernel.check_blackwell_row_tiles(tiles, shape.projections, itemsize, device)
+        case RowTiles():
+            rows_kernel.check_tiles(tiles, shape.projections, itemsize, device)
+        case StreamTiles():
+            check_stream_tiles(tiles, shape.projections, shape.width_in, itemsize, device)
+        case WeightsGradientTiles() if is_blackwell(device):
+            blackwell_weights_gradient_kernel.check_blackwell_weights_gradient_tiles(tiles, itemsize, device)
+        case WeightsGradientTiles():
+            # Gradients may be asked for in float32, which takes the most room.
+            weights_gradient_kernel.shared_memory_bytes(tiles, itemsize, jnp.dtype(jnp.float32).itemsize, device)
+
+
+def _is_accepted(kernel: str, tiles: Tiles, shape: KernelShape, device: GpuDevice) -> bool:
+    try:
+        check_tiles(kernel, tiles, shape, device)
+    except ValueError:
+        return False
+    return True
+
+
+def _rows(shape: KernelShape, device: GpuDevice) -> Iterator[Tiles]:
+    widest = 256 // shape.projections
+    for rows, columns, depth, panel in itertools.product((64, 128), (64, 128, 256), (64, 128), PANELS):
+        # With 64 rows the warpgroups split the columns, so that a tile may be twice as wide.
+        if columns <= min(widest * 128 // rows, _rounded_up(shape.width_out)) and depth <= _rounded_up(shape.width_in):
+            yield RowTiles(rows=rows, columns=columns, depth=depth, stages=MOST_STAGES, panel=panel)
+
+
+def _stream(shape: KernelShape, device: GpuDevice) -> Iterator[Tiles]:
+    # Tiles are used for routings of all kinds: groups of twice the mean are common, much larger ones take several tiles.
+    fewest = min(64, max(8, shape.rows_bucket))
+    sizes = [rows for rows in (8, 16, 32, 64) if fewest <= rows <= 4 * fewest]
+    for rows, columns, depth, splits in itertools.product(sizes, (64, 128, 256), (64, 128, 256), (1, 2, 4, 8)):
+        if columns <= _rounded_up(shape.width_out) and splits * depth <= _rounded_up(shape.width_in):
+            yield StreamTiles(rows=rows, columns=columns, depth=depth, stages=MOST_STAGES, splits=splits)
+
+
+def _weights_gradient(shape: KernelShape, device: GpuDevice) -> Iterator[Tiles]:
+    for out_columns, in_columns, panel in itertools.product((128, 256), (64, 128, 192, 256), PANELS):
+        if out_columns <= max(128, _rounded_up(shape.width_out)) and in_columns <= _rounded_up(shape.width_in):
+            yield WeightsGradientTiles(
+                out_columns=out_columns, in_columns=in_columns, depth=64, stages=MOST_STAGES, panel=panel
+            )
+
+
+def _rounded_up(width: int) -> int:
+    """To a multiple of 64, the least that a tile covers."""
+    return -(-width // 64) * 64
+
+
+_GRIDS: dict[str, Callable[[KernelShape, GpuDevice], Iterator[Tiles]]] = {
+    "rows": _rows,
+    "rows_gradient": _rows,
+    "stream": _stream,
+    "weights_gradient": _weights_gradient,
+}
