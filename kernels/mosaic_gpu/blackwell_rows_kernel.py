@@ -39,7 +39,8 @@ RESULT_BUFFERS = 2
 """One is written while the other is copied to global memory."""
 SWIZZLE_BYTES = 128
 EPILOGUE_VALUES = 64
-"""Float32 values of gate and up that a thread takes from tensor memory at a time: more would not leave it registers enough."""
+"""Float32 values of gate and up that a thread takes from tensor memory at a time, where it is free to choose: with twice as
+many the registers just suffice."""
 MOST_STAGES = 8
 """Beyond these the latency of global memory is hidden, whatever the shape."""
 MOST_PANEL_TILES = 64
@@ -178,7 +179,9 @@ def multiply_rows(
     num_rows, width_in = rows.shape
     width_out = weights.shape[1] if contract == "in" else weights.shape[2]
     width = projections * tiles.columns
-    chunk = min(EPILOGUE_VALUES // projections, SWIZZLE_BYTES // output_dtype.itemsize)
+    chunk = SWIZZLE_BYTES // output_dtype.itemsize
+    if not exact_rows:  # single rows can only leave from multiples of 128 bytes, so each is as wide
+        chunk = min(chunk, EPILOGUE_VALUES // projections)
     operands = {
         **table._asdict(),
         "rows": rows,
