@@ -55,7 +55,8 @@ def stream_weights(
     Args:
         rows: bfloat16 or float16, in the aligned layout (`schedule.py`); padding rows may hold anything, NaN too: they spoil
             themselves alone. M a multiple of 8, D of 16.
-        weights: of the same dtype, the `projections` matrices of each group, (out, in); N a multiple of 8.
+        weights: of the same dtype, the `projections` matrices of each group, (out, in); N a multiple of 16, or
+            of 8 if the kernel writes float32: with float32 results or a split contraction.
         table: tiles of `tiles.rows` rows.
         tiles: tile sizes, legal by `check_stream_tiles`.
         projections: matrices per group whose results meet in the activation: 2 (0 = gate, 1 = up) or 1.
@@ -76,8 +77,8 @@ def stream_weights(
     width_out = weights.shape[1]
     dtype, output_dtype = rows.dtype, jnp.dtype(output_dtype)
     check_stream_tiles(tiles, projections, width_in, dtype.itemsize, device, output_dtype.itemsize)
-    if num_rows % ROW_ALIGNMENT or width_out % 8:
-        raise ValueError(f"rows and output columns must be multiples of 8, got {num_rows} rows and {width_out} columns")
+    if num_rows % ROW_ALIGNMENT:
+        raise ValueError(f"the number of rows must be a multiple of {ROW_ALIGNMENT}, got {num_rows}")
     expected = 1 if activation is None or not activation.is_gated else 2
     if projections != expected:
         raise ValueError(f"activation {activation} is a function of {expected} projections, got {projections}")
@@ -88,27 +89,27 @@ def stream_weights(
         activation=activation,
         width_in=width_in,
         width_out=width_out,
+        output_dtype=output_dtype if tiles.splits == 1 else jnp.dtype(jnp.float32),
         multiprocessors=device.multiprocessors,
     )
+    swizzle_bytes(width_out, problem.output_dtype.itemsize)
     operands = {**table._asdict(), "rows": rows, "weights": weights, "bias": bias}
     if problem.is_whole:
         operands["row_scale"] = row_scale
-        output = jax.ShapeDtypeStruct((num_rows, width_out), output_dtype)
-    else:
-        output = jax.ShapeDtypeStruct((tiles.splits * projections, num_rows, width_out), jnp.float32)
-    operands = {name: operand for name, operand in operands.items() if operand is not None}
-    result = _call(problem, operands, output)
-    if problem.is_whole:
+    result = _call(problem, {name: operand for name, operand in operands.items() if operand is not None})
+    if not problem.is_transposed:
         return result
+    if problem.is_whole:
+        return result[0].T
 
-    parts = result.reshape(tiles.splits, projections, num_rows, width_out)
+    parts = result.reshape(tiles.splits, projections, width_out, num_rows)
     projected = parts[0]
     for part in range(1, tiles.splits):
         projected = projected + parts[part]
     values = projected[0] if activation is None else activation(*projected)
     if row_scale is not None:
-        values = values * row_scale[:, None]
-    return values.astype(output_dtype)
+        values = values * row_scale
+    return values.T.astype(output_dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,12 +121,24 @@ class _Problem:
     activation: Activation | None
     width_in: int
     width_out: int
+    output_dtype: jnp.dtype
+    """Of what the kernel writes."""
     multiprocessors: int
 
     @property
     def is_whole(self) -> bool:
         """Whether a unit contracts over the whole dimension, so that its result can be finished in the kernel."""
         return self.tiles.splits == 1
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the kernel writes its results as they come, [N, M]: only elements of two bytes are turned around on the way."""
+        return self.output_dtype.itemsize != 2
+
+    @property
+    def results(self) -> int:
+        """Arrays that a unit writes to."""
+        return 1 if self.is_whole else self.projections
 
     @property
     def warpgroups(self) -> int:
@@ -147,19 +160,30 @@ class _Problem:
         return pl.cdiv(self.width_in, self.tiles.depth)
 
 
-def _call(problem: _Problem, operands: dict[str, Array], output: jax.ShapeDtypeStruct) -> Array:
-    """The kernel: whole results, or the parts of each projection [splits * P, M, N]."""
+def _call(problem: _Problem, operands: dict[str, Array]) -> Array:
+    """The kernel: [M, N], or transposed [splits * results, N, M]."""
     tiles, projections = problem.tiles, problem.projections
     warpgroups, part_columns = problem.warpgroups, problem.part_columns
-    dtype = operands["rows"].dtype
+    num_rows, dtype, output_dtype = operands["rows"].shape[0], operands["rows"].dtype, problem.output_dtype
     layout = swizzled(dtype, swizzle_bytes=swizzle_bytes(problem.width_in, dtype.itemsize))
-    results = 1 if problem.is_whole else projections
+    if problem.is_transposed:
+        shape = (tiles.splits * problem.results, problem.width_out, num_rows)
+        result_shape = (tiles.rows // ROW_ALIGNMENT, part_columns, ROW_ALIGNMENT)
+        result_swizzle = swizzle_bytes(ROW_ALIGNMENT, output_dtype.itemsize)
+    else:
+        shape = (num_rows, problem.width_out)
+        result_shape = (tiles.rows, part_columns)
+        result_swizzle = swizzle_bytes(problem.width_out, output_dtype.itemsize)
     scratch = dict(
         rows_smem=plgpu.SMEM((tiles.stages, tiles.rows, tiles.depth), dtype, transforms=layout),
         weights_smem=plgpu.SMEM(
             (tiles.stages, warpgroups, projections * part_columns, tiles.depth), dtype, transforms=layout
         ),
-        result_smem=plgpu.SMEM((warpgroups, results, tiles.rows, part_columns), output.dtype),
+        result_smem=plgpu.SMEM(
+            (warpgroups, problem.results, *result_shape),
+            output_dtype,
+            transforms=swizzled(output_dtype, swizzle_bytes=result_swizzle),
+        ),
         filled=plgpu.Barrier(num_arrivals=1 + warpgroups * projections, num_barriers=tiles.stages),
         consumed=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=tiles.stages),
     )
@@ -178,7 +202,7 @@ def _call(problem: _Problem, operands: dict[str, Array], output: jax.ShapeDtypeS
 
     return plgpu.kernel(
         stream,
-        out_type=output,
+        out_type=jax.ShapeDtypeStruct(shape, output_dtype),
         grid=(problem.multiprocessors,),
         grid_names=("multiprocessor",),
         num_threads=warpgroups + 1,
@@ -338,19 +362,50 @@ def _finish(
             if not problem.is_whole:
                 bias = bias * (unit.part == 0).astype(jnp.float32)
             values[projection] = values[projection] + bias[:, None]
-    destinations = [named["result"]]
-    if not problem.is_whole:
-        destinations = [named["result"].at[unit.part * problem.projections + p] for p in range(problem.projections)]
-    else:
+    if problem.is_whole:
         values = [activate(problem.activation, values)]
-        if "row_scale" in named:
-            values = [values[0] * named["row_scale_smem"][warpgroup][None, :]]
+    if "row_scale" in named:
+        values = [values[0] * named["row_scale_smem"][warpgroup][None, :]]
 
+    buffers = named["result_smem"].at[warpgroup]
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    buffers = [named["result_smem"].at[warpgroup, index] for index in range(len(values))]
-    for buffer, value in zip(buffers, values, strict=True):
-        buffer.transpose((1, 0))[...] = value.astype(buffer.dtype)
-    plgpu.commit_smem()
-    for buffer, destination in zip(buffers, destinations, strict=True):
-        store_rows(buffer, destination, row=unit.row, first=0, last=unit.last, column=unit.column, exact_rows=False)
+    if problem.is_transposed:
+        _store_transposed(problem, values, unit, buffers, named["result"])
+    else:
+        buffers.at[0].transpose((1, 0))[...] = values[0].astype(buffers.dtype)
+        plgpu.commit_smem()
+        store_rows(
+            buffers.at[0], named["result"], row=unit.row, first=0, last=unit.last, column=unit.column, exact_rows=False
+        )
     plgpu.commit_smem_to_gmem_group()
+
+
+def _store_transposed(
+    problem: _Problem,
+    values: list[Float[Array, "columns rows"]],
+    unit: _Unit,
+    buffers: plgpu.RefType,
+    destination: plgpu.RefType,
+) -> None:
+    """Start copying the columns of `values` that are rows of the unit's group, in pieces of 8, to [results, N, M].
+
+    Copies need contiguous memory, so each piece has a buffer to itself: `buffers` is [results, pieces, columns, 8].
+    """
+    pieces = [(result, piece) for result in range(problem.results) for piece in range(buffers.shape[1])]
+    for result, piece in pieces:
+        rows = slice(piece * ROW_ALIGNMENT, (piece + 1) * ROW_ALIGNMENT)
+        buffers[result, piece] = values[result][:, rows]
+    plgpu.commit_smem()
+    for result, piece in pieces:
+
+        @pl.when(piece * ROW_ALIGNMENT < unit.last)
+        def _(result=result, piece=piece):
+            plgpu.copy_smem_to_gmem(
+                buffers.at[result, piece],
+                destination.at[
+                    unit.part * problem.results + result,
+                    pl.ds(unit.column, problem.part_columns),
+                    pl.ds(unit.row + piece * ROW_ALIGNMENT, ROW_ALIGNMENT),
+                ],
+                commit_group=False,
+            )

@@ -12,7 +12,7 @@ WEIGHT_ROWS = 64
 MOST_ACCUMULATORS = 128
 """Float32 accumulators per thread of a warpgroup that multiplies."""
 SWIZZLES = (128, 64, 32)
-"""Bytes of the contracted dimension that lie together in shared memory, best first."""
+"""Bytes of a row that lie together in shared memory, best first."""
 ALLOCATION_ALIGNMENT = 1024
 """Of each buffer in shared memory."""
 
@@ -29,18 +29,19 @@ def multiplying_warpgroups(tiles: StreamTiles) -> int:
     return 2 if tiles.columns % (2 * WEIGHT_ROWS) == 0 else 1
 
 
-def swizzle_bytes(width_in: int, itemsize: int) -> int:
-    """The widest swizzle whose rows a contracted dimension of `width_in` consists of.
+def swizzle_bytes(width: int, itemsize: int) -> int:
+    """The widest swizzle of which rows of `width` elements are multiples.
+
+    Bulk copies of swizzled tiles address global memory in such tiles; a width that is no multiple has no description to them.
 
     Raises:
         ValueError: there is none.
     """
     for swizzle in SWIZZLES:
-        if width_in * itemsize % swizzle == 0:
+        if width * itemsize % swizzle == 0:
             return swizzle
     raise ValueError(
-        f"the contracted dimension must be a multiple of {SWIZZLES[-1] // itemsize} elements of {itemsize} bytes,"
-        f" got {width_in}"
+        f"widths must be multiples of {SWIZZLES[-1] // itemsize} elements of {itemsize} bytes, got {width}"
     )
 
 

@@ -73,7 +73,7 @@ def draw(
     starts=None,
     num_rows=None,
     width_in=192,
-    width_out=88,
+    width_out=80,
     projections=2,
     activation=None,
     bias=False,
@@ -140,10 +140,10 @@ def three_steps(tiles):
 @pytest.mark.parametrize("choice", defaults_of_models(), ids=named)
 def test_every_default_computes_exactly_the_rows_of_groups(choice, rng):
     projections, tiles = choice
-    sizes = (tiles.rows + 3, 0, 1)
+    sizes = (tiles.rows + 3, 0)
     gated = dict(activation=Activation("silu")) if projections == 2 else dict(row_scale=True)
     problem = draw(
-        rng, sizes, width_in=three_steps(tiles), width_out=tiles.columns + 24, projections=projections, **gated
+        rng, sizes, width_in=three_steps(tiles), width_out=tiles.columns + 16, projections=projections, **gated
     )
     result = stream(problem, tiles, output_dtype="bfloat16")
     assert result.dtype == jnp.bfloat16
@@ -153,11 +153,11 @@ def test_every_default_computes_exactly_the_rows_of_groups(choice, rng):
 @pytest.mark.parametrize("splits", [1, 2, 3])
 def test_bias_activation_and_scale_are_applied_once_however_the_contraction_is_split(splits, rng):
     tiles = dataclasses.replace(SMALL, splits=splits)
-    problem = draw(rng, width_in=320, activation=Activation("swigluoai"), bias=True, row_scale=True)
+    problem = draw(rng, (11, 0, 1), width_in=192, activation=Activation("swigluoai"), bias=True, row_scale=True)
     assert_rows_of_groups_are_right(problem, stream(problem, tiles, blocks=3))
 
 
-@pytest.mark.parametrize("rows", [16, 32, 64])
+@pytest.mark.parametrize("rows", [16, 64])
 def test_split_contractions_of_wider_tiles_have_parts_of_their_own(rows, rng):
     tiles = StreamTiles(rows=rows, columns=128, depth=64, stages=2, splits=2)
     problem = draw(rng, (rows + 1, 3), width_out=136, projections=1, bias=True, dtype="float16")
@@ -182,12 +182,8 @@ def test_widths_that_allow_no_wide_swizzle_and_widths_below_a_step_are_contracte
 
 
 def test_no_rows_in_any_group_write_nothing(rng):
-    problem = draw(rng, (0, 0), num_rows=8)
-    assert np.isnan(stream(dataclasses.replace(problem, operands=problem.operands | gated_silu()))).all()
-
-
-def gated_silu():
-    return dict(activation=Activation("silu"))
+    problem = draw(rng, (0, 0), num_rows=8, projections=1)
+    assert np.isnan(stream(problem)).all()
 
 
 @pytest.mark.slow
@@ -258,16 +254,16 @@ def test_illegal_tiles_are_refused_with_the_limit_they_hit(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(width_in=200), "contracted dimension must be a multiple of 16 elements of 2 bytes, got 200"),
-        (dict(width_out=84), "must be multiples of 8, got 40 rows and 84 columns"),
-        (dict(num_rows=44), "must be multiples of 8, got 44 rows and 88 columns"),
+        (dict(width_in=200), "widths must be multiples of 16 elements of 2 bytes, got 200"),
+        (dict(width_out=88), "widths must be multiples of 16 elements of 2 bytes, got 88"),
+        (dict(num_rows=44), "the number of rows must be a multiple of 8, got 44"),
         (dict(projections=1), "is a function of 2 projections, got 1"),
         (dict(activation=None), "activation None is a function of 1 projections, got 2"),
     ],
 )
 def test_operands_that_the_kernel_cannot_take_are_refused(change, message, rng):
-    options = dict(num_rows=40, width_in=192, width_out=88, projections=2, activation=Activation("silu")) | change
-    activation = options.pop("activation")
-    problem = draw(rng, **options)
+    options = dict(num_rows=40, width_in=192, width_out=80, projections=2, activation=Activation("silu")) | change
+    problem = draw(rng, **(options | dict(activation=None)))
+    problem = dataclasses.replace(problem, operands=problem.operands | dict(activation=options["activation"]))
     with pytest.raises(ValueError, match=message):
-        stream(dataclasses.replace(problem, operands=problem.operands | dict(activation=activation)))
+        stream(problem, output_dtype="bfloat16")
