@@ -40,7 +40,7 @@ LEGAL_OUT_COLUMNS, LEGAL_IN_COLUMNS = (128, 256), (64, 128, 192, 256)
 LEGAL_DEPTHS = (64,)
 """wgmma as Mosaic GPU emits it takes multiples of 64 when the contracted dimension comes first; more only costs padding."""
 MOST_TILE_ELEMENTS = 128 * 256
-"""128 registers of accumulator for each thread; with 192 and more the kernel spills."""
+"""128 registers of accumulator for each thread; with 192 the kernel spills for some shapes and stages."""
 
 CANDIDATE_SIZES = ((128, 256), (256, 128), (128, 128))
 """(out_columns, in_columns) that the default chooses from; the first of equally good ones."""
