@@ -1,0 +1,267 @@
+"""Whether a way to compute the experts is right: against float32, on fresh random numbers, with traps laid out.
+
+The float32 computation goes expert by expert over a sample of the tokens, or over some of the experts, so that it fits beside
+the largest shapes.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
+
+from moe_jax.benchmarking.expert_contestants import Block, Weights
+from moe_jax.benchmarking.expert_shapes import ExpertShape
+
+Gradients = Callable[[Array, Array, Array, Weights, Array], tuple[Array, Array, Weights]]
+
+TOLERANCE = 1e-2
+"""Of the norm of the difference over the norm: bf16 operands, products summed in float32."""
+MOST_TOKENS_CHECKED = 128
+POISON_BYTES = 2 << 30
+POISON_BYTES_ON_HOST = 1 << 20
+
+
+def random_weights(shape: ExpertShape, key: Array, dtype: Any = jnp.bfloat16) -> dict[str, Array | None]:
+    """Weights of `fused_moe`, scaled so that activations are of order one."""
+    shapes = {
+        name: array.shape
+        for name, array in shape.fused_moe_arguments(1, dtype).items()
+        if array is not None and name not in ("x", "topk_weights", "topk_ids")
+    }
+
+    @jax.jit
+    def draw(key: Array) -> dict[str, Array]:
+        keys = jax.random.split(key, len(shapes))
+        scales = {name: size[-1] ** -0.5 if name.endswith("_proj") else 1.0 for name, size in shapes.items()}
+        return {
+            # Expert by expert: random bits for all of the largest models' experts at once would take too much memory.
+            name: jax.lax.map(
+                lambda key, size=size, scale=scales[name]: (
+                    jax.random.normal(key, size[1:], dtype) * jnp.asarray(scale, dtype)
+                ),
+                jax.random.split(key, size[0]),
+            )
+            for (name, size), key in zip(shapes.items(), keys, strict=True)
+        }
+
+    return {"gate_up_bias": None, "down_bias": None, **draw(key)}
+
+
+def random_tokens(shape: ExpertShape, tokens: int, key: Array, dtype: Any = jnp.bfloat16) -> tuple[Array, Array]:
+    """Tokens of order one, and router weights that add up to one."""
+    token_key, weight_key = jax.random.split(key)
+    x = jax.random.normal(token_key, (tokens, shape.hidden_size), dtype)
+    return x, jax.nn.softmax(jax.random.normal(weight_key, (tokens, shape.top_k)), axis=1)
+
+
+def float32_block(
+    x: Float[Array, "T H"],
+    topk_weights: Float[Array, "T K"],
+    topk_ids: Int[Array, "T K"],
+    weights: Weights,
+    *,
+    shape: ExpertShape,
+) -> Float[Array, "T H"]:
+    """The definition in float32, one expert after the other; for few tokens."""
+    given = {name: array for name, array in weights.items() if array is not None}
+    x = x.astype(jnp.float32)
+
+    @jax.checkpoint  # or a backward pass would keep every expert's matrices in float32
+    def add_expert(total: Array, numbered: tuple[Array, dict[str, Array]]) -> tuple[Array, None]:
+        expert, own = numbered
+        own = {name: array.astype(jnp.float32) for name, array in own.items()}
+        projected = [jnp.dot(x, matrix.T, precision="highest") for matrix in own["gate_up_proj"]]
+        if "gate_up_bias" in own:
+            projected = [product + bias for product, bias in zip(projected, own["gate_up_bias"], strict=True)]
+        output = jnp.dot(shape.activation(*projected), own["down_proj"].T, precision="highest")
+        if "down_bias" in own:
+            output += own["down_bias"]
+        weight = jnp.sum(jnp.where(topk_ids == expert, topk_weights, 0), axis=1)
+        return total + jnp.where(weight[:, None] != 0, weight[:, None] * output, 0), None
+
+    experts = jnp.arange(given["down_proj"].shape[0])
+    return jax.lax.scan(add_expert, jnp.zeros_like(x), (experts, given))[0]
+
+
+def relative_error(result: Array, expected: Array) -> float:
+    """‖result - expected‖ / ‖expected‖ in float64; infinite if the result holds anything that isn't a number."""
+    result, expected = np.asarray(result, np.float64), np.asarray(expected, np.float64)
+    if not np.all(np.isfinite(result)):
+        return float("inf")
+    norm = float(np.linalg.norm(expected))
+    difference = float(np.linalg.norm(result - expected))
+    return difference / norm if norm else difference
+
+
+def poison_free_memory() -> None:
+    """Fill memory with NaN and give it back, so that what an op forgets to write is likely to be NaN."""
+    num_bytes = POISON_BYTES if jax.default_backend() == "gpu" else POISON_BYTES_ON_HOST
+    sizes = [num_bytes // 2, *[num_bytes // 16] * 8]
+    jax.block_until_ready([jnp.full(size // 4, jnp.nan, jnp.float32) for size in sizes])
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """The outcome of comparing one contestant with the float32 computation."""
+
+    what: str
+    error: float
+    """Largest relative error among its parts; infinite where a result isn't a number."""
+    repeats: bool
+    """Whether the same call gave the same bits again."""
+    tolerance: float = TOLERANCE
+
+    @property
+    def passed(self) -> bool:
+        """Within the tolerance, and the same every time."""
+        return self.error <= self.tolerance and self.repeats
+
+
+def lay_traps(x: Array, topk_weights: Array, topk_ids: Array, rng: np.random.Generator) -> tuple[Array, Array, Array]:
+    """Take an eighth of the tokens' experts away, and fill their rows and router weights with NaN: they must stay zero."""
+    tokens = x.shape[0]
+    trapped = jnp.asarray(rng.permutation(tokens) < tokens // 8)[:, None]
+    return (
+        jnp.where(trapped, jnp.asarray(jnp.nan, x.dtype), x),
+        jnp.where(trapped, jnp.nan, topk_weights),
+        jnp.where(trapped, -1, topk_ids),
+    )
+
+
+def check_forward(
+    call: Block,
+    weights: Weights,
+    prepared: Weights,
+    shape: ExpertShape,
+    topk_ids: Int[np.ndarray, "T K"],
+    rng: np.random.Generator,
+    *,
+    with_traps: bool,
+    dtype: Any = jnp.bfloat16,
+) -> Check:
+    """Compare a block with the float32 computation on a sample of the tokens.
+
+    Args:
+        call: the block, compiled; computes with `prepared`.
+        weights: as `fused_moe` takes them.
+        prepared: the same laid out for `call`.
+        shape: of the experts.
+        topk_ids: routing.
+        rng: source of tokens and of the sample.
+        with_traps: whether tokens without an expert are to hold NaN; part of `fused_moe`'s contract, not of others'.
+        dtype: of the tokens.
+    """
+    x, topk_weights = random_tokens(shape, len(topk_ids), _key(rng), dtype)
+    ids = jnp.asarray(topk_ids)
+    if with_traps:
+        x, topk_weights, ids = lay_traps(x, topk_weights, ids, rng)
+    poison_free_memory()
+    result = call(x, topk_weights, ids, prepared)
+    poison_free_memory()
+    repeats = bool(jnp.array_equal(result, call(x, topk_weights, ids, prepared), equal_nan=True))
+    if not bool(jnp.isfinite(result).all()):
+        return Check("forward", float("inf"), repeats)
+    sample = _sample(len(topk_ids), rng)
+    tokens = _without_traps(*(_padded(array[sample]) for array in (x, topk_weights, ids)))
+    expected = _float32_block(*tokens, weights, shape=shape)[: len(sample)]
+    return Check("forward", relative_error(result[sample], expected), repeats)
+
+
+def gradients_of(block: Block) -> Gradients:
+    """The gradients of a block in tokens, router weights and weights, as one function to compile."""
+
+    def gradients(
+        x: Array, topk_weights: Array, topk_ids: Array, weights: Weights, cotangent: Array
+    ) -> tuple[Array, Array, Weights]:
+        _, pullback = jax.vjp(lambda x, w, weights: block(x, w, topk_ids, weights), x, topk_weights, weights)
+        return pullback(cotangent)
+
+    return gradients
+
+
+def check_backward(
+    call: Gradients,
+    weights: Weights,
+    shape: ExpertShape,
+    topk_ids: Int[np.ndarray, "T K"],
+    rng: np.random.Generator,
+    *,
+    dtype: Any = jnp.bfloat16,
+) -> Check:
+    """Compare all gradients of a block: those in a sample of tokens, and in the weights of three experts.
+
+    Args:
+        call: `gradients_of` a block that takes weights as `fused_moe` does, compiled.
+        weights: see there.
+        shape: of the experts.
+        topk_ids: routing.
+        rng: source of tokens, of the cotangent and of the sample.
+        dtype: of the tokens.
+    """
+    x, topk_weights = random_tokens(shape, len(topk_ids), _key(rng), dtype)
+    ids = jnp.asarray(topk_ids)
+    cotangent = jax.random.normal(_key(rng), x.shape, dtype)
+    poison_free_memory()
+    results = call(x, topk_weights, ids, weights, cotangent)
+    again = call(x, topk_weights, ids, weights, cotangent)
+    repeats = all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), results, again)))
+    x_gradient, topk_weights_gradient, weights_gradient = results
+    sizes = np.bincount(topk_ids.reshape(-1), minlength=shape.num_experts)[: shape.local_experts]
+    sample = _sample(len(topk_ids), rng)
+    expected = _gradients_of_tokens(
+        *(_padded(array[sample]) for array in (x, topk_weights, ids)), weights, _padded(cotangent[sample]), shape=shape
+    )
+    errors = [
+        relative_error(result[sample], array[: len(sample)])
+        for result, array in zip((x_gradient, topk_weights_gradient), expected, strict=True)
+    ]
+    for expert in np.unique([sizes.argmax(), sizes.argmin(), rng.integers(shape.local_experts)]):
+        own = {name: array[expert : expert + 1] for name, array in weights.items() if array is not None}
+        own_ids = jnp.where(ids == expert, 0, -1)
+        of_expert = _gradients_of_weights(x, topk_weights, own_ids, own, cotangent, shape=shape)
+        errors += [relative_error(weights_gradient[name][expert], array[0]) for name, array in of_expert.items()]
+    return Check("backward", max(errors), repeats)
+
+
+_float32_block = jax.jit(float32_block, static_argnames="shape")
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _gradients_of_tokens(x, topk_weights, ids, weights, cotangent, *, shape) -> tuple[Array, Array]:
+    _, pullback = jax.vjp(
+        lambda x, w: float32_block(x, w, ids, weights, shape=shape), x.astype(jnp.float32), topk_weights
+    )
+    return pullback(cotangent.astype(jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _gradients_of_weights(x, topk_weights, ids, weights, cotangent, *, shape) -> dict[str, Array]:
+    wide = {name: array.astype(jnp.float32) for name, array in weights.items()}
+    _, pullback = jax.vjp(lambda wide: float32_block(x, topk_weights, ids, wide, shape=shape), wide)
+    return pullback(cotangent.astype(jnp.float32))[0]
+
+
+def _sample(tokens: int, rng: np.random.Generator) -> Int[np.ndarray, "S"]:
+    return np.sort(rng.permutation(tokens)[:MOST_TOKENS_CHECKED])
+
+
+def _padded(array: Array) -> Array:
+    """To the size of the largest sample, so that the float32 computation is compiled once per shape."""
+    missing = MOST_TOKENS_CHECKED - array.shape[0]
+    value = -1 if jnp.issubdtype(array.dtype, jnp.integer) else 0
+    return jnp.pad(array, ((0, missing), (0, 0)), constant_values=value)
+
+
+def _without_traps(x: Array, topk_weights: Array, ids: Array) -> tuple[Array, Array, Array]:
+    chosen = (ids >= 0).any(axis=1, keepdims=True)
+    return jnp.where(chosen, x, 0), jnp.where(chosen, topk_weights, 0), ids
+
+
+def _key(rng: np.random.Generator) -> Array:
+    return jax.random.key(int(rng.integers(2**31)))

@@ -1,0 +1,362 @@
+"""Checks and times the experts' kernels on the device at hand, case by case, until the cases or the time are used up."""
+
+import dataclasses
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.benchmarking.contest import WorkerProcess
+from moe_jax.benchmarking.device_timer import Timing, device_events_work, time_calls
+from moe_jax.benchmarking.expert_checks import (
+    Check,
+    check_backward,
+    check_forward,
+    gradients_of,
+    random_tokens,
+    random_weights,
+)
+from moe_jax.benchmarking.expert_contestants import Contestant, Weights, contestants
+from moe_jax.benchmarking.expert_shapes import ExpertShape
+from moe_jax.benchmarking.expert_work import (
+    ExpertWork,
+    draw_topk_ids,
+    local_group_sizes,
+    sets_to_rotate,
+    tile_ceiling,
+)
+from moe_jax.benchmarking.gpu_cases import Case
+from moe_jax.benchmarking.gpu_programs import (
+    FAILURES,
+    Program,
+    compile_all,
+    describe_failure,
+    gradient_parts,
+    several_times,
+)
+
+MATMUL_KERNELS = "mosaic_gpu"
+"""Part of the names of Mosaic GPU kernels; XLA's own (sorting, gathering, combining) have others."""
+IN_PROGRAM_CALLS = 8
+MOST_TOKENS_IN_PROGRAM = 8
+MOST_MASKED_SECONDS = 0.05
+"""A contestant that multiplies all pairs is timed where that takes at most so long at the dense rate."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """What the device did at most in this run."""
+
+    dense_flops: float
+    """Floating-point operations per second of a dense bf16 matmul."""
+    copy_bytes: float
+    """Bytes read plus bytes written per second of a copy."""
+    launch_seconds: float
+    """From one call of an empty program to the next."""
+    device_events: bool
+    """Whether times come from the device's events."""
+    timer: str
+    """The same in words."""
+
+
+def measure_ceilings(width: int = 8192, copied_bytes: int = 4 << 30) -> Ceilings:
+    """Measure them, on random data."""
+    keys = jax.random.split(jax.random.key(int(time.time())), 4)
+    draw = jax.jit(lambda key: jax.random.normal(key, (width, width), jnp.bfloat16))
+    matrices = [draw(key) for key in keys]
+    matmul = jax.jit(lambda a, b: a @ b)
+    works, seen = device_events_work(lambda: matmul(*matrices[:2]))
+    timer = f"by device events ({seen})" if works else f"by the clock around queued calls (device events fail: {seen})"
+
+    def seconds(function: Callable[..., Any], sets: Sequence[Sequence[Any]]) -> float:
+        return time_calls(function, sets, device_events=works).seconds
+
+    dense = seconds(matmul, [(matrices[i], matrices[(i + 1) % 4]) for i in range(4)])
+    data = jax.random.normal(keys[0], (copied_bytes // 4,), jnp.float32)
+    # Two ways to read everything once and write it once; the runtime's own copy isn't always the faster.
+    copy = min(seconds(jax.jit(jnp.copy), [(data,)]), seconds(jax.jit(jnp.negative), [(data,)]))
+    nothing = time_calls(jax.jit(lambda x: x + 1), [(jnp.int32(0),)], calls=100, device_events=False)
+    return Ceilings(
+        dense_flops=2 * width**3 / dense,
+        copy_bytes=2 * data.nbytes / copy,
+        launch_seconds=nothing.queued,
+        device_events=works,
+        timer=timer,
+    )
+
+
+@dataclasses.dataclass
+class Suite:
+    """Measures cases; keeps the rows."""
+
+    ceilings: Ceilings
+    rng: np.random.Generator
+    deadline: float
+    """On the clock of `time.monotonic`."""
+    l2_bytes: int
+    torch: WorkerProcess | None = None
+    compile_threads: int = 8
+    rivals: bool = True
+    report: Callable[[str], None] = print
+    save: Callable[[], None] = lambda: None
+    """Called whenever cases are done."""
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    unable: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Who could not take part, with the reason."""
+
+    def run(self, cases: Iterable[Case]) -> list[Case]:
+        """Measure the cases, those of one shape and priority together; the cases that were not reached."""
+        not_reached: list[Case] = []
+        for (_, shape), group in itertools.groupby(cases, lambda case: (case.priority, case.shape)):
+            group = list(group)
+            if time.monotonic() > self.deadline:
+                not_reached += group
+                continue
+            not_reached += self._run_group(shape, group)
+            self.save()
+        return not_reached
+
+    def _run_group(self, shape: ExpertShape, cases: list[Case]) -> list[Case]:
+        weights = random_weights(shape, self._key())
+        entrants: dict[Case, list[Contestant]] = {case: self._entrants(case) for case in cases}
+        taking_part = {contestant.name: contestant for listed in entrants.values() for contestant in listed}
+        prepared = {prepare: prepare(weights) for prepare in {c.prepare for c in taking_part.values()}}
+        layouts = {name: prepared[contestant.prepare] for name, contestant in taking_part.items()}
+        started = time.monotonic()
+        compiled = compile_all(self._programs(entrants, layouts), self.compile_threads)
+        self.report(
+            f"{shape.name}: {len(compiled)} programs compiled in {time.monotonic() - started:.0f} s,"
+            f" {max(0, self.deadline - time.monotonic()):.0f} s left"
+        )
+        for number, case in enumerate(cases):
+            if time.monotonic() > self.deadline:
+                return cases[number:]
+            sets = self._draw_sets(case)
+            for contestant in entrants[case]:
+                self._add(case, contestant.name, sets, self._measure, contestant, compiled, weights, layouts)
+            if self.torch is not None and self.rivals and case.kind == "forward" and case.priority == 0:
+                self._add(case, "torch grouped_mm", sets, self._measure_torch)
+        return []
+
+    def _entrants(self, case: Case) -> list[Contestant]:
+        able, unable = contestants(case.shape, case.tokens)
+        self.unable |= unable
+        if case.kind == "backward":
+            return [contestant for contestant in able if contestant.is_ours][:1]
+        if not self.rivals or case.priority > 0:
+            return [contestant for contestant in able if contestant.is_ours][:1]
+        rows = case.tokens * case.shape.top_k
+        work = ExpertWork.of(case.shape, np.full(case.shape.local_experts, -(-rows // case.shape.local_experts)), 0)
+        masked_seconds = work.flops * case.shape.local_experts / self.ceilings.dense_flops
+        too_slow = {c.name for c in able if c.multiplies_all_pairs and masked_seconds > MOST_MASKED_SECONDS}
+        for name in too_slow:
+            self.unable[f"{name} on {case.name}"] = "it multiplies every row by the matrix of every expert"
+        return [contestant for contestant in able if contestant.name not in too_slow]
+
+    def _programs(self, entrants: Mapping[Case, Sequence[Contestant]], layouts: Mapping[str, Weights]) -> dict:
+        """By key: what to compile. Routings share programs, which depend on shapes alone."""
+        programs: dict[tuple, tuple[Callable[..., Any], Sequence[Any]]] = {}
+        for case, listed in entrants.items():
+            given = case.shape.fused_moe_arguments(case.tokens)
+            tokens = [given["x"], given["topk_weights"], given["topk_ids"]]
+            for contestant in listed:
+                key = (case.kind, case.tokens, contestant.name)
+                arguments = [*tokens, layouts[contestant.name]]
+                if case.kind == "forward":
+                    programs[key] = (contestant.block, arguments)
+                    if case.tokens <= MOST_TOKENS_IN_PROGRAM and case.priority == 0:
+                        chained = several_times(contestant.block)
+                        sets = [tokens] * IN_PROGRAM_CALLS
+                        programs[("in program", *key[1:])] = (chained, [sets, layouts[contestant.name]])
+                    continue
+                programs[key] = (gradients_of(contestant.block), [*arguments, given["x"]])
+                for name, (function, shapes) in gradient_parts(case, contestant.name).items():
+                    programs[(name, *key[1:])] = (function, shapes)
+        return programs
+
+    def _draw_sets(self, case: Case) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+        """Argument sets that take turns."""
+        ids = draw_topk_ids(self.rng, case.shape, case.tokens, case.routing)
+        work = ExpertWork.of(case.shape, local_group_sizes(case.shape, ids), case.tokens)
+        count = sets_to_rotate(work.bytes, self.l2_bytes)
+        drawn = [ids, *(draw_topk_ids(self.rng, case.shape, case.tokens, case.routing) for _ in range(count - 1))]
+        return [(*random_tokens(case.shape, case.tokens, self._key()), jnp.asarray(ids)) for ids in drawn]
+
+    def _add(self, case: Case, name: str, sets: list, measure: Callable[..., dict[str, Any]], *arguments: Any) -> None:
+        """Measure one contestant, and keep what came of it, failures too."""
+        row: dict[str, Any] = {
+            "case": case.name,
+            "kind": case.kind,
+            "shape": case.shape.name,
+            "tokens": case.tokens,
+            "routing": case.routing,
+            "contestant": name,
+            "mean_rows": case.rows_per_expert,
+            **self._work(case, [np.asarray(ids) for _, _, ids in sets]),
+        }
+        try:
+            row |= measure(case, sets, row, *arguments)
+        except FAILURES as error:
+            row["failed"] = describe_failure(error)
+        self.rows.append(row)
+        self.report(f"  {case.name:44s} {name:22s} {summary(row)}")
+
+    @staticmethod
+    def _work(case: Case, drawn: Sequence[np.ndarray]) -> dict[str, Any]:
+        """Of a call, on average over the argument sets."""
+        sizes = [local_group_sizes(case.shape, ids) for ids in drawn]
+        works = [ExpertWork.of(case.shape, size, case.tokens) for size in sizes]
+        passes = 3 if case.kind == "backward" else 1  # two products in the backward pass for each of the forward pass
+        together = np.concatenate(sizes)
+        return {
+            "flops": passes * statistics.mean(work.flops for work in works),
+            "weight_bytes": statistics.mean(work.weight_bytes for work in works),
+            "largest_group": int(together.max()),
+            "ceiling_128": tile_ceiling(together, 128),
+            "ceiling_64": tile_ceiling(together, 64),
+        }
+
+    def _measure(
+        self,
+        case: Case,
+        sets: list,
+        row: Mapping[str, Any],
+        contestant: Contestant,
+        compiled: Mapping[tuple, Program],
+        weights: Weights,
+        layouts: Mapping[str, Weights],
+    ) -> dict[str, Any]:
+        """Check, then time; one that is wrong is not timed."""
+        program = compiled[case.kind, case.tokens, contestant.name]
+        if program.call is None:
+            raise RuntimeError(f"does not compile: {program.failure}")
+        prepared = layouts[contestant.name]
+        check = self._check(case, contestant, program.call, weights, prepared)
+        outcome: dict[str, Any] = {"error": check.error, "repeats": check.repeats, "waits_for_host": program.waits}
+        if not check.passed:
+            return {**outcome, "failed": f"wrong: {check}"}
+        arguments = [(*tokens, prepared) for tokens in sets]
+        if case.kind == "backward":
+            arguments = [(*given, random_tokens(case.shape, case.tokens, self._key())[0]) for given in arguments]
+        timing = self._time(program.call, arguments)
+        outcome |= self._shares(timing, row)
+        in_program = compiled.get(("in program", case.tokens, contestant.name))
+        if case.kind == "forward" and in_program is not None and in_program.call is not None:
+            turns = [sets[number % len(sets)] for number in range(IN_PROGRAM_CALLS)]
+            whole = self._time(in_program.call, [([list(tokens) for tokens in turns], prepared)])
+            outcome["in_program_seconds"] = whole.queued / IN_PROGRAM_CALLS
+        if case.kind == "backward":
+            outcome |= self._gradient_parts(case, sets, contestant, compiled, weights)
+        return outcome
+
+    def _check(self, case: Case, contestant: Contestant, call: Any, weights: Weights, prepared: Weights) -> Check:
+        """With a routing that has hot and empty experts."""
+        ids = draw_topk_ids(self.rng, case.shape, case.tokens, "zipf")
+        if case.kind == "backward":
+            return check_backward(call, weights, case.shape, ids, self.rng)
+        return check_forward(call, weights, prepared, case.shape, ids, self.rng, with_traps=contestant.is_ours)
+
+    def _shares(self, timing: Timing, row: Mapping[str, Any]) -> dict[str, Any]:
+        matmuls = timing.kernel_seconds(MATMUL_KERNELS) or timing.seconds
+        return {
+            "seconds": timing.seconds,
+            "spread": timing.spread,
+            "call_seconds": timing.queued,
+            "issue_seconds": timing.issue,
+            "busy_seconds": None if timing.busy is None else timing.seconds,
+            "matmul_seconds": matmuls,
+            "kernels": dict(timing.kernels),
+            "copies_to_host": timing.copies_to_host,
+            "matmul_share": row["flops"] / matmuls / self.ceilings.dense_flops,
+            "block_share": row["flops"] / timing.seconds / self.ceilings.dense_flops,
+            "bandwidth_share": row["weight_bytes"] / matmuls / self.ceilings.copy_bytes or None,
+        }
+
+    def _gradient_parts(self, case, sets, contestant, compiled, weights) -> dict[str, Any]:
+        """Row and weight gradients of the gate/up projection alone."""
+        sizes = local_group_sizes(case.shape, np.asarray(sets[0][2]))
+        seconds: dict[str, float] = {}
+        for name, (_, (rows, cotangent, matrices, group_sizes)) in gradient_parts(case, contestant.name).items():
+            program = compiled[name, case.tokens, contestant.name]
+            if program.call is None:
+                raise RuntimeError(f"{name} does not compile: {program.failure}")
+            given = [
+                jax.random.normal(self._key(), rows.shape, rows.dtype),
+                jax.random.normal(self._key(), cotangent.shape, cotangent.dtype),
+                weights["gate_up_proj"].reshape(matrices.shape),
+                jnp.asarray(_fitted(sizes, rows.shape[0]), group_sizes.dtype),
+            ]
+            timing = self._time(program.call, [given])
+            seconds[f"{name}_seconds"] = timing.kernel_seconds(MATMUL_KERNELS) or timing.seconds
+        ratio = seconds["weights_gradient_seconds"] / seconds["rows_gradient_seconds"]
+        return {**seconds, "gradient_ratio": ratio}
+
+    def _measure_torch(self, case: Case, sets: list, row: Mapping[str, Any]) -> dict[str, Any]:
+        assert self.torch is not None
+        shape = case.shape
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "topk_ids.npy"
+            np.save(file, np.stack([np.asarray(ids) for _, _, ids in sets]))
+            description = {
+                "hidden_size": shape.hidden_size,
+                "intermediate_size": shape.intermediate_size,
+                "num_experts": shape.num_experts,
+                "local_experts": shape.local_experts,
+                "top_k": shape.top_k,
+                "activation": shape.activation.name,
+                "has_bias": shape.has_bias,
+            }
+            prepared = self.torch.request("prepare", shape=description, topk_ids=str(file))
+        if "failed" in prepared:
+            return prepared
+        if not prepared["error"] <= 2e-2:  # rounds between the steps
+            return {"error": prepared["error"], "failed": f"wrong: relative error {prepared['error']:.2g}"}
+        times = self.torch.request("measure", calls=10)
+        if "failed" in times:
+            return {**prepared, **times}
+        best = min(time for time in (times["queued"], times["graph"]) if time is not None)
+        return {
+            **prepared,
+            "seconds": best,
+            "call_seconds": best,
+            "queued_seconds": times["queued"],
+            "in_program_seconds": times["graph"],
+            "block_share": row["flops"] / best / self.ceilings.dense_flops,
+        }
+
+    def _time(self, call: Callable[..., Any], arguments: Sequence[Sequence[Any]]) -> Timing:
+        return time_calls(call, arguments, device_events=self.ceilings.device_events)
+
+    def _key(self) -> jax.Array:
+        return jax.random.key(int(self.rng.integers(2**31)))
+
+
+def _fitted(sizes: np.ndarray, rows: int) -> np.ndarray:
+    """The same group sizes, cut off after so many rows."""
+    ends = np.minimum(np.cumsum(sizes), rows)
+    return np.diff(ends, prepend=0)
+
+
+def summary(row: Mapping[str, Any]) -> str:
+    """One line on the terminal."""
+    if row.get("failed"):
+        return f"FAILED: {row['failed'].splitlines()[0][:160]}"
+    parts = [f"{row['call_seconds'] * 1e6:10,.1f} µs a call"]
+    if row.get("busy_seconds") is not None:
+        parts.append(f"{row['busy_seconds'] * 1e6:10,.1f} µs of kernels")
+    if row["mean_rows"] > 8:
+        share, name = row.get("matmul_share", row.get("block_share")), "of dense"
+    else:
+        share, name = row.get("bandwidth_share"), "of copy"
+    if share is not None:
+        parts.append(f"{100 * share:5.1f} % {name}")
+    if row.get("waits_for_host"):
+        parts.append(f"host waits: {', '.join(row['waits_for_host'])}")
+    return ", ".join(parts)
