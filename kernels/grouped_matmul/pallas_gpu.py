@@ -24,7 +24,12 @@ def unsupported(request: Request) -> str | None:
 
 def formulation(request: Request) -> Formulation:
     """Kernel and tiles of the forward pass."""
-    kernel, chosen = _chosen(request)
+    from ..mosaic_gpu.matmuls import chosen_for_forward
+
+    num_groups, width_out, width_in = request.weights.shape
+    shape = (num_groups, 1, width_out, width_in)
+    num_rows = request.rows.shape[0]
+    kernel, chosen = chosen_for_forward(num_rows, shape, request.rows.dtype, request.output_dtype, request.gpu)
     return Formulation(f"{kernel} kernel, {chosen.tiles}", chosen.reason)
 
 
@@ -36,13 +41,4 @@ def run(request: Request) -> Array:
     if rows.shape[0] == 0 or rows.shape[1] == 0 or weights.shape[1] == 0:
         return jnp.zeros((rows.shape[0], weights.shape[1]), request.output_dtype)
     groups = Groups.of(request.group_sizes, request.group_offset, weights.shape[0])
-    streamed = _chosen(request)[0] == "stream"
-    return multiply_groups(request.gpu, request.output_dtype, streamed, rows, weights, request.bias, groups)
-
-
-def _chosen(request: Request):
-    from ..mosaic_gpu.matmuls import chosen_for_forward
-
-    num_groups, width_out, width_in = request.weights.shape
-    shape = (num_groups, 1, width_out, width_in)
-    return chosen_for_forward(request.rows.shape[0], shape, request.rows.dtype, request.output_dtype, request.gpu)
+    return multiply_groups(request.gpu, request.output_dtype, rows, weights, request.bias, groups)

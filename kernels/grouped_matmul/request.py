@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from ..device import GpuDevice, gpu_device_of
+from ..device import GpuDevice, TpuDevice, gpu_device_of, tpu_device_of
 from ..selection import platform_of
 from ..varying import equally_varying
 
@@ -25,6 +25,8 @@ class Request:
     platform: str
     gpu: GpuDevice | None
     """The NVIDIA GPU that computes, if one does."""
+    tpu: TpuDevice | None
+    """The TPU that computes, if one does that kernels are known for."""
 
     @classmethod
     def of(
@@ -76,8 +78,17 @@ class Request:
         output_dtype = jnp.dtype(rows.dtype if preferred_element_type is None else preferred_element_type)
         if not jnp.issubdtype(output_dtype, jnp.floating):
             raise TypeError(f"preferred_element_type must be floating, got {output_dtype}")
-        platform, gpu = platform_of(weights, rows), gpu_device_of(weights, rows)
-        return cls(rows, weights, group_sizes, bias, group_offset, output_dtype, platform, gpu)
+        return cls(
+            rows,
+            weights,
+            group_sizes,
+            bias,
+            group_offset,
+            output_dtype,
+            platform_of(weights, rows),
+            gpu_device_of(weights, rows),
+            tpu_device_of(weights, rows),
+        )
 
     def equally_varying(self) -> Self:
         """The same arguments, fit to meet each other in loops and custom gradients inside `jax.shard_map`."""

@@ -9,7 +9,13 @@ from typing import Literal
 import jax.numpy as jnp
 
 from ..device import GpuDevice
-from . import blackwell_rows_kernel, rows_kernel, stream_tiles, weights_gradient_kernel
+from . import (
+    blackwell_rows_kernel,
+    blackwell_weights_gradient_kernel,
+    rows_kernel,
+    stream_tiles,
+    weights_gradient_kernel,
+)
 from .tiles import RowTiles, StreamTiles, WeightsGradientTiles
 from .tuning import KernelShape, rows_bucket, tuned_tiles
 
@@ -61,7 +67,11 @@ def choose_tiles(
         return ChosenTiles(tuned.tiles, tuned.source)
     itemsize, output_itemsize = dtype.itemsize, jnp.dtype(output_dtype).itemsize
     sizes = (num_rows, num_groups, width_in, width_out, projections, itemsize, device)
-    if kernel == "weights_gradient":
+    if kernel == "weights_gradient" and is_blackwell(device):
+        tiles = blackwell_weights_gradient_kernel.default_blackwell_weights_gradient_tiles(
+            num_groups, width_out, width_in, itemsize, device
+        )
+    elif kernel == "weights_gradient":
         tiles = weights_gradient_kernel.default_weights_gradient_tiles(
             num_rows, num_groups, width_out, width_in, itemsize, output_itemsize, device
         )

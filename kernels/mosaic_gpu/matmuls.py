@@ -12,9 +12,16 @@ from ..activations import Activation
 from ..device import GpuDevice
 from ..groups import Groups
 from ..varying import varying_like
-from . import blackwell_rows_kernel, rows_kernel, stream_kernel, weights_gradient_kernel
+from . import (
+    blackwell_rows_kernel,
+    blackwell_weights_gradient_kernel,
+    rows_kernel,
+    stream_kernel,
+    weights_gradient_kernel,
+)
 from .choice import ChosenTiles, choose_tiles, is_blackwell, streams_weights
-from .schedule import TileTable
+from .limits import SWIZZLES
+from .schedule import Alignment, TileTable
 
 
 def chosen_for_forward(
@@ -139,10 +146,22 @@ def multiply_compact(
 ) -> Float[Array, "M N"]:
     """Rows @ matrices + bias for groups that lie one after the other; rows before and after them become zero unread.
 
-    With `contract="out"` the middle axis of the weights is contracted: the gradient of rows.
+    With `contract="out"` the middle axis of the weights is contracted: the gradient of rows. Few rows per group, and results
+    that cannot be stored row by row, are computed in the aligned layout: rows are moved there and back.
     """
-    num_groups = weights.shape[0]
+    num_rows, num_groups = rows.shape[0], weights.shape[0]
     width_in, width_out = (weights.shape[2], weights.shape[1]) if contract == "in" else weights.shape[1:]
+    streamed = contract == "in" and streams_weights(num_rows, num_groups, device)
+    if streamed or width_out * jnp.dtype(output_dtype).itemsize % SWIZZLES[0]:
+        alignment = Alignment.of(groups, num_rows)
+        common = dict(output_dtype=output_dtype, device=device)
+        aligned_rows = rows[alignment.source]
+        if contract == "out":
+            result = rows_gradient(aligned_rows, weights, alignment.groups, **common)
+        else:
+            bias = None if bias is None else bias[:, None]
+            result = multiply(aligned_rows, weights[:, None], alignment.groups, bias=bias, **common)
+        return alignment.to_compact(result)
     chosen = choose_tiles(
         "rows" if contract == "in" else "rows_gradient",
         num_rows=rows.shape[0],
@@ -222,7 +241,8 @@ def weights_gradient(
         output_dtype=output_dtype,
         device=device,
     )
-    result = weights_gradient_kernel.weights_gradient(
+    kernel = blackwell_weights_gradient_kernel if is_blackwell(device) else weights_gradient_kernel
+    result = kernel.weights_gradient(
         cotangent, rows, groups, tiles=chosen.tiles, output_dtype=output_dtype, device=device
     )
     return varying_like(result, rows)

@@ -129,7 +129,8 @@ def multiply_rows(
         row_scale: float32 factor of each row of the result.
         keep_projected: also return what enters the activation, for the backward pass.
         zero_groups: whether the table may hold tiles of group -1, whose rows become zero without anything being read.
-        exact_rows: store no row outside a tile's own (compact layout); otherwise whole multiples of 8 rows (aligned layout).
+        exact_rows: store no row outside a tile's own (compact layout), for which rows of the result must be multiples of 128
+            bytes; otherwise whole multiples of 8 rows (aligned layout).
         output_dtype: bfloat16, float16 or float32.
         device: what the kernel runs on.
 
@@ -150,6 +151,11 @@ def multiply_rows(
     copies = 1 + column_parts * (projections if contract == "in" else 1)
     in_swizzle, out_swizzle = swizzle_bytes(width_in, dtype.itemsize), swizzle_bytes(width_out, dtype.itemsize)
     result_swizzle = swizzle_bytes(width_out, output_dtype.itemsize)
+    if exact_rows and result_swizzle < SWIZZLES[0]:
+        raise ValueError(
+            f"single rows of the result can be stored if they are multiples of {SWIZZLES[0]} bytes, got {width_out} columns of"
+            f" {output_dtype}"
+        )
     operands = {
         **table._asdict(),
         "rows": rows,

@@ -12,9 +12,9 @@ to shared memory can address; the rows of a tile that belong to its group are `f
 from typing import NamedTuple, Self
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from ..groups import Groups
+from ..groups import Groups, keep_rows
 
 ROW_ALIGNMENT = 8
 
@@ -29,6 +29,36 @@ def aligned_groups(sizes: Int[Array, "G"]) -> Groups:
     """Where the groups lie in the aligned layout."""
     spaces = -(-sizes // ROW_ALIGNMENT) * ROW_ALIGNMENT
     return Groups(jnp.cumsum(spaces) - spaces, sizes)
+
+
+class Alignment(NamedTuple):
+    """The way from the compact layout to the aligned one, and back."""
+
+    source: Int[Array, "Maligned"]
+    """Row of the compact layout that each aligned row is a copy of; any for padding."""
+    place: Int[Array, "M"]
+    """Aligned row of each compact row; any for rows of no group."""
+    groups: Groups
+    """The groups in the aligned layout."""
+    contained: Bool[Array, "M"]
+    """Whether a compact row belongs to a group."""
+
+    @classmethod
+    def of(cls, groups: Groups, num_rows: int) -> Self:
+        """Align `groups`, which lie one after the other among `num_rows` rows."""
+        num_groups = groups.sizes.shape[0]
+        aligned, length = aligned_groups(groups.sizes), aligned_num_rows(num_rows, num_groups)
+        row = jnp.arange(num_rows, dtype=jnp.int32)
+        group = jnp.sum(row[:, None] >= (groups.starts + groups.sizes)[None, :], axis=1)
+        group = jnp.minimum(group, num_groups - 1)
+        contained = groups.contain(num_rows)
+        place = jnp.where(contained, aligned.starts[group] + row - groups.starts[group], length)
+        source = jnp.zeros(length, jnp.int32).at[place].set(row, mode="drop", unique_indices=True)
+        return cls(source, jnp.minimum(place, length - 1), aligned, contained)
+
+    def to_compact(self, rows: Float[Array, "Maligned N"]) -> Float[Array, "M N"]:
+        """Rows moved back; zero for those of no group."""
+        return keep_rows(rows[self.place], self.contained)
 
 
 class TileTable(NamedTuple):
