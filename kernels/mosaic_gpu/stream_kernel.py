@@ -29,9 +29,11 @@ from .stores import store_rows, swizzled
 from .stream_tiles import check_stream_tiles, multiplying_warpgroups, swizzle_bytes
 from .tiles import StreamTiles
 
-COPYING_REGISTERS = 40
-MULTIPLYING_REGISTERS = 232
+COPYING_REGISTERS = 56
+MULTIPLYING_REGISTERS = 224
 """Per thread; what two warpgroups that multiply leave to one that copies."""
+LEAST_FACTORS = 32
+"""Room for factors of rows, per warpgroup: bulk copies arrive at multiples of 128 bytes."""
 
 
 def stream_weights(
@@ -95,7 +97,7 @@ def stream_weights(
     swizzle_bytes(width_out, problem.output_dtype.itemsize)
     operands = {**table._asdict(), "rows": rows, "weights": weights, "bias": bias}
     if problem.is_whole:
-        operands["row_scale"] = row_scale
+        operands["row_scale"] = None if row_scale is None else row_scale.astype(jnp.float32)
     result = _call(problem, {name: operand for name, operand in operands.items() if operand is not None})
     if not problem.is_transposed:
         return result
@@ -190,7 +192,7 @@ def _call(problem: _Problem, operands: dict[str, Array]) -> Array:
     if "bias" in operands:
         scratch["bias_smem"] = plgpu.SMEM((warpgroups, projections, part_columns), operands["bias"].dtype)
     if "row_scale" in operands:
-        scratch["row_scale_smem"] = plgpu.SMEM((warpgroups, tiles.rows), operands["row_scale"].dtype)
+        scratch["row_scale_smem"] = plgpu.SMEM((warpgroups, max(tiles.rows, LEAST_FACTORS)), jnp.float32)
     vectors = (projections if "bias" in operands else 0) + ("row_scale" in operands)
     if vectors:
         scratch["vectors_filled"] = plgpu.Barrier(num_arrivals=vectors, num_barriers=warpgroups)
@@ -341,7 +343,8 @@ def _copy_vectors(problem: _Problem, unit: _Unit, warpgroup: Array, named: dict[
             plgpu.copy_gmem_to_smem(source, destination, named["vectors_filled"].at[warpgroup])
     if "row_scale" in named:
         source = named["row_scale"].at[pl.ds(unit.row, problem.tiles.rows)]
-        plgpu.copy_gmem_to_smem(source, named["row_scale_smem"].at[warpgroup], named["vectors_filled"].at[warpgroup])
+        destination = named["row_scale_smem"].at[warpgroup, pl.ds(0, problem.tiles.rows)]
+        plgpu.copy_gmem_to_smem(source, destination, named["vectors_filled"].at[warpgroup])
 
 
 def _finish(
@@ -365,7 +368,7 @@ def _finish(
     if problem.is_whole:
         values = [activate(problem.activation, values)]
     if "row_scale" in named:
-        values = [values[0] * named["row_scale_smem"][warpgroup][None, :]]
+        values = [values[0] * named["row_scale_smem"][warpgroup, pl.ds(0, problem.tiles.rows)][None, :]]
 
     buffers = named["result_smem"].at[warpgroup]
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -61,7 +61,7 @@ def shared_memory_bytes(tiles: StreamTiles, projections: int, itemsize: int, out
         tiles.stages * projections * tiles.columns * tiles.depth * itemsize,
         results * tiles.rows * tiles.columns * result_itemsize,
         projections * tiles.columns * 4,
-        warpgroups * tiles.rows * 4,
+        warpgroups * max(tiles.rows, 32) * 4,
     )
     barriers = 8 * (2 * tiles.stages + warpgroups)
     return sum(_round_up(size, ALLOCATION_ALIGNMENT) for size in (*buffers, barriers))
@@ -118,7 +118,7 @@ def default_stream_tiles(
     itemsize: int,
     device: GpuDevice,
 ) -> StreamTiles:
-    """Tiles for `num_rows` rows that belong to `num_groups` groups in a random way, from static shapes alone.
+    """Tiles for `num_rows` rows that belong to `num_groups` groups at random, from static shapes alone.
 
     The rows hold a typical group; columns and splits are those of the least `_cost`; stages are as many as fit.
 
