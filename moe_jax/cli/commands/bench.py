@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from pathlib import Path
 
 from moe_jax.cli import arguments as shared
 from moe_jax.cli import exit_codes
@@ -16,9 +17,12 @@ EXAMPLES = """\
   moe-jax bench moe-block --experts 8 --top-k 2 --intermediate-size 3584 --tokens 1 --tokens 512
   moe-jax bench generate examples/demo_model
   moe-jax bench generate MODEL --batch 8 --prompt-tokens 512 --new-tokens 128 --json
+  moe-jax bench gpu-kernels --shape qwen3-30b-a3b --tokens 8192
+  moe-jax bench gpu-kernels --shape qwen3-30b-a3b --tokens 8192 --tune
 """
 
 DEFAULT_TOKENS = (1, 16, 128, 512, 2048)
+DEFAULT_KERNEL_TOKENS = (8, 8192)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +72,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     block.add_argument("--dtype", choices=shared.DTYPES, default="float32", help="number format (default: float32)")
     shared.add_json(block)
     block.set_defaults(run_benchmark=run_moe_block)
+
+    kernels = benchmarks.add_parser(
+        "gpu-kernels",
+        help="time of the expert kernels on an NVIDIA GPU; --tune finds faster tile sizes",
+        description="Time each kernel of the experts with the tile sizes it would use, or find faster ones.",
+    )
+    kernels.add_argument(
+        "--shape",
+        action="append",
+        metavar="NAME",
+        help="shape of a published model's experts; may be given several times (default: all)",
+    )
+    kernels.add_argument(
+        "--tokens",
+        action="append",
+        type=shared.positive_int,
+        metavar="N",
+        help=f"tokens; may be given several times (default: {', '.join(map(str, DEFAULT_KERNEL_TOKENS))})",
+    )
+    kernels.add_argument("--backward", action="store_true", help="the kernels of the gradients too")
+    kernels.add_argument("--tune", action="store_true", help="try other tile sizes, and keep what is clearly faster")
+    kernels.add_argument(
+        "--into",
+        type=Path,
+        metavar="FILE",
+        help="with --tune: the file of tuned tiles to extend (default: the user's, in the cache folder)",
+    )
+    kernels.add_argument(
+        "--most-candidates", type=shared.positive_int, metavar="N", help="with --tune: try at most so many per kernel"
+    )
+    shared.add_json(kernels)
+    kernels.set_defaults(run_benchmark=run_gpu_kernels)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -174,6 +210,27 @@ def run_moe_block(arguments: argparse.Namespace) -> int:
         ],
     )
     return exit_codes.SUCCESS
+
+
+def run_gpu_kernels(arguments: argparse.Namespace) -> int:
+    """`bench gpu-kernels`."""
+    from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES
+    from moe_jax.kernels.device import gpu_device_of
+    from moe_jax.kernels.mosaic_gpu.limits import unsupported_device
+
+    if arguments.into is not None and not arguments.tune:
+        raise ValueError("--into says where tuned tiles go: it needs --tune")
+    names = arguments.shape or list(EXPERT_SHAPES)
+    if unknown := set(names) - set(EXPERT_SHAPES):
+        raise ValueError(f"unknown --shape {', '.join(sorted(unknown))}; legal are {', '.join(EXPERT_SHAPES)}")
+    device = gpu_device_of()
+    if device is None or (reason := unsupported_device(device, "gpu")) is not None:
+        raise ValueError(f"bench gpu-kernels cannot run: {reason if device else unsupported_device(None, 'cpu')}")
+    from moe_jax.cli.gpu_kernels import time_and_show, tune_and_show
+
+    shapes = [EXPERT_SHAPES[name] for name in names]
+    tokens = arguments.tokens or DEFAULT_KERNEL_TOKENS
+    return (tune_and_show if arguments.tune else time_and_show)(arguments, shapes, tokens, device)
 
 
 def machine() -> dict[str, str]:
