@@ -50,7 +50,7 @@ _COPY_WARP, _MULTIPLY_WARP = 0, 1  # warps of the multiplying warpgroup
 
 
 def blackwell_shared_memory_bytes(tiles: RowTiles, projections: int, itemsize: int) -> int:
-    """What a block needs: the ring of steps, the buffers of results, and barriers."""
+    """The most that a block needs: the ring of steps, the buffers of results, and barriers."""
     step = (tiles.rows + projections * tiles.columns) * tiles.depth * itemsize
     results = RESULT_BUFFERS * tiles.rows * SWIZZLE_BYTES
     return tiles.stages * (step + 2 * 8) + results + 1024
@@ -168,8 +168,10 @@ def multiply_rows(
         [M, N]; with `keep_projected` also [M, projections, N]. Rows of no tile are not written: they hold anything, NaN too.
 
     Raises:
-        ValueError: tiles that don't fit.
+        ValueError: tiles that don't fit, or several projections whose outputs are contracted.
     """
+    if contract == "out" and projections != 1:
+        raise ValueError(f"contract='out' takes one matrix per group, got projections={projections}")
     check_blackwell_row_tiles(tiles, projections, rows.dtype.itemsize, device)
     dtype, output_dtype = rows.dtype, jnp.dtype(output_dtype)
     true_shape = rows.shape[0], weights.shape[1] if contract == "in" else weights.shape[2]

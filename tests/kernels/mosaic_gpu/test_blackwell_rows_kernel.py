@@ -138,6 +138,14 @@ def test_fewer_rows_than_a_tile_and_widths_below_a_tile_are_multiplied(rng):
     assert_close(multiply(problem, blocks=1)[:7], problem.result[:7])
 
 
+def test_several_projections_whose_outputs_are_contracted_are_refused(rng):
+    problem = draw(rng, compact((5, 3)), num_rows=8, projections=2, activation=Activation("silu"))
+    problem = dataclasses.replace(problem, operands=problem.operands | {"contract": "out"})
+    with pytest.raises(ValueError, match="one matrix per group, got projections=2"):
+        multiply(problem)
+
+
+@pytest.mark.slow
 def test_no_rows_in_any_group_write_nothing(rng):
     problem = draw(rng, compact((0, 0)), num_rows=8)
     assert np.isnan(multiply(problem)).all()
