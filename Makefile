@@ -7,9 +7,13 @@ MAKEFLAGS += --no-print-directory
 
 VENV := .venv
 GOLDEN_VENV := .venv-golden
+AOT_VENV := .venv-aot
+OLDEST_VENV := .venv-oldest
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check
 TEST_WORKERS ?= 2
+# What has to be set before jax is imported, to compile for accelerators that are not there.
+AOT_ENVIRONMENT := JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 TPU_SKIP_MDS_QUERY=1
 
 # The environment that these targets set up holds the CPU build of jax; JAX_PLATFORMS=... overrides.
 export JAX_PLATFORMS ?= cpu
@@ -56,6 +60,13 @@ golden: $(GOLDEN_VENV)/.installed  ## Write the golden files of tests/golden ane
 check-transformers: $(VENV)/.installed-test $(GOLDEN_VENV)/.installed  ## Run the checks that need transformers itself
 	$(BIN)/python -m pytest -m transformers $(PYTEST_ARGS) tests/transformers
 
+aot: $(AOT_VENV)/.installed  ## Compile every GPU kernel of published models for GPUs that are not there, and check the code
+	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/gpu_kernels.py --output build/aot $(AOT_ARGS)
+
+test-oldest: $(OLDEST_VENV)/.installed  ## Test and compile the kernels with the oldest supported jax
+	$(OLDEST_VENV)/bin/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS) tests/kernels tests/aot
+	$(AOT_ENVIRONMENT) $(OLDEST_VENV)/bin/python tests/aot/gpu_kernels.py --output build/aot-oldest $(AOT_ARGS)
+
 bench: $(VENV)/.installed-test  ## Measure on this machine; JSON under build/benchmarks
 	@mkdir -p build/benchmarks
 	$(BIN)/python benchmarks/import_time.py --json build/benchmarks/import_time.json
@@ -66,7 +77,7 @@ constraints: $(VENV)/.installed-test  ## Write constraints.txt from what .venv h
 	mv build/constraints.txt constraints.txt
 
 clean:  ## Remove what was built, and the environments
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis $(VENV) $(GOLDEN_VENV)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis $(VENV) $(GOLDEN_VENV) $(AOT_VENV) $(OLDEST_VENV)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Set-up. A stamp inside the environment remembers that it is complete; it is redone when what it was made from changes.
@@ -87,6 +98,27 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e '.[test]'
 	@touch $@
 
+$(AOT_VENV)/.installed: pyproject.toml setup.py constraints.txt constraints-aot.txt | scripts/find-python
+	@python="$${PYTHON:-$$(scripts/find-python)}" && test -n "$$python" && \
+	echo "Setting up $(AOT_VENV) with $$("$$python" -V) ($$python)" && \
+	"$$python" -m venv --clear $(AOT_VENV)
+	@$(AOT_VENV)/bin/python $(PIP_INSTALL) -c constraints-aot.txt setuptools
+	@$(AOT_VENV)/bin/python $(PIP_INSTALL) -c constraints-aot.txt --no-build-isolation -e '.[aot]'
+	@touch $@
+
+# constraints-oldest.txt takes the place of the lines of constraints.txt that name the same packages.
+$(OLDEST_VENV)/.installed: pyproject.toml setup.py constraints.txt constraints-oldest.txt | scripts/find-python
+	@python="$${PYTHON:-$$(scripts/find-python)}" && test -n "$$python" && \
+	echo "Setting up $(OLDEST_VENV) with $$("$$python" -V) ($$python)" && \
+	"$$python" -m venv --clear $(OLDEST_VENV)
+	@mkdir -p build
+	@{ cat constraints-oldest.txt; \
+	   grep -vf <(sed -n 's/^\([A-Za-z0-9_-]*==\).*/^\1/p' constraints-oldest.txt) constraints.txt; } > build/constraints-oldest.txt
+	@$(OLDEST_VENV)/bin/python $(PIP_INSTALL) -c build/constraints-oldest.txt setuptools
+	@$(OLDEST_VENV)/bin/python $(PIP_INSTALL) -c build/constraints-oldest.txt --no-build-isolation -e '.[aot]' \
+	    hypothesis pytest pytest-xdist
+	@touch $@
+
 $(GOLDEN_VENV)/.installed: tests/golden/requirements.txt
 	@python="$${GOLDEN_PYTHON:-$$(scripts/find-python 3.11 3.11)}" && test -n "$$python" && \
 	echo "Setting up $(GOLDEN_VENV) with $$("$$python" -V) ($$python)" && \
@@ -94,4 +126,5 @@ $(GOLDEN_VENV)/.installed: tests/golden/requirements.txt
 	@$(GOLDEN_VENV)/bin/python $(PIP_INSTALL) -r tests/golden/requirements.txt
 	@touch $@
 
-.PHONY: demo test help test-slow test-all lint style format types golden-env golden check-transformers bench constraints clean
+.PHONY: demo test help test-slow test-all lint style format types golden-env golden check-transformers aot test-oldest bench \
+	constraints clean

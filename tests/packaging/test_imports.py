@@ -17,6 +17,7 @@ PYTHON_FOLDERS = (*LIBRARY_FOLDERS, "benchmarks", "examples", "tests")
 # Who may import whom inside the project; a part may always import itself. Dependencies point one way.
 ALLOWED = {
     "kernels": set(),
+    "aot": {"kernels"},
     "json_files": set(),
     "config": {"kernels"},
     "families": {"config", "kernels"},

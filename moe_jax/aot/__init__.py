@@ -1,0 +1,1 @@
+"""Compiling ahead of time for accelerators that are not present, and reading what their compilers report."""

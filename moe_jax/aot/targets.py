@@ -1,0 +1,170 @@
+"""Accelerators that programs can be compiled for without one being present.
+
+A target's `topology()` has devices on which programs can be lowered and compiled, not run; what is traced and lowered for it
+must be inside its `lowering()`.
+
+Some environment variables are read when jax is imported, so they have to be set before that; `check_environment` says which:
+
+- `JAX_PLATFORMS=cpu`: no device is looked for, whatever the machine has;
+- `JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1`: the CUDA plugin is content without a driver and without the CUDA libraries.
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from importlib import metadata
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.experimental.mosaic.gpu import utils as mosaic_gpu_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moe_jax.kernels.device import GPU_DEVICES, GpuDevice, targeting
+
+GPU_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+"""What must be set before jax is imported, to compile for GPUs."""
+GPU_PLUGINS = ("jax-cuda13-plugin", "jax-cuda13-pjrt")
+"""What must be installed beside jax, in jax's own version, to compile for GPUs; nothing else of CUDA is needed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Board:
+    """What XLA wants to know of a GPU beyond what our kernels do; it steers XLA's own cost estimates."""
+
+    clock_ghz: float
+    memory_bytes: int
+    bytes_per_second: int
+
+
+_BOARDS = {
+    "a100": _Board(clock_ghz=1.41, memory_bytes=85_100_068_864, bytes_per_second=2_039_040_000_000),
+    "h100": _Board(clock_ghz=1.98, memory_bytes=84_942_979_072, bytes_per_second=3_352_320_000_000),
+    "h200": _Board(clock_ghz=1.98, memory_bytes=151_397_597_184, bytes_per_second=4_800_000_000_000),
+    "b200": _Board(clock_ghz=1.965, memory_bytes=191_514_411_008, bytes_per_second=7_672_320_000_000),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GpuTarget:
+    """Hosts with GPUs of one kind."""
+
+    device: GpuDevice
+    """The kind of GPU."""
+    hosts: int = 1
+    """How many processes there are."""
+    gpus_per_host: int = 1
+    """How many GPUs each process has."""
+
+    @classmethod
+    def named(cls, name: str, *, hosts: int = 1, gpus_per_host: int = 1) -> "GpuTarget":
+        """The target with the GPU of that name.
+
+        Raises:
+            ValueError: unknown name, or a number that is not positive.
+        """
+        if name not in _BOARDS:
+            raise ValueError(f"unknown GPU {name!r}; legal are {', '.join(_BOARDS)}")
+        if hosts < 1 or gpus_per_host < 1:
+            raise ValueError(f"hosts and gpus_per_host must be at least 1, got {hosts} and {gpus_per_host}")
+        return cls(device=GPU_DEVICES[name], hosts=hosts, gpus_per_host=gpus_per_host)
+
+    def topology(self) -> topologies.TopologyDescription:
+        """The GPUs, in a form that XLA compiles for.
+
+        Raises:
+            RuntimeError: the environment is not fit for it, see `check_environment`.
+        """
+        check_environment()
+        return topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=self.device.name,
+            target_config=target_config(self.device),
+            topology=f"{self.hosts}x{self.gpus_per_host}x1",
+        )
+
+    def one_device(self) -> NamedSharding:
+        """Sharding that puts an array on the first GPU."""
+        return NamedSharding(Mesh(np.array(self.topology().devices[:1]), ("device",)), PartitionSpec())
+
+    @contextlib.contextmanager
+    def lowering(self) -> Iterator[None]:
+        """Trace and lower for this target: kernels are chosen for its GPU, and lowered for its architecture.
+
+        Without a GPU, Mosaic GPU lowers for Hopper whatever the target is, and there is no public way to say otherwise. It is
+        said through a private function, which is put back afterwards; nothing else may be lowered meanwhile in other threads.
+        """
+        private = mosaic_gpu_utils._infer_arch
+        mosaic_gpu_utils._infer_arch = lambda: self.device.compute_capability
+        try:
+            with targeting(self.device):
+                yield
+        finally:
+            mosaic_gpu_utils._infer_arch = private
+
+
+def check_environment() -> None:
+    """Whether this process can compile for GPUs that are not there.
+
+    Raises:
+        RuntimeError: a variable is not set, or a plugin is missing or of another version than jax; says what to do.
+    """
+    unset = {name: value for name, value in GPU_ENVIRONMENT.items() if os.environ.get(name) != value}
+    if unset:
+        wanted = " ".join(f"{name}={value}" for name, value in unset.items())
+        found = ", ".join(f"{name}={os.environ.get(name)!r}" for name in unset)
+        raise RuntimeError(f"to compile for GPUs ahead of time, start Python with {wanted} set; found {found}")
+    for plugin in GPU_PLUGINS:
+        try:
+            version = metadata.version(plugin)
+        except metadata.PackageNotFoundError:
+            version = None
+        if version != jax.__version__:
+            wanted = " ".join(f"{name}=={jax.__version__}" for name in GPU_PLUGINS)
+            raise RuntimeError(
+                f"to compile for GPUs ahead of time, {plugin} of jax's version {jax.__version__} must be installed, found"
+                f" {version}; pip install {wanted} (no other CUDA package is needed)"
+            )
+
+
+def target_config(device: GpuDevice) -> str:
+    """Text form of XLA's `GpuTargetConfigProto` for one of `GPU_DEVICES`."""
+    board = _BOARDS[device.name]
+    major, minor = device.compute_capability
+    accelerated = "feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
+    return f"""
+gpu_device_info {{
+  name: "{device.name}"
+  device_vendor: "NVIDIA Corporation"
+  cuda_compute_capability {{ major: {major} minor: {minor} {accelerated} }}
+  core_count: {device.multiprocessors}
+  fpus_per_core: 128
+  clock_rate_ghz: {board.clock_ghz}
+  device_memory_size: {board.memory_bytes}
+  memory_bandwidth: {board.bytes_per_second}
+  l2_cache_size: {device.l2_bytes}
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: {device.shared_memory_bytes}
+  shared_memory_per_core: {device.shared_memory_bytes + 1024}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  threads_per_warp: 32
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  device_address_bits: 64
+  driver_version: "13.0.0"
+  runtime_version: "12.8.0"
+  compile_time_toolkit_version: "12.8.0"
+  dnn_version: "9.10.0"
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "{device.name}"
+"""

@@ -1,0 +1,101 @@
+"""The enumeration of kernels to be compiled covers what models call; its report names every failure."""
+
+import argparse
+import dataclasses
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from aot import gpu_kernels
+
+from moe_jax.aot.targets import GpuTarget
+from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES
+
+REPORT = {
+    "registers": 168,
+    "shared_memory_bytes": 229440,
+    "spill_store_bytes": 0,
+    "spill_load_bytes": 0,
+    "tensor_core_instructions": 4,
+}
+GOOD = {"kernel": "rows", "arrays": "[8,8]", "buffers": ["b[8]"], "tokens": [1, 32], "calls": 3, "report": REPORT}
+
+
+@pytest.mark.parametrize(
+    ("program", "tokens", "gpu"),
+    [
+        ("fused_moe", 1, "h200"),
+        ("fused_moe gradient", 4096, "h200"),
+        ("fused_moe", 4096, "b200"),
+        ("grouped_matmul gradient", 4096, "b200"),
+    ],
+)
+def test_programs_call_kernels_for_every_product(program, tokens, gpu):
+    shape = dataclasses.replace(EXPERT_SHAPES["gpt-oss-20b"], hidden_size=256, intermediate_size=128)
+    calls = gpu_kernels.traced_kernels(program, shape, tokens, GpuTarget.named(gpu))
+    read = {operand.shape for call in calls for operand in call.operands}
+    written = {result.shape for call in calls for result in call.results}
+    gate_up, down = (64, 128, 256), (32, 256, 128)
+    assert down in read
+    if program.startswith("fused_moe"):
+        assert gate_up in read
+    if program.endswith("gradient"):
+        assert down in written
+
+
+def run(monkeypatch, tmp_path, rows):
+    monkeypatch.setattr(gpu_kernels, "check_environment", lambda: None)
+    monkeypatch.setattr(gpu_kernels, "run_in_child", lambda gpu, model, arguments: rows)
+    monkeypatch.setattr(sys, "argv", ["gpu_kernels.py", "--gpus", "h200", "--models", "olmoe-1b-7b"])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--output", str(tmp_path / "aot")])
+    return gpu_kernels.main()
+
+
+def test_success_is_reported_with_the_figures_and_what_was_not_compiled_twice(monkeypatch, tmp_path, capsys):
+    good = {"gpu": "h200", "model": "olmoe-1b-7b", **GOOD, "failures": []}
+    assert run(monkeypatch, tmp_path, [good]) == 0
+    printed = capsys.readouterr().out
+    assert "1-32" in printed
+    assert "168        229440  0       4" in printed
+    assert f"jax {jax.__version__}: 1 kernels compiled" in printed
+    assert "2 more calls differ in numbers of rows only; 0 failures" in printed
+    assert json.loads((tmp_path / "aot" / "gpu_kernels.json").read_text())["rows"] == [good]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {**GOOD, "failures": ["20 bytes of spill stores"]},
+        {"kernel": "?", "failures": ["exit code -6: the compiler aborted"]},
+        {"kernel": "fused_moe", "tokens": [8], "failures": ["NotImplementedError: no such kernel"]},
+    ],
+    ids=["kernel", "process", "program"],
+)
+def test_any_failure_fails_the_whole_and_is_listed(monkeypatch, tmp_path, capsys, bad):
+    rows = [{"gpu": "h200", "model": "olmoe-1b-7b", **row} for row in ({**GOOD, "failures": []}, bad)]
+    assert run(monkeypatch, tmp_path, rows) == 1
+    printed = capsys.readouterr().out
+    assert "1 failures" in printed
+    assert bad["failures"][0] in printed.splitlines()[-1]
+
+
+def test_finding_no_kernel_at_all_is_a_failure(monkeypatch, tmp_path):
+    assert run(monkeypatch, tmp_path, []) == 1
+
+
+def test_a_process_that_dies_is_a_failure_of_its_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    arguments = argparse.Namespace(output=tmp_path, tokens=(1,))
+    (row,) = gpu_kernels.run_in_child("h200", "olmoe-1b-7b", arguments)
+    assert (row["gpu"], row["model"]) == ("h200", "olmoe-1b-7b")
+    assert row["failures"] == ["exit code 1: "]
+
+
+def test_what_a_compiler_raises_is_a_failure_with_its_words():
+    def raises():
+        raise NotImplementedError("layout")
+
+    assert gpu_kernels.attempt(raises) == (None, ["NotImplementedError: layout"])
+    assert gpu_kernels.attempt(jnp.sign, -3) == (-1, [])

@@ -1,0 +1,60 @@
+"""Targets are described completely, lowering for one leaves nothing behind, and an unfit environment is refused with advice."""
+
+import pytest
+from jax.experimental.mosaic.gpu import utils as mosaic_gpu_utils
+
+from moe_jax.aot import targets
+from moe_jax.aot.targets import GPU_PLUGINS, GpuTarget, check_environment, target_config
+from moe_jax.kernels.device import GPU_DEVICES, gpu_device_of
+
+
+@pytest.mark.parametrize("name", GPU_DEVICES)
+def test_every_known_gpu_can_be_a_target(name):
+    text = target_config(GpuTarget.named(name).device)
+    major, minor = GPU_DEVICES[name].compute_capability
+    assert f"cuda_compute_capability {{ major: {major} minor: {minor}" in text
+    assert f"core_count: {GPU_DEVICES[name].multiprocessors}\n" in text
+    assert ("ACCELERATED_FEATURES" in text) == (major >= 9)
+
+
+def test_lowering_is_for_the_target_and_ends_with_the_block_even_after_an_error():
+    before = mosaic_gpu_utils._infer_arch
+    target = GpuTarget.named("b200")
+    with target.lowering():
+        assert mosaic_gpu_utils._infer_arch() == (10, 0)
+        assert gpu_device_of() == target.device
+    with pytest.raises(ZeroDivisionError), target.lowering():
+        _ = 1 / 0
+    assert mosaic_gpu_utils._infer_arch is before
+    assert gpu_device_of() is None
+
+
+def test_unknown_gpus_and_numbers_are_refused_with_the_legal_ones():
+    with pytest.raises(ValueError, match="unknown GPU 'h300'; legal are a100, h100, h200, b200"):
+        GpuTarget.named("h300")
+    with pytest.raises(ValueError, match="must be at least 1, got 0 and 8"):
+        GpuTarget.named("h200", hosts=0, gpus_per_host=8)
+
+
+def test_an_environment_without_the_variables_is_refused_with_what_to_set(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.delenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", raising=False)
+    with pytest.raises(RuntimeError, match="start Python with JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 set; found .*=None"):
+        check_environment()
+
+
+@pytest.mark.parametrize("version", [None, "0.4.0"])
+def test_a_missing_plugin_or_one_of_another_version_is_refused_with_what_to_install(monkeypatch, version):
+    def installed(name):
+        if version is None:
+            raise targets.metadata.PackageNotFoundError(name)
+        return version
+
+    for name, value in targets.GPU_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(targets.metadata, "version", installed)
+    monkeypatch.setattr(targets.jax, "__version__", "7.8.9")
+    with pytest.raises(
+        RuntimeError, match=f"found {version}; pip install {GPU_PLUGINS[0]}==7.8.9 {GPU_PLUGINS[1]}==7.8.9"
+    ):
+        GpuTarget.named("h200").topology()
