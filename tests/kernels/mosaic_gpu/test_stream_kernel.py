@@ -150,14 +150,14 @@ def test_every_default_computes_exactly_the_rows_of_groups(choice, rng):
     assert_rows_of_groups_are_right(problem, result)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3])
+@pytest.mark.parametrize("splits", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_bias_activation_and_scale_are_applied_once_however_the_contraction_is_split(splits, rng):
     tiles = dataclasses.replace(SMALL, splits=splits)
     problem = draw(rng, (11, 0, 1), width_in=192, activation=Activation("swigluoai"), bias=True, row_scale=True)
     assert_rows_of_groups_are_right(problem, stream(problem, tiles, blocks=3))
 
 
-@pytest.mark.parametrize("rows", [16, 64])
+@pytest.mark.parametrize("rows", [16, pytest.param(64, marks=pytest.mark.slow)])
 def test_split_contractions_of_wider_tiles_have_parts_of_their_own(rows, rng):
     tiles = StreamTiles(rows=rows, columns=128, depth=64, stages=2, splits=2)
     problem = draw(rng, (rows + 1, 3), width_out=136, projections=1, bias=True, dtype="float16")
