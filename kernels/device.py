@@ -60,11 +60,77 @@ GPU_DEVICES: dict[str, GpuDevice] = {
 }
 """Devices that can be compiled for without being present. A present device reports its own number of multiprocessors."""
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TpuDevice:
+    """One device as JAX counts them: a chip, or one of the two halves of a 7x chip. Hashable, as `GpuDevice`."""
+
+    name: str
+    """As in file names of tuned entries: "v5e", "v5p", "v6e", "7x"."""
+    vmem_bytes: int
+    """Vector memory of a core: what a kernel's operands, results and temporaries must fit into."""
+    mxu_size: int
+    """Rows and columns of a matrix unit."""
+    cores: int
+    """Cores of the device, over which a kernel's parallel grid dimension is split."""
+    flops_per_second: float
+    """Peak of bfloat16 products with float32 accumulation, of all cores together."""
+    hbm_bytes_per_second: float
+    """Peak of reading and writing device memory."""
+
+
+TPU_DEVICES: dict[str, TpuDevice] = {
+    device.name: device
+    for device in (
+        TpuDevice(
+            name="v5e",
+            vmem_bytes=128 * 2**20,
+            mxu_size=128,
+            cores=1,
+            flops_per_second=197e12,
+            hbm_bytes_per_second=819e9,
+        ),
+        TpuDevice(
+            name="v5p",
+            vmem_bytes=64 * 2**20,
+            mxu_size=128,
+            cores=2,
+            flops_per_second=459e12,
+            hbm_bytes_per_second=2765e9,
+        ),
+        TpuDevice(
+            name="v6e",
+            vmem_bytes=128 * 2**20,
+            mxu_size=256,
+            cores=1,
+            flops_per_second=918e12,
+            hbm_bytes_per_second=1640e9,
+        ),
+        TpuDevice(
+            name="7x",
+            vmem_bytes=64 * 2**20,
+            mxu_size=256,
+            cores=1,
+            flops_per_second=1153.5e12,
+            hbm_bytes_per_second=3690e9,
+        ),
+    )
+}
+"""Devices that can be compiled for without being present. Source: the TPU system architecture pages of Google Cloud."""
+
+_TPU_KINDS = {
+    "v5e": ("TPU v5 lite", "TPU v5e"),
+    "v5p": ("TPU v5", "TPU v5p"),
+    "v6e": ("TPU v6 lite", "TPU v6e"),
+    "7x": ("TPU7x", "TPU v7x"),
+}
+"""What `jax.Device.device_kind` calls each of them."""
+
 _target = jax.make_user_context(None)
 
 
 @contextmanager
-def targeting(device: GpuDevice) -> Iterator[None]:
+def targeting(device: GpuDevice | TpuDevice) -> Iterator[None]:
     """Trace and choose kernels for `device` instead of the device at hand: to compile ahead of time, or to interpret.
 
     Part of the key of `jax.jit`'s caches, so that what was traced for one device never runs on another.
@@ -76,7 +142,7 @@ def targeting(device: GpuDevice) -> Iterator[None]:
 def gpu_device_of(*arrays: object) -> GpuDevice | None:
     """The GPU that computes on these arrays (see `platform_of`), or the one of `targeting`; None if it is no NVIDIA GPU."""
     if _target.value is not None:
-        return _target.value
+        return _target.value if isinstance(_target.value, GpuDevice) else None
     if platform_of(*arrays) != "gpu":
         return None
     device = jax.devices("gpu")[0]
@@ -91,3 +157,16 @@ def gpu_device_of(*arrays: object) -> GpuDevice | None:
         )
         known = dataclasses.replace(known, name=device.device_kind.lower().replace(" ", "-"))
     return dataclasses.replace(known, compute_capability=(major, minor), multiprocessors=device.core_count)
+
+
+def tpu_device_of(*arrays: object) -> TpuDevice | None:
+    """The TPU that computes on these arrays (see `platform_of`), or the one of `targeting`.
+
+    None if it is no TPU, or none of `TPU_DEVICES`: kernels are built for what is known of a device.
+    """
+    if _target.value is not None:
+        return _target.value if isinstance(_target.value, TpuDevice) else None
+    if platform_of(*arrays) != "tpu":
+        return None
+    kind = jax.devices("tpu")[0].device_kind
+    return next((TPU_DEVICES[name] for name, kinds in _TPU_KINDS.items() if kind in kinds), None)

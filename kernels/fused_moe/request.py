@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..activations import Activation
-from ..device import GpuDevice, gpu_device_of
+from ..device import GpuDevice, TpuDevice, gpu_device_of, tpu_device_of
 from ..selection import platform_of
 from ..varying import equally_varying
 
@@ -30,6 +30,8 @@ class Request:
     platform: str
     gpu: GpuDevice | None
     """The NVIDIA GPU that computes, if one does."""
+    tpu: TpuDevice | None
+    """The TPU that computes, if one does that kernels are known for."""
 
     @property
     def num_tokens(self) -> int:
@@ -128,6 +130,7 @@ class Request:
             recompute_activation,
             platform_of(gate_up_proj, x),
             gpu_device_of(gate_up_proj, x),
+            tpu_device_of(gate_up_proj, x),
         )
 
     def equally_varying(self) -> Self:

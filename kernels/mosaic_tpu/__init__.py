@@ -1,0 +1,1 @@
+"""Pallas TPU kernels for grouped matmuls; see `docs/kernels.md`."""
