@@ -42,6 +42,8 @@ def compile_all(programs: Mapping[Any, tuple[Callable[..., Any], Sequence[Any]]]
             return Program(None, describe_failure(error))
         return Program(compiled, None, waits_for_host(compiled.as_text() or ""))
 
+    if threads == 1:  # in this thread, with its settings of jax
+        return {key: compile_one(*program) for key, program in programs.items()}
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         futures = {key: pool.submit(compile_one, *program) for key, program in programs.items()}
         return {key: future.result() for key, future in futures.items()}
