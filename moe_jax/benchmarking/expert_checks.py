@@ -35,29 +35,32 @@ def random_weights(shape: ExpertShape, key: Array, dtype: Any = jnp.bfloat16) ->
         if array is not None and name not in ("x", "topk_weights", "topk_ids")
     }
 
-    @jax.jit
-    def draw(key: Array) -> dict[str, Array]:
-        keys = jax.random.split(key, len(shapes))
-        scales = {name: size[-1] ** -0.5 if name.endswith("_proj") else 1.0 for name, size in shapes.items()}
-        return {
-            # Expert by expert: random bits for all of the largest models' experts at once would take too much memory.
-            name: jax.lax.map(
-                lambda key, size=size, scale=scales[name]: (
-                    jax.random.normal(key, size[1:], dtype) * jnp.asarray(scale, dtype)
-                ),
-                jax.random.split(key, size[0]),
-            )
-            for (name, size), key in zip(shapes.items(), keys, strict=True)
-        }
+    return {"gate_up_bias": None, "down_bias": None, **_draw_weights(key, tuple(sorted(shapes.items())), dtype)}
 
-    return {"gate_up_bias": None, "down_bias": None, **draw(key)}
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _draw_weights(key: Array, shapes: tuple[tuple[str, tuple[int, ...]], ...], dtype: Any) -> dict[str, Array]:
+    drawn = {}
+    for (name, size), own_key in zip(shapes, jax.random.split(key, len(shapes)), strict=True):
+        scale = jnp.asarray(size[-1] ** -0.5 if name.endswith("_proj") else 1.0, dtype)
+        # Expert by expert: random bits for all of the largest models' experts at once would take too much memory.
+        drawn[name] = jax.lax.map(
+            lambda key, size=size, scale=scale: jax.random.normal(key, size[1:], dtype) * scale,
+            jax.random.split(own_key, size[0]),
+        )
+    return drawn
 
 
 def random_tokens(shape: ExpertShape, tokens: int, key: Array, dtype: Any = jnp.bfloat16) -> tuple[Array, Array]:
     """Tokens of order one, and router weights that add up to one."""
+    return _draw_tokens(key, tokens, shape.hidden_size, shape.top_k, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _draw_tokens(key: Array, tokens: int, hidden_size: int, top_k: int, dtype: Any) -> tuple[Array, Array]:
     token_key, weight_key = jax.random.split(key)
-    x = jax.random.normal(token_key, (tokens, shape.hidden_size), dtype)
-    return x, jax.nn.softmax(jax.random.normal(weight_key, (tokens, shape.top_k)), axis=1)
+    x = jax.random.normal(token_key, (tokens, hidden_size), dtype)
+    return x, jax.nn.softmax(jax.random.normal(weight_key, (tokens, top_k)), axis=1)
 
 
 def float32_block(
@@ -126,7 +129,11 @@ class Check:
 def lay_traps(x: Array, topk_weights: Array, topk_ids: Array, rng: np.random.Generator) -> tuple[Array, Array, Array]:
     """Take an eighth of the tokens' experts away, and fill their rows and router weights with NaN: they must stay zero."""
     tokens = x.shape[0]
-    trapped = jnp.asarray(rng.permutation(tokens) < tokens // 8)[:, None]
+    return _trapped(x, topk_weights, topk_ids, jnp.asarray(rng.permutation(tokens) < tokens // 8)[:, None])
+
+
+@jax.jit
+def _trapped(x: Array, topk_weights: Array, topk_ids: Array, trapped: Array) -> tuple[Array, Array, Array]:
     return (
         jnp.where(trapped, jnp.asarray(jnp.nan, x.dtype), x),
         jnp.where(trapped, jnp.nan, topk_weights),
@@ -164,13 +171,12 @@ def check_forward(
     poison_free_memory()
     result = call(x, topk_weights, ids, prepared)
     poison_free_memory()
-    repeats = bool(jnp.array_equal(result, call(x, topk_weights, ids, prepared), equal_nan=True))
-    if not bool(jnp.isfinite(result).all()):
-        return Check("forward", float("inf"), repeats)
+    repeats = _same_bits(result, call(x, topk_weights, ids, prepared))
     sample = _sample(len(topk_ids), rng)
-    tokens = _without_traps(*(_padded(array[sample]) for array in (x, topk_weights, ids)))
-    expected = _float32_block(*tokens, weights, shape=shape)[: len(sample)]
-    return Check("forward", relative_error(result[sample], expected), repeats)
+    expected = _float32_block(*_sampled(x, topk_weights, ids, sample), weights, shape=shape)
+    rows, all_finite = _rows_and_finite(result, sample)
+    error = relative_error(rows, expected[: len(sample)]) if bool(all_finite) else float("inf")
+    return Check("forward", error, repeats)
 
 
 def gradients_of(block: Block) -> Gradients:
@@ -210,12 +216,12 @@ def check_backward(
     poison_free_memory()
     results = call(x, topk_weights, ids, weights, cotangent)
     again = call(x, topk_weights, ids, weights, cotangent)
-    repeats = all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), results, again)))
+    repeats = _same_bits(results, again)
     x_gradient, topk_weights_gradient, weights_gradient = results
     sizes = np.bincount(topk_ids.reshape(-1), minlength=shape.num_experts)[: shape.local_experts]
     sample = _sample(len(topk_ids), rng)
     expected = _gradients_of_tokens(
-        *(_padded(array[sample]) for array in (x, topk_weights, ids)), weights, _padded(cotangent[sample]), shape=shape
+        *_sampled(x, topk_weights, ids, sample), weights, _sampled_rows(cotangent, sample), shape=shape
     )
     errors = [
         relative_error(result[sample], array[: len(sample)])
@@ -251,16 +257,34 @@ def _sample(tokens: int, rng: np.random.Generator) -> Int[np.ndarray, "S"]:
     return np.sort(rng.permutation(tokens)[:MOST_TOKENS_CHECKED])
 
 
-def _padded(array: Array) -> Array:
-    """To the size of the largest sample, so that the float32 computation is compiled once per shape."""
-    missing = MOST_TOKENS_CHECKED - array.shape[0]
+def _sampled_rows(array: Array, sample: Int[np.ndarray, "S"]) -> Array:
+    """Filled up to the size of the largest sample, so that the float32 computation is compiled once per shape."""
+    missing = MOST_TOKENS_CHECKED - len(sample)
     value = -1 if jnp.issubdtype(array.dtype, jnp.integer) else 0
-    return jnp.pad(array, ((0, missing), (0, 0)), constant_values=value)
+    return jnp.pad(array[sample], ((0, missing), (0, 0)), constant_values=value)
 
 
-def _without_traps(x: Array, topk_weights: Array, ids: Array) -> tuple[Array, Array, Array]:
+@jax.jit
+def _sampled(x: Array, topk_weights: Array, ids: Array, sample: Array) -> tuple[Array, Array, Array]:
+    """Sampled tokens, those without experts (traps) as zeros."""
+    x, topk_weights, ids = (_sampled_rows(array, sample) for array in (x, topk_weights, ids))
     chosen = (ids >= 0).any(axis=1, keepdims=True)
     return jnp.where(chosen, x, 0), jnp.where(chosen, topk_weights, 0), ids
+
+
+@jax.jit
+def _rows_and_finite(result: Array, sample: Array) -> tuple[Array, Array]:
+    return result[sample], jnp.isfinite(result).all()
+
+
+@jax.jit
+def _all_equal(one: Any, other: Any) -> Array:
+    same = jax.tree.map(lambda a, b: jnp.array_equal(a, b, equal_nan=True), one, other)
+    return jnp.all(jnp.stack(jax.tree.leaves(same)))
+
+
+def _same_bits(one: Any, other: Any) -> bool:
+    return bool(_all_equal(one, other))
 
 
 def _key(rng: np.random.Generator) -> Array:

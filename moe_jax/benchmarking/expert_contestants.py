@@ -101,13 +101,18 @@ def in_first(weights: Weights) -> Weights:
     """Matrices as [E, in, out], gate and up side by side, as `ragged_dot` takes them."""
     gate_up, gate_up_bias = weights["gate_up_proj"], weights["gate_up_bias"]
     assert gate_up is not None
-    E, P, I, H = gate_up.shape  # noqa: E741
     return {
         **weights,
-        "gate_up_proj": jax.jit(lambda w: jnp.swapaxes(w.reshape(E, P * I, H), 1, 2))(gate_up),
-        "down_proj": jax.jit(lambda w: jnp.swapaxes(w, 1, 2))(weights["down_proj"]),
-        "gate_up_bias": None if gate_up_bias is None else gate_up_bias.reshape(E, P * I),
+        "gate_up_proj": _transposed(gate_up),
+        "down_proj": _transposed(weights["down_proj"]),
+        "gate_up_bias": None if gate_up_bias is None else gate_up_bias.reshape(gate_up_bias.shape[0], -1),
     }
+
+
+@jax.jit
+def _transposed(matrices: Array) -> Array:
+    """[E, ..., in] as [E, in, ...], flattened to three axes."""
+    return jnp.swapaxes(matrices.reshape(matrices.shape[0], -1, matrices.shape[-1]), 1, 2)
 
 
 def sorted_block(

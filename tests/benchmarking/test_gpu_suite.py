@@ -1,0 +1,189 @@
+"""What the GPU suite measures, how it survives failures, and the whole script in rehearsal."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.benchmarking import gpu_suite
+from moe_jax.benchmarking.device_timer import Timing
+from moe_jax.benchmarking.expert_checks import float32_block
+from moe_jax.benchmarking.expert_contestants import Contestant, as_given
+from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES, TOKENS, ExpertShape
+from moe_jax.benchmarking.gpu_cases import Case, all_cases, select
+from moe_jax.benchmarking.gpu_programs import check_launches, compile_all, waits_for_host
+from moe_jax.benchmarking.gpu_suite import Ceilings, Suite
+
+ROOT = Path(__file__).parents[2]
+SHAPE = ExpertShape(name="small", hidden_size=16, intermediate_size=24, num_experts=6, top_k=2)
+CEILINGS = Ceilings(dense_flops=1e12, copy_bytes=1e12, launch_seconds=1e-6, device_events=False, timer="scripted")
+CASE = Case(kind="forward", shape=SHAPE, tokens=20, routing="uniform")
+
+
+def right(x, topk_weights, topk_ids, weights):
+    return float32_block(x, topk_weights, topk_ids, weights, shape=SHAPE).astype(x.dtype)
+
+
+def wrong(*arguments):
+    return right(*arguments) * 2
+
+
+def broken(*arguments):
+    raise ValueError("tiles do not fit")
+
+
+@pytest.fixture
+def suite(monkeypatch, rng):
+    entered = [
+        Contestant("right", right, as_given, is_ours=True),
+        Contestant("wrong", wrong, as_given),
+        Contestant("broken", broken, as_given),
+    ]
+    monkeypatch.setattr(gpu_suite, "contestants", lambda shape, tokens: (entered, {"absent": "not installed"}))
+    monkeypatch.setattr(Suite, "_entrants", lambda self, case: entered)
+    timing = Timing(queued=3e-6, issue=1e-6, busy=[2e-6] * 10, kernels={"x_mosaic_gpu_kernel": 1e-6, "sort": 1e-6})
+    monkeypatch.setattr(gpu_suite, "time_calls", lambda call, sets, device_events: timing)
+    return Suite(ceilings=CEILINGS, rng=rng, deadline=time.monotonic() + 600, l2_bytes=1000, report=lambda line: None)
+
+
+def test_every_shape_number_of_tokens_and_routing_is_a_forward_case():
+    cases = all_cases()
+    forward = {(c.shape.name, c.tokens, c.routing) for c in cases if c.kind == "forward"}
+    assert len(forward) == len(EXPERT_SHAPES) * len(TOKENS) * 2
+    assert len({c.name for c in cases}) == len(cases)
+    assert [c.priority for c in cases] == sorted(c.priority for c in cases)
+    assert {256, 512, 1024, 2048} <= {round(c.rows_per_expert) for c in cases if c.kind == "forward"}
+
+
+def test_cases_are_selected_by_name():
+    cases = all_cases()
+    assert {c.shape.name for c in select(cases, only="forward/qwen3*uniform")} == {"qwen3-30b-a3b", "qwen3-235b-a22b"}
+    assert {c.priority for c in select(cases, quick=True)} == {0}
+    with pytest.raises(ValueError, match="no case matches 'qwen4'; cases are named forward/"):
+        select(cases, only="qwen4")
+
+
+def test_right_contestants_are_timed_and_wrong_or_broken_ones_named(suite):
+    assert suite.run([CASE]) == []
+    rows = {row["contestant"]: row for row in suite.rows}
+    timed = rows["right"]
+    assert timed["call_seconds"] == 3e-6
+    assert timed["busy_seconds"] == 2e-6
+    assert timed["flops"] == 40 * (2 * 16 * 48 + 2 * 24 * 16)
+    assert timed["matmul_share"] == pytest.approx(timed["flops"] / 1e-6 / 1e12)
+    assert timed["block_share"] == pytest.approx(timed["flops"] / 2e-6 / 1e12)
+    assert timed["bandwidth_share"] == pytest.approx(timed["weight_bytes"] / 1e-6 / 1e12)
+    assert 0 < timed["ceiling_128"] < timed["ceiling_64"] < 1
+    assert "wrong: " in rows["wrong"]["failed"]
+    assert "seconds" not in rows["wrong"]
+    assert "tiles do not fit" in rows["broken"]["failed"]
+
+
+def test_cases_after_the_deadline_are_named_and_not_measured(suite):
+    suite.deadline = time.monotonic() - 1
+    assert suite.run([CASE]) == [CASE]
+    assert suite.rows == []
+
+
+def test_torch_takes_part_through_its_process_and_its_failure_is_recorded(suite, monkeypatch):
+    answers = {
+        "prepare": {"error": 1e-3},
+        "measure": {"queued": 9e-6, "graph": 7e-6},
+    }
+
+    class Process:
+        def request(self, action, **arguments):
+            if action == "prepare":
+                assert np.load(arguments["topk_ids"]).shape[1:] == (8, 2)
+                assert arguments["shape"]["local_experts"] == 6
+            return answers[action]
+
+    monkeypatch.setattr(Suite, "_entrants", lambda self, case: [])
+    suite.torch = Process()
+    case = dataclasses.replace(CASE, tokens=8)
+    suite.run([case])
+    assert suite.rows[-1]["call_seconds"] == 7e-6
+    answers["measure"]["graph"] = None
+    suite.run([case])
+    assert suite.rows[-1]["call_seconds"] == 9e-6
+    answers["prepare"]["error"] = float("nan")
+    suite.run([case])
+    assert "wrong" in suite.rows[-1]["failed"]
+    answers["prepare"] = {"failed": "OutOfMemoryError"}
+    suite.run([case])
+    assert suite.rows[-1]["failed"] == "OutOfMemoryError"
+
+
+def test_who_multiplies_all_pairs_is_left_out_where_that_takes_long(rng):
+    suite = Suite(ceilings=CEILINGS, rng=rng, deadline=0, l2_bytes=1, report=lambda line: None)
+    large = Case(kind="forward", shape=EXPERT_SHAPES["qwen3-30b-a3b"], tokens=8192, routing="uniform")
+    assert "jax.lax.ragged_dot" not in {contestant.name for contestant in suite._entrants(large)}
+    assert any(large.name in name for name in suite.unable)
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ('%w = (s32[]) while(%t), condition=%c, body=%b, backend_config={"known_trip_count":{"n":"8"}}', ()),
+        ("%w = (s32[]) while(%t), condition=%c, body=%b", ("while (1)",)),
+        ("%c = f32[2] conditional(%p, %a, %b), branch_computations={%x, %y}", ("conditional (1)",)),
+        ('%c = f32[2] custom-call(%a), custom_call_target="mosaic_gpu_v2"', ()),
+        ('%c = f32[2] custom-call(%a), custom_call_target="xla_ffi_python_gpu_callback"', ("custom-call (1)",)),
+        ('%a = f32[2] add(%b, %c), metadata={op_name="while/add"}', ()),
+    ],
+)
+def test_instructions_that_the_host_waits_for_are_found(line, found):
+    assert waits_for_host(line) == found
+
+
+def test_a_loop_whose_length_depends_on_values_is_found_in_a_compiled_program():
+    def loop(n):
+        return jax.lax.fori_loop(0, n, lambda i, x: x + i, 0)
+
+    assert compile_all({"loop": (loop, [jnp.int32(3)])}, 1)["loop"].waits == ("while (1)",)
+
+
+def test_what_does_not_compile_is_recorded_beside_the_others():
+    programs = compile_all({"good": (jnp.sin, [1.0]), "bad": (broken, [1.0])}, 2)
+    assert float(programs["good"].call(0.0)) == 0
+    assert programs["bad"].call is None
+    assert programs["bad"].failure == "ValueError: tiles do not fit"
+
+
+def test_a_call_is_traced_once_whatever_the_routing(rng):
+    launch = check_launches(Contestant("right", right, as_given), SHAPE, 4, rng)
+    assert (launch["routings"], launch["programs"]) == (3, 1)
+
+
+def test_the_whole_script_rehearses_from_a_source_tree_in_which_nothing_is_installed(tmp_path):
+    """The libraries' folder on the path as such: the file in it that makes the editable install importable isn't read."""
+    environment = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib"), "XLA_FLAGS": ""}
+    results = {path.name for path in (ROOT / "benchmarks" / "results").iterdir()}
+    file = tmp_path / "rehearsal.json"
+    command = ["benchmarks/gpu.py", "--rehearse", "--only", "forward/small/T1/uniform", "--json", str(file)]
+    done = subprocess.run(
+        [sys.executable, "-S", str(ROOT / command[0]), *command[1:]],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "REHEARSAL: these times mean nothing" in done.stdout
+    result = json.loads(file.read_text())
+    assert result["rehearsal"] is True
+    assert {row["contestant"] for row in result["rows"]} >= {"moe_jax xla", "jax.lax.ragged_dot"}
+    assert all(row["call_seconds"] > 0 for row in result["rows"])
+    assert result["launches"][0]["programs"] == 1
+    assert "moe_jax pallas_gpu" in result["unable"]
+    assert {path.name for path in (ROOT / "benchmarks" / "results").iterdir()} == results
