@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun  # pyright: ignore[reportPrivateImportUsage]
+from jax.sharding import NamedSharding
 
 from moe_jax.aot.ptxas import KernelReport, dumping_to
 from moe_jax.aot.targets import GpuTarget
@@ -36,12 +37,12 @@ class KernelCall:
     @property
     def operands(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes and dtypes of the arrays in global memory that it reads."""
-        return tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in self.equation.invars)
+        return tuple(_array(variable) for variable in self.equation.invars)
 
     @property
     def results(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes and dtypes of what it returns."""
-        return tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in self.equation.outvars)
+        return tuple(_array(variable) for variable in self.equation.outvars)
 
     def buffers(self) -> tuple[str, ...]:
         """Its buffers in shared memory, with the sizes that tiles and stages give them, as in "bfloat16[4,128,64]"."""
@@ -92,7 +93,7 @@ class KernelCall:
             effects=self.equation.effects,
         )
         sharding = target.one_device()
-        arguments = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=sharding) for v in variables]
+        arguments = [_array(variable, sharding) for variable in variables]
         with target.lowering(), dumping_to(dump):
             jax.jit(jaxpr_as_fun(ClosedJaxpr(alone, ()))).lower(*arguments).compile()
         return KernelReport.of_dump(dump.read_text())
@@ -117,6 +118,10 @@ def _equations(value: Any, *, into_kernels: bool = True) -> Iterator[JaxprEqn]:
             yield equation
             if into_kernels or equation.primitive.name != _KERNEL_PRIMITIVE:
                 yield from _equations(tuple(equation.params.values()), into_kernels=into_kernels)
+
+
+def _array(variable: Any, sharding: NamedSharding | None = None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype, sharding=sharding)
 
 
 def _buffer(aval: Any, transforms: tuple[Any, ...]) -> str:

@@ -13,6 +13,8 @@ _DESTINATION = re.compile(r"(?:@!?[%\w]+\s+)?[\w.:]+\s+([^,]+)")
 _END = re.compile(r"(ret|exit|trap)\b")
 _LINE_DIRECTIVE = re.compile(r"^\s*\.(loc|file|section)\b.*$|//.*$", re.MULTILINE)
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\([^)]*\)[^{]*")
+_OUTSIDE = -1
+"""In place of a block around the outermost one."""
 _Known = frozenset[tuple[str, bool]]
 """Predicates whose values are known on a way through the code."""
 
@@ -136,7 +138,7 @@ class _Parser:
     def __init__(self) -> None:
         self._statements: list[str] = []
         self._block_of: list[int] = []
-        self._parents: list[int | None] = [None]
+        self._parents = [_OUTSIDE]
         self._labels: dict[tuple[int, str], int] = {}
 
     def parse(self, text: str) -> ControlFlow:
@@ -182,8 +184,8 @@ class _Parser:
             raise ValueError(f"computed branches are not understood: {statement}")
         return following
 
-    def _target(self, label: str, block: int | None) -> int:
-        while block is not None:
+    def _target(self, label: str, block: int) -> int:
+        while block != _OUTSIDE:
             if (block, label) in self._labels:
                 return self._labels[block, label]
             block = self._parents[block]
