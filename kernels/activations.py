@@ -35,7 +35,7 @@ def _gelu_tanh(gate: Array, up: Array, activation: "Activation") -> Array:
 
 
 def _relu2(gate: Array, up: Array, activation: "Activation") -> Array:
-    return jnp.square(jax.nn.relu(gate)) * up
+    return jnp.square(jnp.maximum(gate, 0)) * up
 
 
 def _swigluoai(gate: Array, up: Array, activation: "Activation") -> Array:

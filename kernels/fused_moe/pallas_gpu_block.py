@@ -85,9 +85,8 @@ def chosen_kernels(
 ) -> tuple[str, ChosenTiles, ChosenTiles]:
     """Name of the kernel of the forward pass, its tiles for gate/up, and for down."""
     num_experts, _, intermediate, hidden = gate_up_shape
-    num_rows = aligned_num_rows(num_pairs, num_experts)
-    kernel, gate_up = matmuls.chosen_for_forward(num_rows, gate_up_shape, dtype, dtype, device)
-    _, down = matmuls.chosen_for_forward(num_rows, (num_experts, 1, hidden, intermediate), dtype, dtype, device)
+    kernel, gate_up = matmuls.chosen_for_forward(num_pairs, gate_up_shape, dtype, dtype, device)
+    _, down = matmuls.chosen_for_forward(num_pairs, (num_experts, 1, hidden, intermediate), dtype, dtype, device)
     return kernel, gate_up, down
 
 
@@ -108,6 +107,7 @@ def compute(
         aligned.groups,
         bias=weights.gate_up_bias,
         activation=computation.activation,
+        num_rows=aligned.position.size,
         output_dtype=x.dtype,
         device=computation.device,
     )
@@ -130,6 +130,7 @@ def _down(computation, activated, router_weight, matrices, aligned) -> Float[Arr
         aligned.groups,
         bias=None if matrices.down_bias is None else matrices.down_bias[:, None],
         row_scale=router_weight,
+        num_rows=aligned.position.size,
         output_dtype=activated.dtype,
         device=computation.device,
     )
@@ -145,6 +146,7 @@ def _project(computation, rows, matrices, aligned) -> tuple[Float[Array, "M I"],
         bias=matrices.gate_up_bias,
         activation=computation.activation,
         keep_projected=True,
+        num_rows=aligned.position.size,
         output_dtype=rows.dtype,
         device=computation.device,
     )
@@ -162,7 +164,7 @@ def _forward(computation, x, topk_weights, weights, aligned):
 
 def _backward(computation, saved, cotangent):
     x, topk_weights, weights, aligned, projected = saved
-    device, groups = computation.device, aligned.groups
+    device, groups, num_pairs = computation.device, aligned.groups, aligned.position.size
     matrices = weights.matrices_as(x.dtype)
     rows, router_weight = _rows_of(computation, x, topk_weights, aligned)
     if projected is None:
@@ -171,7 +173,7 @@ def _backward(computation, saved, cotangent):
     # Without router weights: the gradient with respect to a router weight is the product of both sides of the down projection.
     result_gradient = cotangent.astype(x.dtype)[aligned.token]
     activated_gradient = matmuls.rows_gradient(
-        result_gradient, matrices.down_proj, groups, output_dtype=x.dtype, device=device
+        result_gradient, matrices.down_proj, groups, num_rows=num_pairs, output_dtype=x.dtype, device=device
     ).astype(jnp.float32)
     activated, activation_pullback = jax.vjp(
         lambda projected: computation.activation(*jnp.unstack(projected, axis=1)), projected.astype(jnp.float32)
@@ -181,7 +183,7 @@ def _backward(computation, saved, cotangent):
     projected_gradient = projected_gradient.astype(x.dtype)
     scaled = (activated.astype(x.dtype).astype(jnp.float32) * scale).astype(x.dtype)
     down_gradient = matmuls.weights_gradient(
-        result_gradient, scaled, groups, output_dtype=weights.down_proj.dtype, device=device
+        result_gradient, scaled, groups, num_rows=num_pairs, output_dtype=weights.down_proj.dtype, device=device
     )
 
     num_experts, projections, intermediate, hidden = matrices.gate_up_proj.shape
@@ -190,11 +192,12 @@ def _backward(computation, saved, cotangent):
         flat_gradient,
         matrices.gate_up_proj.reshape(num_experts, projections * intermediate, hidden),
         groups,
+        num_rows=num_pairs,
         output_dtype=x.dtype,
         device=device,
     )
     gate_up_gradient = matmuls.weights_gradient(
-        flat_gradient, rows, groups, output_dtype=weights.gate_up_proj.dtype, device=device
+        flat_gradient, rows, groups, num_rows=num_pairs, output_dtype=weights.gate_up_proj.dtype, device=device
     ).reshape(weights.gate_up_proj.shape)
 
     gate_up_bias_gradient = down_bias_gradient = None

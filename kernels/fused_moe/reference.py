@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ..rounding import rounded_to
 from ..selection import Formulation
 from ..varying import varying_like
 from .request import Request
@@ -48,8 +49,8 @@ def run(request: Request) -> Array:
 
     experts = (
         jnp.arange(request.num_experts, dtype=pair_ids.dtype),
-        request.gate_up_proj.astype(x.dtype),
-        request.down_proj.astype(x.dtype),
+        rounded_to(request.gate_up_proj, x.dtype),
+        rounded_to(request.down_proj, x.dtype),
         bias_or_zero(request.gate_up_bias, request.gate_up_proj.shape[:3]),
         bias_or_zero(request.down_bias, request.down_proj.shape[:2]),
     )

@@ -1,4 +1,7 @@
-"""The three products of a grouped matmul and its gradient, on whichever GPU: choose kernel and tiles, build tables, call."""
+"""The three products of a grouped matmul and its gradient, on whichever GPU: choose kernel and tiles, build tables, call.
+
+`num_rows`, where it is an argument, is the number of rows without padding, from which tiles are chosen; None: there is none.
+"""
 
 from typing import Literal
 
@@ -55,6 +58,7 @@ def multiply(
     bias: Float[Array, "G P N"] | None = None,
     activation: Activation | None = None,
     row_scale: Float[Array, "M"] | None = None,
+    num_rows: int | None = None,
     output_dtype: DTypeLike,
     device: GpuDevice,
 ) -> Float[Array, "M N"]:
@@ -62,7 +66,8 @@ def multiply(
 
     Rows of no group hold anything afterwards. See `rows_kernel.multiply_rows`.
     """
-    kernel, chosen = chosen_for_forward(rows.shape[0], weights.shape, rows.dtype, output_dtype, device)
+    num_rows = rows.shape[0] if num_rows is None else num_rows
+    kernel, chosen = chosen_for_forward(num_rows, weights.shape, rows.dtype, output_dtype, device)
     if kernel == "rows":
         return multiply_and_keep(
             rows,
@@ -72,6 +77,7 @@ def multiply(
             activation=activation,
             row_scale=row_scale,
             keep_projected=False,
+            num_rows=num_rows,
             output_dtype=output_dtype,
             device=device,
         )[0]
@@ -99,6 +105,7 @@ def multiply_and_keep(
     activation: Activation | None = None,
     row_scale: Float[Array, "M"] | None = None,
     keep_projected: bool,
+    num_rows: int | None = None,
     output_dtype: DTypeLike,
     device: GpuDevice,
 ) -> tuple[Float[Array, "M N"], Float[Array, "M P N"] | None]:
@@ -106,7 +113,7 @@ def multiply_and_keep(
     num_groups, projections, width_out, width_in = weights.shape
     chosen = choose_tiles(
         "rows",
-        num_rows=rows.shape[0],
+        num_rows=rows.shape[0] if num_rows is None else num_rows,
         num_groups=num_groups,
         width_in=width_in,
         width_out=width_out,
@@ -154,7 +161,7 @@ def multiply_compact(
     streamed = contract == "in" and streams_weights(num_rows, num_groups, device)
     if streamed or width_out * jnp.dtype(output_dtype).itemsize % SWIZZLES[0]:
         alignment = Alignment.of(groups, num_rows)
-        common = dict(output_dtype=output_dtype, device=device)
+        common = dict(num_rows=num_rows, output_dtype=output_dtype, device=device)
         aligned_rows = rows[alignment.source]
         if contract == "out":
             result = rows_gradient(aligned_rows, weights, alignment.groups, **common)
@@ -164,7 +171,7 @@ def multiply_compact(
         return alignment.to_compact(result)
     chosen = choose_tiles(
         "rows" if contract == "in" else "rows_gradient",
-        num_rows=rows.shape[0],
+        num_rows=num_rows,
         num_groups=num_groups,
         width_in=width_in,
         width_out=width_out,
@@ -172,7 +179,7 @@ def multiply_compact(
         output_dtype=output_dtype,
         device=device,
     )
-    table = TileTable.of(_with_surroundings(groups, rows.shape[0]), rows.shape[0], chosen.tiles.rows)
+    table = TileTable.of(_with_surroundings(groups, num_rows), num_rows, chosen.tiles.rows)
     group = jnp.where(table.group > num_groups, 0, table.group) - 1
     result = _rows_kernel(device).multiply_rows(
         rows,
@@ -194,13 +201,14 @@ def rows_gradient(
     weights: Float[Array, "G N D"],
     groups: Groups,
     *,
+    num_rows: int | None = None,
     output_dtype: DTypeLike,
     device: GpuDevice,
 ) -> Float[Array, "M D"]:
     """Cotangent @ matrices, in the aligned layout: the gradient of `rows @ matrices.T`. Rows of no group hold anything."""
     chosen = choose_tiles(
         "rows_gradient",
-        num_rows=cotangent.shape[0],
+        num_rows=cotangent.shape[0] if num_rows is None else num_rows,
         num_groups=weights.shape[0],
         width_in=weights.shape[1],
         width_out=weights.shape[2],
@@ -227,13 +235,14 @@ def weights_gradient(
     rows: Float[Array, "M D"],
     groups: Groups,
     *,
+    num_rows: int | None = None,
     output_dtype: DTypeLike,
     device: GpuDevice,
 ) -> Float[Array, "G N D"]:
     """cotangent.T @ rows over the rows of each group; zero for a group without rows. Other rows may be NaN."""
     chosen = choose_tiles(
         "weights_gradient",
-        num_rows=rows.shape[0],
+        num_rows=rows.shape[0] if num_rows is None else num_rows,
         num_groups=groups.sizes.shape[0],
         width_in=rows.shape[1],
         width_out=cotangent.shape[1],

@@ -24,9 +24,10 @@ from jaxtyping import Float
 from ..activations import Activation
 from ..device import GpuDevice
 from .epilogue import activate
+from .limits import swizzle_bytes
 from .schedule import ROW_ALIGNMENT, TileTable
 from .stores import store_rows, swizzled
-from .stream_tiles import check_stream_tiles, multiplying_warpgroups, swizzle_bytes
+from .stream_tiles import check_stream_tiles, multiplying_warpgroups
 from .tiles import StreamTiles
 
 COPYING_REGISTERS = 56

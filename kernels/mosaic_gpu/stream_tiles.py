@@ -5,14 +5,13 @@ import itertools
 import math
 
 from ..device import GpuDevice
+from .limits import swizzle_bytes
 from .tiles import StreamTiles
 
 WEIGHT_ROWS = 64
 """Rows of weights that one instruction multiplies."""
 MOST_ACCUMULATORS = 128
 """Float32 accumulators per thread of a warpgroup that multiplies."""
-SWIZZLES = (128, 64, 32)
-"""Bytes of a row that lie together in shared memory, best first."""
 ALLOCATION_ALIGNMENT = 1024
 """Of each buffer in shared memory."""
 
@@ -27,22 +26,6 @@ SECOND_PASS_BYTES = 16 * 2**20
 def multiplying_warpgroups(tiles: StreamTiles) -> int:
     """Warpgroups that share the columns of a tile."""
     return 2 if tiles.columns % (2 * WEIGHT_ROWS) == 0 else 1
-
-
-def swizzle_bytes(width: int, itemsize: int) -> int:
-    """The widest swizzle of which rows of `width` elements are multiples.
-
-    Bulk copies of swizzled tiles address global memory in such tiles; a width that is no multiple has no description to them.
-
-    Raises:
-        ValueError: there is none.
-    """
-    for swizzle in SWIZZLES:
-        if width * itemsize % swizzle == 0:
-            return swizzle
-    raise ValueError(
-        f"widths must be multiples of {SWIZZLES[-1] // itemsize} elements of {itemsize} bytes, got {width}"
-    )
 
 
 def shared_memory_bytes(tiles: StreamTiles, projections: int, itemsize: int, output_itemsize: int | None = None) -> int:

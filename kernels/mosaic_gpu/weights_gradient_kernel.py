@@ -25,17 +25,16 @@ from jaxtyping import Array, Float, Int
 
 from ..device import GpuDevice
 from ..groups import Groups
+from .limits import LEAST_WIDTH, SWIZZLES, swizzle_bytes
 from .schedule import ROW_ALIGNMENT
 from .stores import swizzled
 from .tiles import WeightsGradientTiles
 
 CONSUMERS = 2
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
-SWIZZLE_BYTES = 128
 CHUNK_ROWS = 64
-"""Output is stored in chunks of so many rows, as wide as the swizzle."""
-CHUNK_BYTES = CHUNK_ROWS * SWIZZLE_BYTES
-COPY_ALIGNMENT_BYTES = 16
+"""Output is stored in chunks of so many rows, as wide as its swizzle."""
+CHUNK_BYTES = CHUNK_ROWS * SWIZZLES[0]
 LEGAL_OUT_COLUMNS, LEGAL_IN_COLUMNS = (128, 256), (64, 128, 192, 256)
 LEGAL_DEPTHS = (64,)
 """wgmma as Mosaic GPU emits it takes multiples of 64 when the contracted dimension comes first; more only costs padding."""
@@ -142,8 +141,8 @@ def weights_gradient(
     Rows outside the groups are never used, whatever they hold, NaN included.
 
     Args:
-        cotangent: Gradient with respect to the product, bfloat16 or float16. N must be a multiple of 8.
-        rows: The rows that were multiplied, of the same dtype. D must be a multiple of 8.
+        cotangent: Gradient with respect to the product, bfloat16 or float16. N must be a multiple of 16.
+        rows: The rows that were multiplied, of the same dtype. D must be a multiple of 16.
         groups: Where the groups lie; they may start at any row, and have any size.
         tiles: Tile sizes; see `default_weights_gradient_tiles`.
         output_dtype: bfloat16, float16 or float32.
@@ -170,8 +169,10 @@ def weights_gradient(
     tile_grid = _TileGrid.of(num_groups, width_out, width_in, tiles)
     num_blocks = min(device.multiprocessors, tile_grid.num_tiles)
     consumer_rows = tiles.out_columns // CONSUMERS
-    chunk_columns = SWIZZLE_BYTES // output_dtype.itemsize
-    mask_columns = SWIZZLE_BYTES // rows.dtype.itemsize
+    out_swizzle, in_swizzle = (swizzle_bytes(width, rows.dtype.itemsize) for width in (width_out, width_in))
+    gradient_swizzle = swizzle_bytes(width_in, output_dtype.itemsize)
+    chunk_columns = gradient_swizzle // output_dtype.itemsize
+    mask_columns = min(out_swizzle, in_swizzle) // rows.dtype.itemsize
 
     def body(group, row, first, last, cotangent, rows, gradient, out_slots, in_slots, staging, full, empty, masked):
         warpgroup = lax.axis_index("warpgroup")
@@ -290,9 +291,21 @@ def weights_gradient(
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         scratch_types=[
-            plgpu.SMEM((stages, depth, tiles.out_columns), rows.dtype, transforms=swizzled(rows.dtype)),
-            plgpu.SMEM((stages, depth, tiles.in_columns), rows.dtype, transforms=swizzled(rows.dtype)),
-            plgpu.SMEM((CONSUMERS, staged, CHUNK_ROWS, chunk_columns), output_dtype, transforms=swizzled(output_dtype)),
+            plgpu.SMEM(
+                (stages, depth, tiles.out_columns),
+                rows.dtype,
+                transforms=swizzled(rows.dtype, swizzle_bytes=out_swizzle),
+            ),
+            plgpu.SMEM(
+                (stages, depth, tiles.in_columns),
+                rows.dtype,
+                transforms=swizzled(rows.dtype, swizzle_bytes=in_swizzle),
+            ),
+            plgpu.SMEM(
+                (CONSUMERS, staged, CHUNK_ROWS, chunk_columns),
+                output_dtype,
+                transforms=swizzled(output_dtype, swizzle_bytes=gradient_swizzle),
+            ),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
             plgpu.Barrier(num_arrivals=CONSUMERS),
@@ -380,10 +393,9 @@ def _check_operands(cotangent: Array, rows: Array, output_dtype: jnp.dtype) -> N
         )
     if output_dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise TypeError(f"output_dtype must be bfloat16, float16 or float32, got {output_dtype}")
-    multiple = COPY_ALIGNMENT_BYTES // rows.dtype.itemsize
     for name, width in (("N", cotangent.shape[1]), ("D", rows.shape[1])):
-        if width == 0 or width % multiple:
-            raise ValueError(f"{name} must be a positive multiple of {multiple}, got {width}")
+        if width == 0 or width % LEAST_WIDTH:
+            raise ValueError(f"{name} must be a positive multiple of {LEAST_WIDTH}, got {width}")
 
 
 def _operand_bytes(tiles: WeightsGradientTiles, itemsize: int) -> int:
