@@ -52,12 +52,12 @@ def all_cases(
     backward_tokens: Sequence[int] = BACKWARD_TOKENS,
 ) -> list[Case]:
     """Every case, by priority; within one, cases of a shape follow one another, so that its weights are made once."""
+    kinds: list[tuple[Kind, Routing]] = [*(("forward", routing) for routing in ROUTINGS), ("backward", "uniform")]
     cases = [
         Case(kind=kind, shape=shape, tokens=number, routing=routing)
         for shape in shapes
         for number in tokens
-        for kind, routings in (("forward", ROUTINGS), ("backward", ("uniform",)))
-        for routing in routings
+        for kind, routing in kinds
         if kind == "forward" or (number in backward_tokens and shape.name not in NO_BACKWARD)
     ]
     return sorted(cases, key=lambda case: case.priority)

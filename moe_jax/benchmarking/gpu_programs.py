@@ -121,4 +121,4 @@ def check_launches(contestant: Contestant, shape: ExpertShape, tokens: int, rng:
     for ids in [jnp.asarray(ids) for ids in routings]:
         with jax.transfer_guard("disallow"):
             jax.block_until_ready(call(x, topk_weights, ids, weights))
-    return {"contestant": contestant.name, "routings": len(routings), "programs": call._cache_size()}
+    return {"contestant": contestant.name, "routings": len(routings), "programs": call._cache_size()}  # pyright: ignore[reportAttributeAccessIssue]

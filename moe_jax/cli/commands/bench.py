@@ -214,6 +214,8 @@ def run_moe_block(arguments: argparse.Namespace) -> int:
 
 def run_gpu_kernels(arguments: argparse.Namespace) -> int:
     """`bench gpu-kernels`."""
+    import jax
+
     from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES
     from moe_jax.kernels.device import gpu_device_of
     from moe_jax.kernels.mosaic_gpu.limits import unsupported_device
@@ -224,8 +226,9 @@ def run_gpu_kernels(arguments: argparse.Namespace) -> int:
     if unknown := set(names) - set(EXPERT_SHAPES):
         raise ValueError(f"unknown --shape {', '.join(sorted(unknown))}; legal are {', '.join(EXPERT_SHAPES)}")
     device = gpu_device_of()
-    if device is None or (reason := unsupported_device(device, "gpu")) is not None:
-        raise ValueError(f"bench gpu-kernels cannot run: {reason if device else unsupported_device(None, 'cpu')}")
+    reason = unsupported_device(device, jax.default_backend())
+    if device is None or reason is not None:
+        raise ValueError(f"bench gpu-kernels cannot run: {reason}")
     from moe_jax.cli.gpu_kernels import time_and_show, tune_and_show
 
     shapes = [EXPERT_SHAPES[name] for name in names]
