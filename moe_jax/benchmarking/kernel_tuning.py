@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,8 +55,13 @@ class Problem:
 
     @property
     def num_rows(self) -> int:
-        """Of the layout in which the op calls the kernel."""
-        return aligned_num_rows(self.tokens * self.shape.top_k, self.shape.local_experts)
+        """Pairs of a token and an expert: what tiles are chosen by."""
+        return self.tokens * self.shape.top_k
+
+    @property
+    def layout_rows(self) -> int:
+        """With the padding of the layout in which the op calls the kernel."""
+        return aligned_num_rows(self.num_rows, self.shape.local_experts)
 
     @property
     def weights_shape(self) -> tuple[int, int, int, int]:
@@ -167,16 +173,16 @@ def measure_on_device(
     count = min(sets_to_rotate(weight_bytes, device.l2_bytes), len(sizes))
     draw = jax.jit(lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
     weights = draw(next(keys), problem.weights_shape)
-    wide = (problem.num_rows, projections * width_out)
+    wide = (problem.layout_rows, projections * width_out)
     rows, cotangents = (
-        [draw(next(keys), shape) for _ in range(count)] for shape in ((problem.num_rows, width_in), wide)
+        [draw(next(keys), shape) for _ in range(count)] for shape in ((problem.layout_rows, width_in), wide)
     )
     sets = [
         (row, cotangent, weights, jnp.asarray(size, jnp.int32))
         for row, cotangent, size in zip(rows, cotangents, sizes, strict=False)
     ]
     activation = shape.activation if problem.place == "gate_up" else None
-    members = [np.asarray(aligned_groups(given[3]).contain(problem.num_rows)) for given in sets[:1]]
+    members = [np.asarray(aligned_groups(given[3]).contain(problem.layout_rows)) for given in sets[:1]]
     expected: list[Array] = []
     compiled: dict[Tiles | None, Program] = {}
 
@@ -217,7 +223,7 @@ def _function(
 
     def call(rows: Array, cotangent: Array, weights: Array, sizes: Array) -> Array:
         groups: Groups = aligned_groups(sizes)
-        options = {"output_dtype": jnp.bfloat16, "device": device}
+        options: dict[str, Any] = {"num_rows": problem.num_rows, "output_dtype": jnp.bfloat16, "device": device}
         as_one = weights.reshape(weights.shape[0], -1, weights.shape[3])
         with targeting(device), trying(problem.kernel, tiles):
             match problem.kernel:

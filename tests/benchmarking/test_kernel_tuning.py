@@ -7,7 +7,8 @@ import pytest
 from moe_jax.benchmarking.device_timer import Timing
 from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES
 from moe_jax.benchmarking.kernel_tuning import Problem, chosen_tiles, problems, tune
-from moe_jax.kernels.device import GPU_DEVICES
+from moe_jax.kernels import explain_fused_moe
+from moe_jax.kernels.device import GPU_DEVICES, targeting
 from moe_jax.kernels.mosaic_gpu.tuning import trying
 from moe_jax.kernels.mosaic_gpu.tuning_candidates import candidates
 
@@ -119,6 +120,11 @@ def test_problems_are_the_kernels_that_the_op_looks_tiles_up_for(name, tokens, k
     for problem in found:
         chosen_tiles(problem, H200)
     assert looked_up == [(problem.kernel, problem.kernel_shape) for problem in found]
+    shape, forward = EXPERT_SHAPES[name], [(p.kernel, p.kernel_shape) for p in found if p.kernel == kernel]
+    looked_up.clear()
+    with targeting(H200):
+        explain_fused_moe(**shape.fused_moe_arguments(tokens), activation=shape.activation, implementation="pallas_gpu")
+    assert set(looked_up) == set(forward)
 
 
 def test_what_is_tried_is_what_the_op_would_choose():
