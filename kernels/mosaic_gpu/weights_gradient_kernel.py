@@ -174,7 +174,9 @@ def weights_gradient(
     chunk_columns = gradient_swizzle // output_dtype.itemsize
     mask_columns = min(out_swizzle, in_swizzle) // rows.dtype.itemsize
 
-    def body(group, row, first, last, cotangent, rows, gradient, out_slots, in_slots, staging, full, empty, masked):
+    def grouped_gradient(
+        group, row, first, last, cotangent, rows, gradient, out_slots, in_slots, staging, full, empty, masked
+    ):
         warpgroup = lax.axis_index("warpgroup")
         block = lax.axis_index("block")
         num_tiles_here = tile_grid.num_tiles_of_block(block, num_blocks)
@@ -284,7 +286,7 @@ def weights_gradient(
         lax.cond(warpgroup == CONSUMERS, produce, consume)
 
     return plgpu.kernel(
-        body,
+        grouped_gradient,
         out_type=jax.ShapeDtypeStruct((num_groups, width_out, width_in), output_dtype),
         grid=(num_blocks,),
         grid_names=("block",),
