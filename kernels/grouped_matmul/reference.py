@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..groups import Groups, keep_rows
+from ..rounding import rounded_to
 from ..selection import Formulation
 from ..varying import varying_like
 from .request import Request
@@ -24,7 +25,7 @@ def formulation(request: Request) -> Formulation:
 
 def run(request: Request) -> Array:
     """rows[i] @ weights[g].T + bias[g] for each row i of group g, in float32; zero for every other row."""
-    weights = request.weights.astype(request.rows.dtype)
+    weights = rounded_to(request.weights, request.rows.dtype)
     accumulator = jnp.promote_types(weights.dtype, jnp.float32)
     groups = Groups.of(request.group_sizes, request.group_offset, weights.shape[0])
     bias = jnp.zeros(weights.shape[:2], accumulator) if request.bias is None else request.bias.astype(accumulator)
