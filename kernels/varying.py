@@ -1,6 +1,7 @@
 """Helpers for code that runs inside `jax.shard_map`, with or without its check of varying axes (`check_vma`)."""
 
 import jax
+import jax.numpy as jnp
 
 
 def equally_varying(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
@@ -16,6 +17,11 @@ def equally_varying(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
 def varying_like(array: jax.Array, reference: jax.Array) -> jax.Array:
     """`array`, marked as varying wherever `reference` varies."""
     return _vary(array, _varying_axes(reference))
+
+
+def shape_varying_like(shape: tuple[int, ...], dtype: jnp.dtype, reference: jax.Array) -> jax.ShapeDtypeStruct:
+    """The type of a kernel's result that varies wherever `reference` varies."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(reference).mat)
 
 
 def _varying_axes(array: jax.Array) -> frozenset[str]:

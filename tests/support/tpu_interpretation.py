@@ -5,7 +5,7 @@ import dataclasses
 
 import jax
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax._src.pallas.mosaic.interpret.memory import SharedMemory
+from jax._src.pallas.mosaic.interpret.shared_memory import SharedMemory
 from jax.experimental.pallas import tpu as pltpu
 
 from moe_jax.kernels.device import TPU_DEVICES, targeting

@@ -1,0 +1,79 @@
+"""What the kernels cannot do. Apart from them, because asking must not import Pallas TPU, which takes half a second."""
+
+import jax.numpy as jnp
+
+from ..device import TPU_DEVICES, TpuDevice
+from .tiles import RowTiles
+
+LANES = 128
+"""Columns of a vector register, and of a tile of device memory."""
+RESERVED_VMEM_BYTES = 4 * 2**20
+"""What is left to the compiler for temporaries and spilled registers."""
+
+
+def unsupported_device(device: TpuDevice | None, platform: str) -> str | None:
+    """Why the kernels cannot run on a device, or None."""
+    if device is None:
+        return f"it needs a TPU of {', '.join(TPU_DEVICES)}, the platform is {platform!r}"
+    return None
+
+
+def unsupported_operands(**dtypes: jnp.dtype) -> str | None:
+    """Why arrays of these dtypes cannot be used, or None."""
+    for name, dtype in dtypes.items():
+        if dtype not in (jnp.bfloat16, jnp.float32):
+            return f"{name} must be bfloat16 or float32, got {dtype}"
+    return None
+
+
+def vmem_limit_bytes(device: TpuDevice) -> int:
+    """What operands, results and the kernel's own buffers may take together."""
+    return device.vmem_bytes - RESERVED_VMEM_BYTES
+
+
+def rows_vmem_bytes(
+    tiles: RowTiles,
+    *,
+    num_rows: int,
+    width_in: int,
+    projections: int,
+    kept: bool,
+    scaled: bool,
+    itemsize: int,
+    output_itemsize: int,
+) -> int:
+    """Vector memory that the kernel on rows takes: everything twice, so that copies overlap with products."""
+    depth = _up(width_in, LANES)
+    parts = 1 + (projections if kept else 0)
+    rows = 2 * tiles.rows * depth * itemsize
+    weights = 2 * projections * tiles.columns * depth * itemsize
+    results = (2 * tiles.rows + 16) * parts * tiles.columns * output_itemsize
+    bias = 2 * 8 * tiles.columns * 4
+    scale = (tiles.rows + LANES) * LANES * 4 + 2 * 4 * _up(num_rows + tiles.rows + LANES, LANES * 8) if scaled else 0
+    # A strip's products, and what the compiler keeps of them.
+    temporaries = 4 * tiles.chunk * projections * 256 * 4
+    return rows + weights + results + bias + scale + temporaries
+
+
+def check_row_tiles(tiles: RowTiles, device: TpuDevice, needed_bytes: int) -> None:
+    """Whether tile sizes fit each other and the device.
+
+    Raises:
+        ValueError: they don't; says which limit was hit.
+    """
+    if tiles.columns < LANES or tiles.columns % LANES:
+        raise ValueError(f"columns of a tile must be a multiple of {LANES}, got {tiles.columns}")
+    if tiles.chunk < LANES or tiles.chunk % LANES:
+        raise ValueError(f"chunk must be a multiple of {LANES}, got {tiles.chunk}")
+    if tiles.rows < tiles.chunk or tiles.rows % tiles.chunk:
+        raise ValueError(f"rows of a tile must be a multiple of chunk={tiles.chunk}, got {tiles.rows}")
+    if tiles.remainder < 16 or tiles.remainder % 16 or tiles.chunk % tiles.remainder:
+        raise ValueError(f"remainder must be a multiple of 16 that divides chunk={tiles.chunk}, got {tiles.remainder}")
+    if needed_bytes > vmem_limit_bytes(device):
+        raise ValueError(
+            f"{tiles} take {needed_bytes} bytes of vector memory, {device.name} has {vmem_limit_bytes(device)} to give"
+        )
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,391 @@
+"""Rows times the matrix of their group, with everything that can be done before the result is stored.
+
+A program walks over columns of the result, and for each over the visits (`schedule.py`). Weights arrive by the grid's own
+pipeline: while successive visits share a group they stay, so that every weight is read once. Rows are copied in, and results
+out, by hand, because both start at any multiple of 16 rows and are as many as the group still has; the rows of the next visit
+arrive, and the results of the last one leave, while this one is multiplied. The contracted dimension is never cut.
+
+How many rows a visit multiplies follows from the rows it has (`RowTiles.remainders`). Rows beyond the group's may be anything,
+NaN too: a row of a product depends on no other row. Only the first and the last 16 rows of a visit can hold rows of other
+groups, and only they are masked.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from ..activations import Activation
+from ..device import TpuDevice
+from ..varying import shape_varying_like
+from .epilogue import activate, column_of
+from .limits import LANES, check_row_tiles, rows_vmem_bytes, vmem_limit_bytes
+from .schedule import ROW_ALIGNMENT, VisitTable
+from .tiles import RowTiles
+
+Ref = Any
+STRIP = 256
+"""Columns that are multiplied, activated and stored at once, if a tile's are a multiple of it: the scheduler then activates one
+strip while the next is multiplied, and holds no more than a strip's projections."""
+
+
+def multiply_rows(
+    rows: Float[Array, "M Dpadded"],
+    weights: Float[Array, "G P N D"] | Float[Array, "G P D N"],
+    table: VisitTable,
+    *,
+    tiles: RowTiles,
+    contract: Literal["in", "out"] = "in",
+    bias: Float[Array, "G P N"] | None = None,
+    activation: Activation | None = None,
+    row_scale: Float[Array, "M"] | None = None,
+    keep_projected: bool = False,
+    output_dtype: DTypeLike,
+    device: TpuDevice,
+) -> tuple[Float[Array, "M Npadded"], Float[Array, "P M Npadded"] | None]:
+    """row_scale * activation(rows @ matrices + bias) for the rows of every visit, accumulated in float32.
+
+    Args:
+        rows: bfloat16 or float32; M is a multiple of 16. Columns from D on are not looked at: padding of a result before it.
+        weights: of the same dtype. (out, in) matrices, of which `contract="in"` contracts the last axis; "out" contracts the
+            axis before it, which is the gradient of rows.
+        table: the visits, made with `tiles.rows`.
+        tiles: see `RowTiles`.
+        contract: see `weights`.
+        bias: added to each projection in float32.
+        activation: of the P projections (2: gate and up); None if there is one projection, which is then the result.
+        row_scale: float32 factor of each row of the result.
+        keep_projected: also return what enters the activation, for the backward pass.
+        output_dtype: bfloat16 or float32.
+        device: what the kernel runs on.
+
+    Returns:
+        The result, and the projections if they are kept. Their columns are padded to a multiple of 128, of which those from N
+        on hold anything. Rows that no visit writes hold anything, as do rows of no group among 16 of which a group has some:
+        zeros.
+
+    Raises:
+        ValueError: tiles that don't fit each other or the device.
+    """
+    num_rows, width_in = rows.shape
+    _, projections, *matrix = weights.shape
+    depth, width_out = reversed(matrix) if contract == "in" else matrix
+    padded_out = pl.cdiv(width_out, LANES) * LANES
+    dtype, output_dtype = rows.dtype, jnp.dtype(output_dtype)
+    parts = 1 + (projections if keep_projected else 0)
+    needed_bytes = rows_vmem_bytes(
+        tiles,
+        num_rows=num_rows,
+        width_in=width_in,
+        projections=projections,
+        kept=keep_projected,
+        scaled=row_scale is not None,
+        itemsize=dtype.itemsize,
+        output_itemsize=output_dtype.itemsize,
+    )
+    check_row_tiles(tiles, device, needed_bytes)
+    problem = _Problem(tiles, projections, contract, activation, depth, padded_out)
+
+    block = (tiles.columns, depth) if contract == "in" else (depth, tiles.columns)
+    in_specs = {
+        "rows": pl.BlockSpec(memory_space=pl.ANY),
+        "weights": pl.BlockSpec(
+            (None, projections, *block),
+            (lambda column, visit, group, *_: (group[visit], 0, column, 0))
+            if contract == "in"
+            else (lambda column, visit, group, *_: (group[visit], 0, 0, column)),
+        ),
+    }
+    operands = {"rows": rows, "weights": weights}
+    if bias is not None:
+        in_specs["bias"] = pl.BlockSpec(
+            (None, projections, tiles.columns), lambda column, visit, group, *_: (group[visit], 0, column)
+        )
+        operands["bias"] = bias.astype(jnp.float32)
+    if row_scale is not None:
+        operands["row_scale"] = scale = _along_lanes(row_scale, tiles)
+        in_specs["row_scale"] = pl.BlockSpec(scale.shape, lambda *_: (0, 0))
+    outputs = {"result": shape_varying_like((num_rows, padded_out), output_dtype, rows)}
+    if keep_projected:
+        outputs["projected"] = shape_varying_like((projections, num_rows, padded_out), output_dtype, rows)
+    scratch = {
+        "rows_buffer": pltpu.VMEM((2, tiles.rows, width_in), dtype),
+        "result_buffer": pltpu.VMEM((2, parts, tiles.rows, tiles.columns), output_dtype),
+        "shared_rows": pltpu.VMEM((parts, ROW_ALIGNMENT, tiles.columns), output_dtype),
+        "fetched": pltpu.SemaphoreType.DMA((2,)),
+        "stored": pltpu.SemaphoreType.DMA(()),
+    }
+    if row_scale is not None:
+        scratch["scale_buffer"] = pltpu.VMEM((tiles.rows + LANES, 1), jnp.float32)
+    names = (*operands, *outputs, *scratch)
+
+    def grouped_rows(*refs: Ref) -> None:
+        table_refs = VisitTable(*refs[: len(table)])
+        _visit(problem, table_refs, **dict(zip(names, refs[len(table) :], strict=True)))
+
+    results = pl.pallas_call(
+        grouped_rows,
+        out_shape=tuple(outputs.values()),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(table),
+            grid=(pl.cdiv(padded_out, tiles.columns), table.count[0]),
+            in_specs=tuple(in_specs.values()),
+            out_specs=tuple(pl.BlockSpec(memory_space=pl.ANY) for _ in outputs),
+            scratch_shapes=tuple(scratch.values()),
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit_bytes(device)
+        ),
+        name="grouped_rows",
+    )(*table, *operands.values())
+    return results[0], results[1] if keep_projected else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    """What is static in the body of the kernel."""
+
+    tiles: RowTiles
+    projections: int
+    contract: Literal["in", "out"]
+    activation: Activation | None
+    depth: int
+    padded_out: int
+
+    @property
+    def last_columns(self) -> int:
+        """Columns of the last tile."""
+        return self.padded_out - (pl.cdiv(self.padded_out, self.tiles.columns) - 1) * self.tiles.columns
+
+
+def _visit(
+    problem: _Problem,
+    table: VisitTable,
+    *,
+    rows: Ref,
+    weights: Ref,
+    bias: Ref | None = None,
+    row_scale: Ref | None = None,
+    result: Ref,
+    projected: Ref | None = None,
+    rows_buffer: Ref,
+    result_buffer: Ref,
+    shared_rows: Ref,
+    fetched: Ref,
+    stored: Ref,
+    scale_buffer: Ref | None = None,
+) -> None:
+    """One step of the grid: one visit, for the columns of one tile."""
+    visit, count = pl.program_id(1), table.count[0]
+    slot = lax.rem(visit, 2)
+    destinations = [result] if projected is None else [result, *(projected.at[p] for p in range(problem.projections))]
+
+    def fetch(which: Array, slot: Array) -> _Copies:
+        size = _round_up(table.last[which])
+        source, target = rows.at[_aligned(table.source[which], size)], rows_buffer.at[slot, pl.ds(0, size)]
+        return _Copies([(size > 0, [pltpu.make_async_copy(source, target, fetched.at[slot])])])
+
+    def store(which: Array, slot: Array) -> _Copies:
+        size = pl.multiple_of(table.stored[which], ROW_ALIGNMENT)
+        return _store_copies(problem, result_buffer.at[slot], destinations, stored, table.row[which], size)
+
+    @pl.when(visit == 0)
+    def _():
+        fetch(visit, slot).start()
+        shared_rows[...] = jnp.zeros_like(shared_rows)
+
+    @pl.when(visit + 1 < count)
+    def _():
+        fetch(visit + 1, 1 - slot).start()
+
+    fetch(visit, slot).wait()
+    scale = None if row_scale is None else _scale_of(row_scale, scale_buffer, table.row[visit], table.last[visit])
+    operands = _Operands(rows_buffer.at[slot], weights, bias, scale)
+    _multiply(problem, operands, result_buffer.at[slot], table.last[visit])
+    _mask_ends(result_buffer.at[slot], shared_rows, table.first[visit], table.last[visit])
+
+    @pl.when(visit > 0)
+    def _():
+        store(visit - 1, 1 - slot).wait()
+
+    store(visit, slot).start()
+
+    @pl.when(visit == count - 1)
+    def _():
+        store(visit, slot).wait()
+
+
+class _Copies:
+    """Copies that are started, and waited for, together: each list of them if its condition holds."""
+
+    def __init__(self, copies: Sequence[tuple[Array, Sequence[Any]]]) -> None:
+        self._copies = copies
+
+    def _each(self, act: Callable[[Any], None]) -> None:
+        for condition, copies in self._copies:
+
+            @pl.when(condition)
+            def _(copies=copies):
+                for copy in copies:
+                    act(copy)
+
+    def start(self) -> None:
+        self._each(lambda copy: copy.start())
+
+    def wait(self) -> None:
+        self._each(lambda copy: copy.wait())
+
+
+def _store_copies(
+    problem: _Problem, buffer: Ref, destinations: Sequence[Ref], semaphore: Ref, row: Array, size: Array
+) -> _Copies:
+    """From the buffer of results to device memory; the last tile may have fewer columns than the others."""
+    columns, last_columns = problem.tiles.columns, problem.last_columns
+    column, is_last = pl.program_id(0), pl.program_id(0) == pl.num_programs(0) - 1
+
+    def copies(width: int) -> list[Any]:
+        at = (_aligned(row, size), pl.ds(pl.multiple_of(column * columns, LANES), width))
+        return [
+            pltpu.make_async_copy(buffer.at[part, pl.ds(0, size), pl.ds(0, width)], destination.at[at], semaphore)
+            for part, destination in enumerate(destinations)
+        ]
+
+    if last_columns == columns:
+        return _Copies([(size > 0, copies(columns))])
+    return _Copies(
+        [
+            ((size > 0) & jnp.logical_not(is_last), copies(columns)),
+            ((size > 0) & is_last, copies(last_columns)),
+        ]
+    )
+
+
+class _Operands(NamedTuple):
+    """What a visit computes with, in vector memory."""
+
+    rows: Ref
+    weights: Ref
+    bias: Ref | None
+    scale: Callable[[Array, int], Float[Array, "size 1"]] | None
+    """Factors of a number of rows, from a row of the visit on."""
+
+
+def _multiply(problem: _Problem, operands: _Operands, buffer: Ref, last: Array) -> None:
+    """Write the results of the rows before `last`, and of some after them; zeros for a visit without rows."""
+    tiles = problem.tiles
+    remainders = tiles.remainders
+    largest = max(*remainders, tiles.chunk)
+    # As many chunks as leave what some remainder covers; a chunk is one as well.
+    chunks = lax.div(jnp.maximum(last - largest, 0) + (tiles.chunk - 1), tiles.chunk)
+    rest = last - chunks * tiles.chunk
+    lower = 0
+    for size in sorted((*remainders, tiles.chunk)):
+        is_covering = (rest > lower) & (rest <= size)
+        if size == tiles.chunk:
+            all_chunks = chunks + is_covering.astype(jnp.int32)
+        else:
+
+            @pl.when(is_covering)
+            def _(size=size):
+                _multiply_at_once(problem, operands, buffer, pl.multiple_of(chunks * tiles.chunk, tiles.chunk), size)
+
+        lower = size
+
+    @pl.loop(0, all_chunks)
+    def _(chunk):
+        _multiply_at_once(problem, operands, buffer, pl.multiple_of(chunk * tiles.chunk, tiles.chunk), tiles.chunk)
+
+    @pl.when(last == 0)
+    def _():
+        @pl.loop(0, tiles.rows, step=ROW_ALIGNMENT)
+        def _(row):
+            some = _aligned(row, ROW_ALIGNMENT)
+            buffer[:, some] = jnp.zeros((buffer.shape[0], ROW_ALIGNMENT, tiles.columns), buffer.dtype)
+
+
+def _multiply_at_once(problem: _Problem, operands: _Operands, buffer: Ref, first_row: Array, size: int) -> None:
+    """The results of `size` rows from `first_row` on, strip by strip of columns."""
+    columns = problem.tiles.columns
+    own_rows = pl.ds(first_row, size)
+    rows = operands.rows[own_rows, : problem.depth]
+    scale = None if operands.scale is None else operands.scale(first_row, size)
+    strip = STRIP if columns % STRIP == 0 else LANES
+    # One pass of a matrix unit rounds float32 operands to bfloat16.
+    precision = lax.Precision.HIGHEST if rows.dtype == jnp.float32 else lax.Precision.DEFAULT
+    for start in range(0, columns, strip):
+        own_columns = pl.ds(start, strip)
+        projected = []
+        for projection in range(problem.projections):
+            if problem.contract == "in":
+                matrix, contracted = operands.weights[projection, own_columns, :], 1
+            else:
+                matrix, contracted = operands.weights[projection, :, own_columns], 0
+            values = lax.dot_general(
+                rows,
+                matrix,
+                (((1,), (contracted,)), ((), ())),
+                precision=precision,
+                preferred_element_type=jnp.float32,
+            )
+            if operands.bias is not None:
+                values = values + operands.bias[projection, own_columns][None, :]
+            projected.append(values)
+            if buffer.shape[0] > 1:
+                buffer[1 + projection, own_rows, own_columns] = values.astype(buffer.dtype)
+        values = activate(problem.activation, projected)
+        if scale is not None:
+            values = values * scale
+        buffer[0, own_rows, own_columns] = values.astype(buffer.dtype)
+
+
+def _mask_ends(buffer: Ref, shared_rows: Ref, first: Array, last: Array) -> None:
+    """Put the visits before this one's results into the 16 rows that they share, and keep those that the next one shares."""
+    row = lax.broadcasted_iota(jnp.int32, shared_rows.shape, 1)
+    kept_as = jnp.float32  # masks of 16 rows are those of 32 bits
+
+    @pl.when(first > 0)
+    def _():
+        own = buffer[:, :ROW_ALIGNMENT].astype(kept_as)
+        buffer[:, :ROW_ALIGNMENT] = jnp.where(row < first, shared_rows[...].astype(kept_as), own).astype(buffer.dtype)
+
+    end = lax.rem(last, ROW_ALIGNMENT)
+
+    @pl.when(end > 0)
+    def _():
+        at = _aligned(last - end, ROW_ALIGNMENT)
+        own = jnp.where(row < end, buffer[:, at].astype(kept_as), 0).astype(buffer.dtype)
+        buffer[:, at] = own
+        shared_rows[...] = own
+
+
+def _along_lanes(row_scale: Float[Array, "M"], tiles: RowTiles) -> Float[Array, "tiles 128"]:
+    """Scales in lines of 128, with as many after the last row as a visit may read."""
+    length = row_scale.shape[0] + tiles.rows + LANES
+    padding = pl.cdiv(length, LANES) * LANES - row_scale.shape[0]
+    return jnp.pad(row_scale.astype(jnp.float32), (0, padding)).reshape(-1, LANES)
+
+
+def _scale_of(row_scale: Ref, buffer: Ref, row: Array, last: Array) -> Callable[[Array, int], Float[Array, "size 1"]]:
+    """Turn the scales of a visit's rows into a column in `buffer`; the function returned reads them there."""
+    first_line, shift = lax.div(row, LANES), lax.rem(row, LANES)
+
+    @pl.loop(0, lax.div(shift + last + (LANES - 1), LANES))
+    def _(line):
+        turned = column_of(row_scale[pl.ds(first_line + line, 1), :])
+        buffer[pl.ds(pl.multiple_of(line * LANES, LANES), LANES), :] = turned
+
+    return lambda first_row, size: buffer[_aligned(shift + first_row, size), :]
+
+
+def _aligned(start: Array, size: Array | int) -> Any:
+    return pl.ds(pl.multiple_of(start, ROW_ALIGNMENT), size)
+
+
+def _round_up(value: Array) -> Array:
+    return pl.multiple_of(lax.div(value + (ROW_ALIGNMENT - 1), ROW_ALIGNMENT) * ROW_ALIGNMENT, ROW_ALIGNMENT)
