@@ -1,0 +1,158 @@
+"""How `fused_moe` chooses: what it refuses, what `explain` says, and each formulation of the implementation `xla`."""
+
+import contextlib
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from support.implementations import UNDER_TEST
+from support.moe_blocks import Block
+
+from moe_jax.kernels import explain_fused_moe, fused_moe
+from moe_jax.kernels.device import GPU_DEVICES, targeting
+from moe_jax.kernels.fused_moe.api import IMPLEMENTATIONS as MODULES
+from moe_jax.kernels.fused_moe.xla import Plan
+
+X, W, IDS = jnp.ones((5, 4)), jnp.ones((5, 2)), jnp.zeros((5, 2), jnp.int32)
+GATE_UP, DOWN = jnp.ones((3, 2, 6, 4)), jnp.ones((3, 4, 6))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (ValueError, r"x must be \[T, H\], got shape \(4,\)", {"x": X[0]}),
+        (ValueError, r"topk_ids must be \[T, K\] with T=5", {"topk_ids": IDS[:4]}),
+        (ValueError, r"K >= 1, got shape \(5, 0\)", {"topk_ids": IDS[:, :0]}),
+        (ValueError, r"topk_weights must be \[T, K\] = \(5, 2\)", {"topk_weights": W[:, :1]}),
+        (ValueError, r"\[E, 1, I, H\].*'relu2_no_mul'.*got shape \(3, 2, 6, 4\)", {"activation": "relu2_no_mul"}),
+        (ValueError, r"\[E, 2, I, H\] with E >= 1", {"gate_up_proj": GATE_UP[:, 0]}),
+        (ValueError, r"x must be \[T, H\] = \(5, 4\).*got shape \(5, 3\)", {"x": X[:, :3]}),
+        (ValueError, r"down_proj must be \[E, H, I\] = \(3, 4, 6\)", {"down_proj": DOWN.mT}),
+        (ValueError, r"gate_up_bias must be .* = \(3, 2, 6\)", {"gate_up_bias": jnp.ones((3, 12))}),
+        (ValueError, r"down_bias must be \[E, H\] = \(3, 4\)", {"down_bias": jnp.ones((3, 6))}),
+        (TypeError, "topk_ids must be integer, got float32", {"topk_ids": W}),
+        (TypeError, "topk_weights must be floating, got int32", {"topk_weights": IDS}),
+        (
+            TypeError,
+            "down_proj must have the dtype of x, float32, or float32.*got bfloat16",
+            {"down_proj": DOWN.astype(jnp.bfloat16)},
+        ),
+        (
+            TypeError,
+            "gate_up_proj must have the dtype of x, bfloat16, or float32.*got float16",
+            {"x": X.astype(jnp.bfloat16), "gate_up_proj": GATE_UP.astype(jnp.float16)},
+        ),
+        (ValueError, "unknown activation 'swish'", {"activation": "swish"}),
+        (
+            ValueError,
+            "unknown implementation 'pallas_tpu'.*legal are pallas_gpu, xla, reference",
+            {"implementation": "pallas_tpu"},
+        ),
+    ],
+)
+def test_invalid_arguments_are_refused(error, message, arguments):
+    valid = {"x": X, "topk_weights": W, "topk_ids": IDS, "gate_up_proj": GATE_UP, "down_proj": DOWN}
+    for function in (fused_moe, explain_fused_moe):
+        with pytest.raises(error, match=message):
+            function(**valid | arguments)
+
+
+def describe(tokens, experts, top_k, intermediate, dtype=jnp.float32, *, hidden=1024, device=None, **kwargs):
+    """What `explain` says for these sizes, on a GPU of that name, or on the machine at hand."""
+    shapes = [
+        ((tokens, hidden), dtype),
+        ((tokens, top_k), jnp.float32),
+        ((tokens, top_k), jnp.int32),
+        ((experts, 2, intermediate, hidden), dtype),
+        ((experts, hidden, intermediate), dtype),
+    ]
+    with targeting(GPU_DEVICES[device]) if device else contextlib.nullcontext():
+        return explain_fused_moe(*(jax.ShapeDtypeStruct(*shape) for shape in shapes), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "formulation", "reason"),
+    [
+        ((1, 64, 8, 384), "streamed", "many experts are not used"),
+        ((1, 64, 8, 384, jnp.bfloat16), "streamed", "many experts are not used"),
+        ((128, 64, 8, 384), "batched with 24 slots", "16 each on average"),
+        ((2048, 64, 8, 384), "batched with 288 slots", "256 each on average"),
+        ((2048, 8, 2, 3584), "batched with 560 slots", "512 each on average"),
+    ],
+    ids=str,
+)
+def test_explain_names_the_formulation_and_why_from_shapes_alone(sizes, formulation, reason):
+    choice = describe(*sizes)
+    assert choice.implementation == "xla"
+    assert formulation in choice.formulation
+    assert reason in choice.reason
+    assert str(choice).startswith("fused_moe: xla")
+
+
+def test_explain_gives_the_reason_of_every_rejected_implementation():
+    rejected = dict(describe(4, 8, 2, 96).rejected)
+    assert set(rejected) == {module.NAME for module in MODULES} - {"xla"}
+    assert all(rejected.values())
+
+
+UNSUPPORTED = [
+    (dict(), "compute capability 9.0 .Hopper. or 10.x .Blackwell., the platform is 'cpu'"),
+    (dict(device="a100"), "Hopper.*Blackwell.*a100 has 8.0"),
+    (dict(device="h200", dtype=jnp.float32), "operands must be bfloat16 or float16.*got float32"),
+    (dict(device="h200", hidden=1016), "H must be a multiple of 16.*got 1016"),
+    (dict(device="b200", intermediate=392), "I must be a multiple of 16.*got 392"),
+]
+
+
+@pytest.mark.parametrize(("change", "limit"), UNSUPPORTED, ids=str)
+def test_what_kernels_for_gpus_cannot_compute_is_refused_by_name_and_otherwise_left_to_xla(change, limit):
+    sizes = dict(tokens=64, experts=16, top_k=4, intermediate=384, dtype=jnp.bfloat16) | change
+    with pytest.raises(NotImplementedError, match=limit):
+        describe(**sizes, implementation="pallas_gpu")
+    choice = describe(**sizes)
+    assert choice.implementation == "xla"
+    assert re.search(limit, dict(choice.rejected)["pallas_gpu"])
+
+
+def test_kernels_for_gpus_do_not_run_without_one(rng):
+    block = Block.draw(rng, UNDER_TEST["pallas_gpu"], tokens=4)
+    with pytest.raises(NotImplementedError, match="'pallas_gpu' of fused_moe cannot run: .*the platform is 'cpu'"):
+        fused_moe(**block.arrays, **block.options)
+
+
+@pytest.mark.parametrize(
+    ("device", "tokens", "kernel", "tiles"),
+    [
+        ("h200", 8, "stream", "StreamTiles"),
+        ("h200", 4096, "rows", r"RowTiles\(rows=128"),
+        ("b200", 8, "rows", r"RowTiles\(rows=128"),
+    ],
+)
+def test_explain_names_kernel_tiles_and_where_they_come_from(device, tokens, kernel, tiles):
+    choice = describe(tokens, 64, 8, 384, jnp.bfloat16, device=device)
+    assert choice.implementation == "pallas_gpu"
+    assert re.search(f"^{kernel} kernel, gate/up {tiles}.*, down {tiles}", choice.formulation)
+    for part, shape in {"gate/up": "64 groups, gate and up of 1024 -> 384", "down": "64 groups, 384 -> 1024"}.items():
+        assert f"{part}: analytic default, no tuned entry of {device} for {shape}" in choice.reason
+
+
+@pytest.mark.parametrize(
+    "formulation",
+    [
+        Plan("streamed", capacity=0, block_rows=8, slice_bytes=2**20, platform="cpu"),
+        Plan("batched", capacity=16, block_rows=16, slice_bytes=2**20, platform="cpu"),
+        Plan("batched", capacity=8, block_rows=5, slice_bytes=2**10, platform="cpu"),
+        Plan("loop", capacity=0, block_rows=8, slice_bytes=2**20, platform="gpu"),
+        Plan("loop", capacity=0, block_rows=7, slice_bytes=2**10, platform="gpu"),
+    ],
+    ids=str,
+)
+def test_every_formulation_of_xla_computes_skewed_routing(formulation, rng, monkeypatch):
+    monkeypatch.setattr(sys.modules[Plan.__module__], "plan", lambda request: (formulation, "as the test says"))
+    block = Block.draw(rng, UNDER_TEST["xla"], tokens=75, experts=6, top_k=2, bias=True)
+    ids = jnp.where(jnp.arange(75)[:, None] % 10 < 8, jnp.arange(2), block.arrays["topk_ids"]).at[::9].set(-1)
+    block = block.with_arrays(topk_ids=ids.astype(jnp.int32))
+    result = jax.jit(lambda arrays: fused_moe(**arrays, implementation="xla"))(block.arrays)
+    block.assert_close(result, block.expected())

@@ -1,0 +1,120 @@
+"""Every implementation of `fused_moe` repeated, scanned, mapped and sharded."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from support.implementations import assert_close
+from support.implementations import each_implementation as each_implementation_of
+from support.moe_blocks import Block
+
+from moe_jax.kernels import fused_moe
+from moe_jax.kernels.device import GPU_DEVICES, targeting
+from moe_jax.kernels.fused_moe.api import IMPLEMENTATIONS as MODULES
+
+each_implementation = each_implementation_of(MODULES)
+each_implementation_sampled = each_implementation_of(MODULES, sampled=True)
+
+
+@each_implementation
+@pytest.mark.parametrize("tokens", [20, 100])
+def test_repeated_calls_give_the_same_bits(implementation, tokens, rng):
+    block = Block.draw(rng, implementation, tokens=tokens, experts=5, top_k=4)
+    np.testing.assert_array_equal(block.run(), block.run())
+
+
+@each_implementation
+def test_repeated_gradients_are_the_same_bits(implementation, rng):
+    block = Block.draw(rng, implementation, tokens=60, experts=5, top_k=4)
+    cotangent = block.draw_cotangent(rng)
+    first, second = block.gradients(cotangent), block.gradients(cotangent)
+    for name, gradient in first.items():
+        np.testing.assert_array_equal(gradient, second[name])
+
+
+@each_implementation
+def test_scan_over_stacked_layers(implementation, rng):
+    blocks = [Block.draw(rng, implementation, tokens=12) for _ in range(3)]
+    names = ("gate_up_proj", "down_proj", "topk_ids")
+    stacked = {name: jnp.stack([block.arrays[name] for block in blocks]) for name in names}
+    weights = blocks[0].arrays["topk_weights"]
+
+    @jax.jit
+    def scanned(x):
+        def layer(x, parameters):
+            return fused_moe(x, weights, implementation=implementation.name, **parameters), None
+
+        return jax.lax.scan(layer, x, stacked)[0]
+
+    expected = np.asarray(blocks[0].arrays["x"], np.float64)
+    for block in blocks:
+        expected = block.with_arrays(topk_weights=weights).expected(x=expected)
+    with implementation.running():
+        result = scanned(blocks[0].arrays["x"])
+    assert_close(result, expected, 3 * implementation.block_error, 3 * implementation.block_norm_error)
+
+
+@each_implementation
+def test_vmap_is_the_same_as_a_loop(implementation, rng):
+    blocks = [Block.draw(rng, implementation, tokens=9) for _ in range(3)]
+    stacked = {name: jnp.stack([block.arrays[name] for block in blocks]) for name in blocks[0].arrays}
+    with implementation.running():
+        result = jax.jit(jax.vmap(lambda arrays: fused_moe(**arrays, implementation=implementation.name)))(stacked)
+    for row, block in zip(result, blocks, strict=True):
+        block.assert_close(row, block.expected())
+
+
+SHARDED_NAMES = ("topk_ids", "x", "topk_weights", "gate_up_proj", "down_proj")
+
+
+def sharded_block(implementation, mesh_shape, check_vma):
+    """The block with tokens split over one axis of a mesh, and its 6 experts over the other."""
+    mesh = jax.make_mesh(mesh_shape, ("data", "expert"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def local(ids, x, weights, gate_up_proj, down_proj):
+        offset = jax.lax.axis_index("expert") * (6 // mesh_shape[1])
+        part = fused_moe(
+            x, weights, ids, gate_up_proj, down_proj, expert_offset=offset, implementation=implementation.name
+        )
+        return jax.lax.psum(part, "expert")
+
+    by_token, by_expert = P("data"), P("expert")
+    in_specs = (by_token, by_token, by_token, by_expert, by_expert)
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=by_token, check_vma=check_vma)
+
+
+def loss_and_result(sharded, cotangent, ids, *floating):
+    result = sharded(ids, *floating)
+    return jnp.vdot(result, cotangent, preferred_element_type=jnp.float32), result
+
+
+@each_implementation
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_experts_sharded_with_shard_map_are_the_unsharded_block(implementation, check_vma, rng):
+    block = Block.draw(rng, implementation, tokens=14, experts=6)
+    cotangent = block.draw_cotangent(rng)
+    sharded = sharded_block(implementation, (2, 2) if implementation.runs_on_meshes else (1, 1), check_vma)
+    function = functools.partial(loss_and_result, sharded, cotangent)
+    with implementation.running():
+        actual, result = jax.jit(jax.grad(function, argnums=(1, 2, 3, 4), has_aux=True))(
+            *(block.arrays[name] for name in SHARDED_NAMES)
+        )
+    block.assert_close(result, block.expected())
+    block.assert_gradients_right(dict(zip(SHARDED_NAMES[1:], actual, strict=True)), cotangent)
+
+
+@each_implementation_sampled
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_gradients_trace_inside_shard_map_over_several_devices(implementation, check_vma, rng):
+    block = Block.draw(rng, implementation, tokens=14, experts=6)
+    function = functools.partial(
+        loss_and_result, sharded_block(implementation, (2, 2), check_vma), block.draw_cotangent(rng)
+    )
+    arrays = [block.arrays[name] for name in SHARDED_NAMES]
+    with targeting(GPU_DEVICES["h200"]):
+        gradients, result = jax.eval_shape(jax.grad(function, argnums=(1, 2, 3, 4), has_aux=True), *arrays)
+    assert result.shape == block.arrays["x"].shape
+    assert [gradient.shape for gradient in gradients] == [array.shape for array in arrays[1:]]
