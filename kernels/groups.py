@@ -34,3 +34,19 @@ class Groups(NamedTuple):
 def keep_rows(rows: Float[Array, "M N"], kept: Bool[Array, "M"]) -> Float[Array, "M N"]:
     """`rows` with those that are not kept replaced by zero, whatever they hold."""
     return jnp.where(kept[:, None], rows, jnp.zeros((), rows.dtype))
+
+
+def sum_groups(
+    rows: Float[Array, "M N"], groups: Groups, row_scale: Float[Array, "M"] | None = None
+) -> Float[Array, "G N"]:
+    """Sum of the (scaled) rows of each group, float32. Other rows may be NaN.
+
+    A product with the matrix of memberships: its order of summation is fixed, which a scatter's on a GPU is not.
+    """
+    row = jnp.arange(rows.shape[0])[None, :]
+    starts, ends = groups.starts[:, None], (groups.starts + groups.sizes)[:, None]
+    member = ((row >= starts) & (row < ends)).astype(jnp.float32)
+    in_any = jnp.any(member > 0, axis=0)
+    scaled = rows.astype(jnp.float32) * (1 if row_scale is None else row_scale[:, None])
+    scaled = jnp.where(in_any[:, None], scaled, 0)
+    return jnp.dot(member, scaled, precision=jax.lax.Precision.HIGHEST)

@@ -5,10 +5,10 @@ from jaxtyping import Float, Int
 
 from ..activations import Activation
 from ..selection import Choice, Implementation, choose
-from . import pallas_gpu, reference, xla
+from . import pallas_gpu, pallas_tpu, reference, xla
 from .request import Request
 
-IMPLEMENTATIONS: tuple[Implementation[Request], ...] = (pallas_gpu, xla, reference)
+IMPLEMENTATIONS: tuple[Implementation[Request], ...] = (pallas_gpu, pallas_tpu, xla, reference)
 """Every implementation, the preferred ones first."""
 
 
@@ -52,7 +52,7 @@ def fused_moe(
         expert_offset: id of the first expert whose weights are given.
         apply_router_weight_on_input: multiply the expert's input instead of its output by the router weight (Llama 4).
         recompute_activation: keep less for the gradient, and compute what enters the activation again (half a forward pass).
-        implementation: "pallas_gpu", "xla" or "reference"; None chooses by device and shape, see `explain`.
+        implementation: "pallas_gpu", "pallas_tpu", "xla" or "reference"; None chooses by device and shape, see `explain`.
 
     Raises:
         ValueError: shapes that do not fit, an unknown activation or implementation.

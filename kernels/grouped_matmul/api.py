@@ -5,10 +5,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from ..selection import Choice, Implementation, choose
-from . import pallas_gpu, reference, xla
+from . import pallas_gpu, pallas_tpu, reference, xla
 from .request import Request
 
-IMPLEMENTATIONS: tuple[Implementation[Request], ...] = (pallas_gpu, xla, reference)
+IMPLEMENTATIONS: tuple[Implementation[Request], ...] = (pallas_gpu, pallas_tpu, xla, reference)
 """Every implementation, the preferred ones first."""
 
 
@@ -39,7 +39,7 @@ def grouped_matmul(
             the groups `[group_offset, group_offset + G)`. Rows of other groups are not computed; their result is zero, so
             results of all devices add up to the whole.
         preferred_element_type: dtype of the result; None: that of `rows`.
-        implementation: "pallas_gpu", "xla" or "reference"; None chooses by device and shape, see `explain`.
+        implementation: "pallas_gpu", "pallas_tpu", "xla" or "reference"; None chooses by device and shape, see `explain`.
 
     Raises:
         ValueError: shapes that do not fit, an offset that is out of range, an unknown implementation.

@@ -5,7 +5,6 @@
 
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
@@ -14,17 +13,30 @@ from jaxtyping import Float
 from ..activations import Activation
 from ..device import GpuDevice
 from ..groups import Groups
+from ..groups import sum_groups as bias_gradient
 from ..varying import varying_like
 from . import (
     blackwell_rows_kernel,
     blackwell_weights_gradient_kernel,
     rows_kernel,
+    schedule,
     stream_kernel,
     weights_gradient_kernel,
 )
 from .choice import ChosenTiles, choose_tiles, is_blackwell, streams_weights
 from .limits import SWIZZLES
 from .schedule import Alignment, TileTable
+
+__all__ = [
+    "bias_gradient",
+    "chosen_for_forward",
+    "multiply",
+    "multiply_and_keep",
+    "multiply_compact",
+    "rows_gradient",
+    "schedule",
+    "weights_gradient",
+]
 
 
 def chosen_for_forward(
@@ -255,22 +267,6 @@ def weights_gradient(
         cotangent, rows, groups, tiles=chosen.tiles, output_dtype=output_dtype, device=device
     )
     return varying_like(result, rows)
-
-
-def bias_gradient(
-    cotangent: Float[Array, "M N"], groups: Groups, row_scale: Float[Array, "M"] | None = None
-) -> Float[Array, "G N"]:
-    """Sum of the (scaled) rows of each group, float32. Other rows may be NaN.
-
-    A product with the matrix of memberships: its order of summation is fixed, which a scatter's on a GPU is not.
-    """
-    row = jnp.arange(cotangent.shape[0])[None, :]
-    starts, ends = groups.starts[:, None], (groups.starts + groups.sizes)[:, None]
-    member = ((row >= starts) & (row < ends)).astype(jnp.float32)
-    in_any = jnp.any(member > 0, axis=0)
-    scaled = cotangent.astype(jnp.float32) * (1 if row_scale is None else row_scale[:, None])
-    scaled = jnp.where(in_any[:, None], scaled, 0)
-    return jnp.dot(member, scaled, precision=jax.lax.Precision.HIGHEST)
 
 
 def _rows_kernel(device: GpuDevice):

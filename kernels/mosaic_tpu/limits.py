@@ -69,6 +69,10 @@ def check_row_tiles(tiles: RowTiles, device: TpuDevice, needed_bytes: int) -> No
         raise ValueError(f"rows of a tile must be a multiple of chunk={tiles.chunk}, got {tiles.rows}")
     if tiles.remainder < 16 or tiles.remainder % 16 or tiles.chunk % tiles.remainder:
         raise ValueError(f"remainder must be a multiple of 16 that divides chunk={tiles.chunk}, got {tiles.remainder}")
+    if not tiles.remainder <= tiles.least <= tiles.chunk or tiles.least % tiles.remainder:
+        raise ValueError(
+            f"least must be a multiple of remainder={tiles.remainder} up to chunk={tiles.chunk}, got {tiles.least}"
+        )
     if needed_bytes > vmem_limit_bytes(device):
         raise ValueError(
             f"{tiles} take {needed_bytes} bytes of vector memory, {device.name} has {vmem_limit_bytes(device)} to give"

@@ -280,7 +280,7 @@ def _multiply(problem: _Problem, operands: _Operands, buffer: Ref, last: Array) 
     """Write the results of the rows before `last`, and of some after them; zeros for a visit without rows."""
     tiles = problem.tiles
     remainders = tiles.remainders
-    largest = max(*remainders, tiles.chunk)
+    largest = max((*remainders, tiles.chunk))
     # As many chunks as leave what some remainder covers; a chunk is one as well.
     chunks = lax.div(jnp.maximum(last - largest, 0) + (tiles.chunk - 1), tiles.chunk)
     rest = last - chunks * tiles.chunk

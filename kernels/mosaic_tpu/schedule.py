@@ -20,6 +20,18 @@ from ..groups import Groups
 ROW_ALIGNMENT = 16
 
 
+def aligned_num_rows(num_rows: int, num_groups: int) -> int:
+    """Rows that hold `num_rows` rows of `num_groups` groups, each of which starts at a multiple of 16."""
+    padding = (ROW_ALIGNMENT - 1) * min(num_groups, num_rows)
+    return -(-(num_rows + padding) // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+def aligned_groups(sizes: Int[Array, "G"]) -> Groups:
+    """Groups of these sizes, each of which starts at a multiple of 16, so that no two share 16 rows."""
+    spaces = _round_up(sizes)
+    return Groups(jnp.cumsum(spaces) - spaces, sizes)
+
+
 class VisitTable(NamedTuple):
     """The visits, in the order of the rows; entries from `count` on are those of a visit to nothing."""
 

@@ -16,11 +16,15 @@ class RowTiles:
     longer than multiplying by them."""
     remainder: int
     """The last rows of a group are multiplied as the next multiple of this many, a multiple of 16 that divides `chunk`."""
+    least: int
+    """Fewest rows that are multiplied at once, a multiple of `remainder` up to `chunk`. Below the rows of a matrix unit its
+    weights take longer to load than to use, and fewer rows gain little."""
 
     @property
     def remainders(self) -> tuple[int, ...]:
-        """Numbers of rows that are multiplied at once at the end of a group, each by code of its own: multiples of `remainder`
-        below two chunks. More than a chunk at once, because a few rows alone take about as long as a chunk does.
+        """Numbers of rows, other than a chunk, that are multiplied at once at the end of a group, each by code of its own.
+
+        They go beyond a chunk, so that few rows need not be multiplied alone.
         """
-        sizes = range(self.remainder, min(2 * self.chunk, self.rows + 1), self.remainder)
+        sizes = range(self.least, min(2 * self.chunk, self.rows + 1), self.remainder)
         return tuple(size for size in sizes if size != self.chunk)

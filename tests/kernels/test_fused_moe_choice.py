@@ -47,8 +47,8 @@ GATE_UP, DOWN = jnp.ones((3, 2, 6, 4)), jnp.ones((3, 4, 6))
         (ValueError, "unknown activation 'swish'", {"activation": "swish"}),
         (
             ValueError,
-            "unknown implementation 'pallas_tpu'.*legal are pallas_gpu, xla, reference",
-            {"implementation": "pallas_tpu"},
+            "unknown implementation 'cuda'.*legal are pallas_gpu, pallas_tpu, xla, reference",
+            {"implementation": "cuda"},
         ),
     ],
 )

@@ -298,7 +298,7 @@ ROWS, WEIGHTS, SIZES = jnp.ones((6, 4)), jnp.ones((3, 5, 4)), jnp.array([1, 2, 3
         ),
         (TypeError, "group_sizes must be integer, got float32", {"group_sizes": SIZES.astype(jnp.float32)}),
         (TypeError, "preferred_element_type must be floating", {"preferred_element_type": jnp.int32}),
-        (ValueError, "unknown implementation 'cuda'.*pallas_gpu, xla, reference", {"implementation": "cuda"}),
+        (ValueError, "unknown implementation 'cuda'.*pallas_gpu, pallas_tpu, xla, reference", {"implementation": "cuda"}),
     ],
 )
 def test_invalid_arguments_are_refused(error, message, arguments):

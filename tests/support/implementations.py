@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.gpu_interpretation import interpreting
+from support.tpu_interpretation import interpreting_tpu
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,7 @@ UNDER_TEST = {
             is_slow=True,
             runs_on_meshes=False,
         ),
+        ImplementationUnderTest(name="pallas_tpu", running=interpreting_tpu, is_slow=True),
     )
 }
 

@@ -1,13 +1,15 @@
-"""The fused MoE block from Mosaic GPU kernels, with its gradient.
+"""The fused MoE block from kernels on sorted rows, with its gradient: the same on GPUs and TPUs but for the kernels.
 
-Rows are gathered, sorted by expert, into the aligned layout (`mosaic_gpu/schedule.py`). One kernel multiplies them by gate and
-up and applies the activation, one multiplies by down and applies the router's weight, and each token's results are summed in
-the order of its choices. With few rows per expert the kernels stream weights instead; see `mosaic_gpu/choice.py`.
+Rows are gathered, sorted by expert, into a layout in which each expert's rows begin where the kernels can address them. One
+kernel multiplies them by gate and up and applies the activation, one multiplies by down and applies the router's weight, and
+each token's results are summed in the order of its choices. With few rows per expert, kernels may stream weights instead; see
+`choice.py` beside the kernels.
 
 The gradient recomputes the gathered rows. What enters the activation is kept for it, or computed again if asked for.
 """
 
 import functools
+from types import ModuleType
 from typing import NamedTuple, Self
 
 import jax
@@ -16,19 +18,20 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from ..activations import Activation
-from ..device import GpuDevice
+from ..device import GpuDevice, TpuDevice
 from ..groups import Groups
-from ..mosaic_gpu import matmuls
-from ..mosaic_gpu.choice import ChosenTiles
-from ..mosaic_gpu.schedule import aligned_groups, aligned_num_rows
+from ..selection import Formulation
 from .assignment import Assignment
 from .expert_block import ExpertWeights
+from .request import Request
 
 
 class Computation(NamedTuple):
     """What to compute, without the arrays."""
 
-    device: GpuDevice
+    matmuls: ModuleType
+    """The kernels: `mosaic_gpu.matmuls` or `mosaic_tpu.matmuls`, which have the same functions."""
+    device: GpuDevice | TpuDevice
     activation: Activation
     apply_router_weight_on_input: bool
     recompute_activation: bool
@@ -47,15 +50,15 @@ class AlignedRows(NamedTuple):
     """Rows of each local expert."""
 
     @classmethod
-    def of(cls, assignment: Assignment, num_experts: int) -> Self:
-        """Move the sorted rows so that each expert's begin at a multiple of 8."""
+    def of(cls, assignment: Assignment, num_experts: int, schedule: ModuleType) -> Self:
+        """Move the sorted rows so that each expert's begin where `schedule`, that of the kernels, wants them."""
         num_tokens, top_k = assignment.position.shape
-        groups = aligned_groups(assignment.groups.sizes)
+        groups = schedule.aligned_groups(assignment.groups.sizes)
         is_local = assignment.is_local(num_experts)
         expert = jnp.minimum(assignment.expert, num_experts - 1)
         shift = (groups.starts - assignment.groups.starts)[expert]
         position = jnp.where(is_local, assignment.position + shift, 0)
-        num_rows = aligned_num_rows(num_tokens * top_k, num_experts)
+        num_rows = schedule.aligned_num_rows(num_tokens * top_k, num_experts)
         target = jnp.where(is_local, position, num_rows).reshape(-1)
         token = jnp.arange(num_tokens * top_k, dtype=jnp.int32) // top_k
         token = jnp.zeros(num_rows, jnp.int32).at[target].set(token, mode="drop", unique_indices=True)
@@ -80,14 +83,30 @@ class AlignedRows(NamedTuple):
         return total
 
 
-def chosen_kernels(
-    num_pairs: int, gate_up_shape: tuple[int, int, int, int], dtype: jnp.dtype, device: GpuDevice
-) -> tuple[str, ChosenTiles, ChosenTiles]:
-    """Name of the kernel of the forward pass, its tiles for gate/up, and for down."""
-    num_experts, _, intermediate, hidden = gate_up_shape
-    kernel, gate_up = matmuls.chosen_for_forward(num_pairs, gate_up_shape, dtype, dtype, device)
-    _, down = matmuls.chosen_for_forward(num_pairs, (num_experts, 1, hidden, intermediate), dtype, dtype, device)
-    return kernel, gate_up, down
+def formulation(request: Request, matmuls: ModuleType, device: GpuDevice | TpuDevice) -> Formulation:
+    """Kernels and tiles of the forward pass."""
+    num_pairs, dtype = request.num_tokens * request.top_k, request.x.dtype
+    down_shape = (request.num_experts, 1, request.hidden_size, request.intermediate_size)
+    kernel, gate_up = matmuls.chosen_for_forward(num_pairs, request.gate_up_proj.shape, dtype, dtype, device)
+    _, down = matmuls.chosen_for_forward(num_pairs, down_shape, dtype, dtype, device)
+    return Formulation(
+        f"{kernel} kernel, gate/up {gate_up.tiles}, down {down.tiles}",
+        f"gate/up: {gate_up.reason}; down: {down.reason}",
+    )
+
+
+def run(request: Request, matmuls: ModuleType, device: GpuDevice | TpuDevice) -> Array:
+    """Compute a request with these kernels; differentiable in everything floating."""
+    if request.x.size == 0 or request.intermediate_size == 0:
+        return jnp.zeros_like(request.x)
+    assignment = Assignment.of(request.topk_ids, request.expert_offset, request.num_experts)
+    aligned = AlignedRows.of(assignment, request.num_experts, matmuls.schedule)
+    topk_weights = jnp.where(aligned.is_local, request.topk_weights.astype(jnp.float32), 0)
+    weights = ExpertWeights(request.gate_up_proj, request.down_proj, request.gate_up_bias, request.down_bias)
+    computation = Computation(
+        matmuls, device, request.activation, request.apply_router_weight_on_input, request.recompute_activation
+    )
+    return compute(computation, request.x, topk_weights, weights, aligned)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -101,7 +120,7 @@ def compute(
     """`topk_weights` are zero for pairs without a local expert."""
     rows, router_weight = _rows_of(computation, x, topk_weights, aligned)
     matrices = weights.matrices_as(x.dtype)
-    activated = matmuls.multiply(
+    activated = computation.matmuls.multiply(
         rows,
         matrices.gate_up_proj,
         aligned.groups,
@@ -124,7 +143,7 @@ def _rows_of(computation, x, topk_weights, aligned) -> tuple[Float[Array, "M H"]
 
 
 def _down(computation, activated, router_weight, matrices, aligned) -> Float[Array, "T H"]:
-    results = matmuls.multiply(
+    results = computation.matmuls.multiply(
         activated,
         matrices.down_proj[:, None],
         aligned.groups,
@@ -134,12 +153,13 @@ def _down(computation, activated, router_weight, matrices, aligned) -> Float[Arr
         output_dtype=activated.dtype,
         device=computation.device,
     )
-    return aligned.combine(results).astype(activated.dtype)
+    hidden = matrices.down_proj.shape[1]
+    return aligned.combine(results)[:, :hidden].astype(activated.dtype)  # kernels may pad columns
 
 
 def _project(computation, rows, matrices, aligned) -> tuple[Float[Array, "M I"], Float[Array, "M P I"]]:
     """The activated rows, and what entered the activation."""
-    return matmuls.multiply_and_keep(
+    return computation.matmuls.multiply_and_keep(
         rows,
         matrices.gate_up_proj,
         aligned.groups,
@@ -164,7 +184,8 @@ def _forward(computation, x, topk_weights, weights, aligned):
 
 def _backward(computation, saved, cotangent):
     x, topk_weights, weights, aligned, projected = saved
-    device, groups, num_pairs = computation.device, aligned.groups, aligned.position.size
+    matmuls, device = computation.matmuls, computation.device
+    groups, num_pairs = aligned.groups, aligned.position.size
     matrices = weights.matrices_as(x.dtype)
     rows, router_weight = _rows_of(computation, x, topk_weights, aligned)
     if projected is None:

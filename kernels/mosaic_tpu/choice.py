@@ -1,0 +1,164 @@
+"""Which tiles compute a grouped matmul on a TPU, and why: from static shapes alone.
+
+The tiles are those with the least estimated time, of all that fit into vector memory: the larger of the time for products and
+the time for copies, and what every visit and every pass over the columns costs besides.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from ..device import TpuDevice
+from .limits import LANES, rows_vmem_bytes, vmem_limit_bytes
+from .tiles import RowTiles
+
+SECONDS_PER_VISIT = 0.4e-6
+"""Estimate of what a visit costs besides products: some hundred instructions, in which nothing is multiplied."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowsProblem:
+    """Static sizes of a grouped matmul."""
+
+    num_rows: int
+    """M, without padding."""
+    num_groups: int
+    width_in: int
+    """The dimension that is contracted."""
+    width_out: int
+    """Columns of the result, of gate and of up each."""
+    projections: int
+    """Matrices per group: 2 (gate and up) or 1."""
+    kept: bool = False
+    """Whether the projections are stored too."""
+    scaled: bool = False
+    """Whether rows of the result are scaled."""
+    itemsize: int
+    """Bytes of an operand's element."""
+    output_itemsize: int
+    """Bytes of a result's element."""
+
+    def __str__(self) -> str:
+        gated = "gate and up of " if self.projections == 2 else ""
+        return f"{self.num_rows} rows in {self.num_groups} groups, {gated}{self.width_in} -> {self.width_out}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ChosenTiles:
+    """Tile sizes, and where they come from."""
+
+    tiles: RowTiles
+    reason: str
+
+
+def choose_row_tiles(problem: RowsProblem, device: TpuDevice) -> ChosenTiles:
+    """The tiles for these sizes.
+
+    Raises:
+        ValueError: no tiles fit into vector memory, because a row is too long.
+    """
+    fitting = [
+        tiles for tiles in _candidates(problem, device) if _vmem_bytes(tiles, problem) <= vmem_limit_bytes(device)
+    ]
+    if not fitting:
+        raise ValueError(row_too_long(problem, device))
+    tiles = min(fitting, key=lambda tiles: _estimated_seconds(tiles, problem, device))
+    used = _vmem_bytes(tiles, problem) / 2**20
+    bound = "products" if _product_seconds(tiles, problem, device) > _copy_seconds(tiles, problem, device) else "copies"
+    reason = (
+        f"least estimated time of {len(fitting)} tilings for {problem} on {device.name}: bound by {bound},"
+        f" {used:.0f} of {vmem_limit_bytes(device) / 2**20:.0f} MiB of vector memory"
+    )
+    return ChosenTiles(tiles, reason)
+
+
+def row_too_long(problem: RowsProblem, device: TpuDevice) -> str | None:
+    """Why no tiles fit into vector memory, or None if some do."""
+    smallest = _vmem_bytes(_tiles(device.mxu_size, LANES, problem, device), problem)
+    if smallest <= vmem_limit_bytes(device):
+        return None
+    return (
+        f"{device.mxu_size} rows and {LANES} columns of {problem.width_in} elements take {smallest} bytes of vector memory,"
+        f" {device.name} has {vmem_limit_bytes(device)} to give"
+    )
+
+
+def _candidates(problem: RowsProblem, device: TpuDevice) -> Iterator[RowTiles]:
+    """Doubled rows, and columns that cut the result into equal parts."""
+    chunk = device.mxu_size
+    widest = _up(problem.width_out, LANES)
+    columns = {LANES}
+    for parts in range(1, math.ceil(widest / LANES) + 1):
+        width = math.ceil(problem.width_out / parts)
+        columns |= {_up(width, LANES), min(_up(width, 256), widest)}
+    rows = [chunk * 2**power for power in range(5) if power == 0 or chunk * 2 ** (power - 1) < problem.num_rows]
+    for tile_rows in rows:
+        for tile_columns in sorted(columns):
+            yield _tiles(tile_rows, tile_columns, problem, device)
+
+
+def _tiles(rows: int, columns: int, problem: RowsProblem, device: TpuDevice) -> RowTiles:
+    chunk = device.mxu_size
+    # Each size of a remainder is code of its own; large groups hardly gain from fine ones.
+    mean_rows = problem.num_rows / problem.num_groups
+    remainder = chunk // 4 if device.mxu_size == 256 and mean_rows < 4 * chunk else chunk // 2
+    # A narrow matrix unit has loaded its weights after few rows.
+    return RowTiles(rows=rows, columns=columns, chunk=chunk, remainder=remainder, least=64 if chunk == LANES else chunk)
+
+
+def _estimated_seconds(tiles: RowTiles, problem: RowsProblem, device: TpuDevice) -> float:
+    overlapped = max(_product_seconds(tiles, problem, device), _copy_seconds(tiles, problem, device))
+    passes = math.ceil(problem.width_out / tiles.columns)
+    visits = _visits(tiles, problem) * passes / _cores_used(passes, device)
+    # The first copies of a pass, and its last, overlap with nothing.
+    bytes_alone = problem.width_in * problem.itemsize * (tiles.rows + tiles.columns * problem.projections)
+    return overlapped + visits * SECONDS_PER_VISIT + passes * bytes_alone / device.hbm_bytes_per_second
+
+
+def _visits(tiles: RowTiles, problem: RowsProblem) -> float:
+    """Expected number, if groups are about as large as their mean."""
+    groups = min(problem.num_groups, problem.num_rows)
+    return groups * math.ceil((problem.num_rows / max(groups, 1) + 8) / tiles.rows)
+
+
+def _product_seconds(tiles: RowTiles, problem: RowsProblem, device: TpuDevice) -> float:
+    groups = min(problem.num_groups, problem.num_rows)
+    mean = problem.num_rows / max(groups, 1)
+    rows = max(mean + tiles.remainder / 2, tiles.least) * groups
+    passes = math.ceil(problem.width_out / tiles.columns)
+    # One pass of float32 operands is six of bfloat16.
+    cost = 6 if problem.itemsize == 4 else 1
+    flops = 2 * rows * problem.width_in * passes * tiles.columns * problem.projections * cost
+    return flops / device.flops_per_second * device.cores / _cores_used(passes, device)
+
+
+def _copy_seconds(tiles: RowTiles, problem: RowsProblem, device: TpuDevice) -> float:
+    passes = math.ceil(problem.width_out / tiles.columns)
+    groups = min(problem.num_groups, problem.num_rows)
+    weights = groups * problem.projections * problem.width_out * problem.width_in * problem.itemsize
+    rows = problem.num_rows * problem.width_in * problem.itemsize * passes
+    parts = 1 + (problem.projections if problem.kept else 0)
+    results = problem.num_rows * problem.width_out * parts * problem.output_itemsize
+    return (weights + rows + results) / device.hbm_bytes_per_second
+
+
+def _cores_used(passes: int, device: TpuDevice) -> float:
+    """How many cores compute on average: passes over columns are dealt to them."""
+    return passes / math.ceil(passes / device.cores)
+
+
+def _vmem_bytes(tiles: RowTiles, problem: RowsProblem) -> int:
+    return rows_vmem_bytes(
+        tiles,
+        num_rows=problem.num_rows,
+        width_in=problem.width_in,
+        projections=problem.projections,
+        kept=problem.kept,
+        scaled=problem.scaled,
+        itemsize=problem.itemsize,
+        output_itemsize=problem.output_itemsize,
+    )
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

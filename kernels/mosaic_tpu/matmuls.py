@@ -1,0 +1,232 @@
+"""The three products of a grouped matmul and its gradient on TPUs: choose tiles, build tables, call.
+
+Results of `multiply` and `multiply_and_keep` are padded to a multiple of 128 columns, which hold anything, and rows may be
+padded likewise: what one kernel returns, the next takes, without a copy between them. `num_rows`, where it is an argument, is
+the number of rows without padding, from which tiles are chosen; None: there is none.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from ..activations import Activation
+from ..device import TpuDevice
+from ..groups import Groups
+from ..groups import sum_groups as bias_gradient
+from . import schedule, weights_gradient_kernel
+from .choice import ChosenTiles, RowsProblem, choose_row_tiles
+from .rows_kernel import multiply_rows
+from .schedule import ROW_ALIGNMENT, VisitTable
+from .weights_gradient_tiles import default_weights_gradient_tiles
+
+__all__ = [
+    "bias_gradient",
+    "chosen_for_forward",
+    "multiply",
+    "multiply_and_keep",
+    "multiply_compact",
+    "rows_gradient",
+    "schedule",
+    "weights_gradient",
+]
+
+
+def chosen_for_forward(
+    num_rows: int,
+    weights_shape: tuple[int, int, int, int],
+    dtype: DTypeLike,
+    output_dtype: DTypeLike,
+    device: TpuDevice,
+) -> tuple[Literal["rows"], ChosenTiles]:
+    """Kernel and tiles of `multiply`, for weights of shape [G, P, N, D]."""
+    return "rows", choose_row_tiles(_problem(num_rows, weights_shape, dtype, output_dtype), device)
+
+
+def multiply(
+    rows: Float[Array, "M Dpadded"],
+    weights: Float[Array, "G P N D"],
+    groups: Groups,
+    *,
+    bias: Float[Array, "G P N"] | None = None,
+    activation: Activation | None = None,
+    row_scale: Float[Array, "M"] | None = None,
+    num_rows: int | None = None,
+    output_dtype: DTypeLike,
+    device: TpuDevice,
+) -> Float[Array, "M Npadded"]:
+    """row_scale * activation(rows @ matrices + bias); rows of no group hold anything. See `rows_kernel.multiply_rows`."""
+    return multiply_and_keep(
+        rows,
+        weights,
+        groups,
+        bias=bias,
+        activation=activation,
+        row_scale=row_scale,
+        keep_projected=False,
+        num_rows=num_rows,
+        output_dtype=output_dtype,
+        device=device,
+    )[0]
+
+
+def multiply_and_keep(
+    rows: Float[Array, "M Dpadded"],
+    weights: Float[Array, "G P N D"],
+    groups: Groups,
+    *,
+    bias: Float[Array, "G P N"] | None = None,
+    activation: Activation | None = None,
+    row_scale: Float[Array, "M"] | None = None,
+    keep_projected: bool,
+    num_rows: int | None = None,
+    output_dtype: DTypeLike,
+    device: TpuDevice,
+) -> tuple[Float[Array, "M Npadded"], Float[Array, "M P N"] | None]:
+    """The same, and what enters the activation if it is to be kept for the backward pass."""
+    problem = _problem(num_rows or rows.shape[0], weights.shape, rows.dtype, output_dtype, keep_projected, row_scale)
+    tiles = choose_row_tiles(problem, device).tiles
+
+    @jax.custom_batching.sequential_vmap
+    def call(rows, weights, groups, bias, row_scale):
+        return multiply_rows(
+            rows,
+            weights,
+            VisitTable.of(groups, rows.shape[0], tiles.rows),
+            tiles=tiles,
+            bias=bias,
+            activation=activation,
+            row_scale=row_scale,
+            keep_projected=keep_projected,
+            output_dtype=output_dtype,
+            device=device,
+        )
+
+    result, projected = call(rows, weights, groups, bias, row_scale)
+    return result, None if projected is None else projected.swapaxes(0, 1)[:, :, : weights.shape[2]]
+
+
+def multiply_compact(
+    rows: Float[Array, "M D"],
+    weights: Float[Array, "G N D"] | Float[Array, "G D N"],
+    groups: Groups,
+    *,
+    contract: Literal["in", "out"] = "in",
+    bias: Float[Array, "G N"] | None = None,
+    output_dtype: DTypeLike,
+    device: TpuDevice,
+) -> Float[Array, "M N"]:
+    """Rows @ matrices + bias for groups that lie one after the other; rows before and after them become zero unread.
+
+    With `contract="out"` the middle axis of the weights is contracted: the gradient of rows.
+    """
+    return _multiply_plainly(rows, weights, groups, contract, bias, output_dtype, device, zero_outside=True)
+
+
+def rows_gradient(
+    cotangent: Float[Array, "M N"],
+    weights: Float[Array, "G N D"],
+    groups: Groups,
+    *,
+    num_rows: int | None = None,
+    output_dtype: DTypeLike,
+    device: TpuDevice,
+) -> Float[Array, "M D"]:
+    """Cotangent @ matrices: the gradient of `rows @ matrices.T`. Rows of no group hold anything."""
+    return _multiply_plainly(
+        cotangent, weights, groups, "out", None, output_dtype, device, zero_outside=False, num_rows=num_rows
+    )
+
+
+def weights_gradient(
+    cotangent: Float[Array, "M N"],
+    rows: Float[Array, "M D"],
+    groups: Groups,
+    *,
+    num_rows: int | None = None,
+    output_dtype: DTypeLike,
+    device: TpuDevice,
+) -> Float[Array, "G N D"]:
+    """cotangent.T @ rows over the rows of each group; zero for a group without rows. Other rows may be NaN."""
+    tiles = default_weights_gradient_tiles(
+        num_rows or rows.shape[0],
+        cotangent.shape[1],
+        rows.shape[1],
+        rows.dtype.itemsize,
+        jnp.dtype(output_dtype).itemsize,
+        device,
+    )
+
+    @jax.custom_batching.sequential_vmap
+    def call(cotangent, rows, groups):
+        return weights_gradient_kernel.weights_gradient(
+            cotangent, rows, groups, tiles=tiles, output_dtype=output_dtype, device=device
+        )
+
+    return call(cotangent, rows, groups)
+
+
+def _multiply_plainly(
+    rows: Array,
+    weights: Array,
+    groups: Groups,
+    contract: Literal["in", "out"],
+    bias: Array | None,
+    output_dtype: DTypeLike,
+    device: TpuDevice,
+    *,
+    zero_outside: bool,
+    num_rows: int | None = None,
+) -> Array:
+    """Rows times one matrix of each group, without padding of the result."""
+    num_groups, *matrix = weights.shape
+    width_out, width_in = matrix if contract == "in" else reversed(matrix)
+    shape = (num_groups, 1, width_out, width_in)
+    tiles = choose_row_tiles(_problem(num_rows or rows.shape[0], shape, rows.dtype, output_dtype), device).tiles
+
+    @jax.custom_batching.sequential_vmap
+    def call(rows, weights, groups, bias):
+        padded = _whole_tiles(rows)
+        result, _ = multiply_rows(
+            padded,
+            weights[:, None],
+            VisitTable.of(groups, padded.shape[0], tiles.rows, zero_outside=zero_outside),
+            tiles=tiles,
+            contract=contract,
+            bias=None if bias is None else bias[:, None],
+            output_dtype=output_dtype,
+            device=device,
+        )
+        return result[: rows.shape[0], :width_out]
+
+    return call(rows, weights, groups, bias)
+
+
+def _problem(
+    num_rows: int,
+    weights_shape: tuple[int, ...],
+    dtype: DTypeLike,
+    output_dtype: DTypeLike,
+    kept: bool = False,
+    row_scale: Array | None = None,
+) -> RowsProblem:
+    num_groups, projections, width_out, width_in = weights_shape
+    return RowsProblem(
+        num_rows=num_rows,
+        num_groups=num_groups,
+        width_in=width_in,
+        width_out=width_out,
+        projections=projections,
+        kept=kept,
+        scaled=row_scale is not None,
+        itemsize=jnp.dtype(dtype).itemsize,
+        output_itemsize=jnp.dtype(output_dtype).itemsize,
+    )
+
+
+def _whole_tiles(rows: Float[Array, "M D"]) -> Float[Array, "Mpadded D"]:
+    """Rows up to a multiple of 16; a copy only if there are not as many."""
+    return jnp.pad(rows, ((0, -rows.shape[0] % ROW_ALIGNMENT), (0, 0)))
