@@ -74,34 +74,33 @@ def choose_row_tiles(problem: RowsProblem, device: TpuDevice) -> ChosenTiles:
 
 def row_too_long(problem: RowsProblem, device: TpuDevice) -> str | None:
     """Why no tiles fit into vector memory, or None if some do."""
-    smallest = _vmem_bytes(_tiles(device.mxu_size, LANES, problem, device), problem)
+    smallest = _vmem_bytes(_tiles(LANES, LANES, LANES, problem), problem)
     if smallest <= vmem_limit_bytes(device):
         return None
     return (
-        f"{device.mxu_size} rows and {LANES} columns of {problem.width_in} elements take {smallest} bytes of vector memory,"
+        f"{LANES} rows and {LANES} columns of {problem.width_in} elements take {smallest} bytes of vector memory,"
         f" {device.name} has {vmem_limit_bytes(device)} to give"
     )
 
 
 def _candidates(problem: RowsProblem, device: TpuDevice) -> Iterator[RowTiles]:
     """Doubled rows, and columns that cut the result into equal parts."""
-    chunk = device.mxu_size
     widest = _up(problem.width_out, LANES)
     columns = {LANES}
     for parts in range(1, math.ceil(widest / LANES) + 1):
         width = math.ceil(problem.width_out / parts)
         columns |= {_up(width, LANES), min(_up(width, 256), widest)}
-    rows = [chunk * 2**power for power in range(5) if power == 0 or chunk * 2 ** (power - 1) < problem.num_rows]
-    for tile_rows in rows:
-        for tile_columns in sorted(columns):
-            yield _tiles(tile_rows, tile_columns, problem, device)
+    for chunk in sorted({LANES, device.mxu_size}):
+        rows = [chunk * 2**power for power in range(5) if power == 0 or chunk * 2 ** (power - 1) < problem.num_rows]
+        for tile_rows in rows:
+            for tile_columns in sorted(columns):
+                yield _tiles(chunk, tile_rows, tile_columns, problem)
 
 
-def _tiles(rows: int, columns: int, problem: RowsProblem, device: TpuDevice) -> RowTiles:
-    chunk = device.mxu_size
+def _tiles(chunk: int, rows: int, columns: int, problem: RowsProblem) -> RowTiles:
     # Each size of a remainder is code of its own; large groups hardly gain from fine ones.
     mean_rows = problem.num_rows / problem.num_groups
-    remainder = chunk // 4 if device.mxu_size == 256 and mean_rows < 4 * chunk else chunk // 2
+    remainder = chunk // 4 if chunk > LANES and mean_rows < 4 * chunk else chunk // 2
     # A narrow matrix unit has loaded its weights after few rows.
     return RowTiles(rows=rows, columns=columns, chunk=chunk, remainder=remainder, least=64 if chunk == LANES else chunk)
 
@@ -126,8 +125,8 @@ def _product_seconds(tiles: RowTiles, problem: RowsProblem, device: TpuDevice) -
     mean = problem.num_rows / max(groups, 1)
     rows = max(mean + tiles.remainder / 2, tiles.least) * groups
     passes = math.ceil(problem.width_out / tiles.columns)
-    # One pass of float32 operands is six of bfloat16.
-    cost = 6 if problem.itemsize == 4 else 1
+    # One pass of float32 operands is six of bfloat16. Fewer rows than a matrix unit has take as long as those.
+    cost = (6 if problem.itemsize == 4 else 1) * device.mxu_size / tiles.chunk
     flops = 2 * rows * problem.width_in * passes * tiles.columns * problem.projections * cost
     return flops / device.flops_per_second * device.cores / _cores_used(passes, device)
 
