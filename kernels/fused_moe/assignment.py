@@ -12,6 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..groups import Groups
 
+ACCELERATORS_COMPARISONS = 2**20
+"""On accelerators so many comparisons of all with all, one kernel, take less time than a sort or a scatter, several each."""
+
 
 class Assignment(NamedTuple):
     """The N = T * K pairs, sorted by expert, those without a local expert last."""
@@ -26,20 +29,23 @@ class Assignment(NamedTuple):
     """Rows of each local expert."""
 
     @classmethod
-    def of(cls, topk_ids: Int[Array, "T K"], expert_offset: int | Array, num_experts: int) -> Self:
-        """Sort pairs by local expert, keeping the order of tokens within an expert."""
+    def of(
+        cls, topk_ids: Int[Array, "T K"], expert_offset: int | Array, num_experts: int, *, most_comparisons: int = 0
+    ) -> Self:
+        """Sort pairs by local expert, keeping the order of tokens within an expert.
+
+        Few pairs are sorted by comparing all with all, if that takes no more than `most_comparisons`.
+        """
         num_pairs = topk_ids.size
         local = topk_ids.astype(jnp.int32) - jnp.asarray(expert_offset, jnp.int32)
         expert = jnp.where((local >= 0) & (local < num_experts), local, num_experts)
-        pair = jnp.arange(num_pairs, dtype=jnp.int32)
-        if num_pairs * (num_experts + 1) < 2**31:
-            # One sort of plain integers that carry both: on CPUs several times faster than a sort of two operands.
-            pair = jnp.sort(expert.reshape(-1) * num_pairs + pair) % num_pairs
+        order = expert.reshape(-1) * num_pairs + jnp.arange(num_pairs, dtype=jnp.int32)
+        if num_pairs**2 <= most_comparisons and num_pairs * (num_experts + 1) < 2**31:
+            position = jnp.sum(order[None, :] < order[:, None], axis=1, dtype=jnp.int32)
+            pair = inverse_of(position, num_pairs, most_comparisons)
         else:
-            _, pair = jax.lax.sort((expert.reshape(-1), pair), num_keys=1, is_stable=True)
-        position = (
-            jnp.zeros(num_pairs, jnp.int32).at[pair].set(jnp.arange(num_pairs, dtype=jnp.int32), unique_indices=True)
-        )
+            pair = _sorted_pairs(expert.reshape(-1), num_experts)
+            position = inverse_of(pair, num_pairs, most_comparisons)
         sizes = jnp.sum(expert.reshape(-1, 1) == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
         return cls(pair, position.reshape(topk_ids.shape), expert, Groups.of(sizes, 0, num_experts))
 
@@ -51,6 +57,24 @@ class Assignment(NamedTuple):
     def is_local(self, num_experts: int) -> Bool[Array, "T K"]:
         """Whether a pair's expert is one of those whose weights are here."""
         return self.expert < num_experts
+
+
+def inverse_of(target: Int[Array, "N"], size: int, most_comparisons: int) -> Int[Array, "size"]:
+    """Which entry of `target` names each of 0, 1 … size - 1; -1 for those that none names. Entries beyond `size` don't count."""
+    source = jnp.arange(target.shape[0], dtype=jnp.int32)
+    if target.shape[0] * size <= most_comparisons:
+        named = target[None, :] == jnp.arange(size, dtype=jnp.int32)[:, None]
+        return jnp.max(jnp.where(named, source, -1), axis=1, initial=-1)
+    return jnp.full(size, -1, jnp.int32).at[target].set(source, mode="drop", unique_indices=True)
+
+
+def _sorted_pairs(expert: Int[Array, "N"], num_experts: int) -> Int[Array, "N"]:
+    num_pairs = expert.shape[0]
+    pair = jnp.arange(num_pairs, dtype=jnp.int32)
+    if num_pairs * (num_experts + 1) < 2**31:
+        # One sort of plain integers that carry both: on CPUs several times faster than a sort of two operands.
+        return jnp.sort(expert * num_pairs + pair) % num_pairs
+    return jax.lax.sort((expert, pair), num_keys=1, is_stable=True)[1]
 
 
 @jax.custom_vjp

@@ -21,7 +21,7 @@ from ..activations import Activation
 from ..device import GpuDevice, TpuDevice
 from ..groups import Groups
 from ..selection import Formulation
-from .assignment import Assignment
+from .assignment import ACCELERATORS_COMPARISONS, Assignment, inverse_of
 from .expert_block import ExpertWeights
 from .request import Request
 
@@ -40,8 +40,8 @@ class Computation(NamedTuple):
 class AlignedRows(NamedTuple):
     """Where the pairs of tokens and experts lie in the aligned layout of M rows."""
 
-    token: Int[Array, "M"]
-    """Token of each row; any for padding and for rows of no expert."""
+    pair: Int[Array, "M"]
+    """Pair (token * K + choice) of each row; -1 for padding and for rows of no expert."""
     position: Int[Array, "T K"]
     """Row of each pair; 0 for pairs without a local expert."""
     is_local: Bool[Array, "T K"]
@@ -52,23 +52,23 @@ class AlignedRows(NamedTuple):
     @classmethod
     def of(cls, assignment: Assignment, num_experts: int, schedule: ModuleType) -> Self:
         """Move the sorted rows so that each expert's begin where `schedule`, that of the kernels, wants them."""
-        num_tokens, top_k = assignment.position.shape
         groups = schedule.aligned_groups(assignment.groups.sizes)
         is_local = assignment.is_local(num_experts)
         expert = jnp.minimum(assignment.expert, num_experts - 1)
         shift = (groups.starts - assignment.groups.starts)[expert]
         position = jnp.where(is_local, assignment.position + shift, 0)
-        num_rows = schedule.aligned_num_rows(num_tokens * top_k, num_experts)
+        num_rows = schedule.aligned_num_rows(position.size, num_experts)
         target = jnp.where(is_local, position, num_rows).reshape(-1)
-        token = jnp.arange(num_tokens * top_k, dtype=jnp.int32) // top_k
-        token = jnp.zeros(num_rows, jnp.int32).at[target].set(token, mode="drop", unique_indices=True)
-        return cls(token, position, is_local, groups)
+        return cls(inverse_of(target, num_rows, ACCELERATORS_COMPARISONS), position, is_local, groups)
+
+    @property
+    def token(self) -> Int[Array, "M"]:
+        """Token of each row; 0 for rows that are no pair's."""
+        return jnp.maximum(self.pair, 0) // self.position.shape[1]
 
     def spread(self, values: Float[Array, "T K"]) -> Float[Array, "M"]:
         """Each row's value; zero for rows that are no pair's."""
-        num_rows = self.token.shape[0]
-        target = jnp.where(self.is_local, self.position, num_rows).reshape(-1)
-        return jnp.zeros(num_rows, values.dtype).at[target].set(values.reshape(-1), mode="drop", unique_indices=True)
+        return jnp.where(self.pair >= 0, values.reshape(-1)[jnp.maximum(self.pair, 0)], 0)
 
     def collect(self, values: Float[Array, "M"]) -> Float[Array, "T K"]:
         """Each pair's value; zero for pairs without a local expert."""
@@ -99,7 +99,9 @@ def run(request: Request, matmuls: ModuleType, device: GpuDevice | TpuDevice) ->
     """Compute a request with these kernels; differentiable in everything floating."""
     if request.x.size == 0 or request.intermediate_size == 0:
         return jnp.zeros_like(request.x)
-    assignment = Assignment.of(request.topk_ids, request.expert_offset, request.num_experts)
+    assignment = Assignment.of(
+        request.topk_ids, request.expert_offset, request.num_experts, most_comparisons=ACCELERATORS_COMPARISONS
+    )
     aligned = AlignedRows.of(assignment, request.num_experts, matmuls.schedule)
     topk_weights = jnp.where(aligned.is_local, request.topk_weights.astype(jnp.float32), 0)
     weights = ExpertWeights(request.gate_up_proj, request.down_proj, request.gate_up_bias, request.down_bias)
