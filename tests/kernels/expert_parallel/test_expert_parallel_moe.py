@@ -44,9 +44,25 @@ def test_gradients_of_tokens_and_weights_on_every_rank(rng):
     check_gradients(rng, Setting(4, implementation="xla"), hidden=20, intermediate=12)
 
 
-@pytest.mark.parametrize("on_input", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("on_input", [False, True])
 def test_gradients_of_the_kernel(on_input, rng):
     check_gradients(rng, Setting(2, apply_router_weight_on_input=on_input))
+
+
+def test_the_gradient_of_the_kernel_gathers_tokens_and_keeps_dtypes(rng):
+    problem = Problem.draw(rng, Setting(4), bias=True, dtype=jnp.bfloat16)
+    floating = {name: array for name, array in problem.arrays.items() if name != "topk_ids"}
+
+    def loss(floating):
+        return problem.setting.sharded()({**floating, "topk_ids": problem.arrays["topk_ids"]}).astype(jnp.float32).sum()
+
+    with targeting(TPU_DEVICES["v6e"]):
+        program, shapes = jax.make_jaxpr(jax.grad(loss), return_shape=True)(floating)
+    assert {name: (shape.shape, shape.dtype) for name, shape in shapes.items()} == {
+        name: (array.shape, array.dtype) for name, array in floating.items()
+    }
+    assert "all_gather" in str(program)
 
 
 def arguments(tokens=16, hidden=256, intermediate=128, experts=4, top_k=2, dtype=jnp.bfloat16):
