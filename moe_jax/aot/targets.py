@@ -6,13 +6,15 @@ must be inside its `lowering()`.
 Some environment variables are read when jax is imported, so they have to be set before that; `check_environment` says which:
 
 - `JAX_PLATFORMS=cpu`: no device is looked for, whatever the machine has;
-- `JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1`: the CUDA plugin is content without a driver and without the CUDA libraries.
+- `JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1`: the CUDA plugin is content without a driver and without the CUDA libraries;
+- `TPU_SKIP_MDS_QUERY=1`: libtpu doesn't look for the machine that it would run on;
+- `ALLOW_MULTIPLE_LIBTPU_LOAD=1`: it doesn't insist on being loaded once on the whole machine.
 """
 
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 
 import jax
@@ -21,12 +23,18 @@ from jax.experimental import topologies
 from jax.experimental.mosaic.gpu import utils as mosaic_gpu_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moe_jax.kernels.device import GPU_DEVICES, GpuDevice, targeting
+from moe_jax.kernels.device import GPU_DEVICES, TPU_DEVICES, GpuDevice, TpuDevice, targeting
 
 GPU_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
 """What must be set before jax is imported, to compile for GPUs."""
 GPU_PLUGINS = ("jax-cuda13-plugin", "jax-cuda13-pjrt")
 """What must be installed beside jax, in jax's own version, to compile for GPUs; nothing else of CUDA is needed."""
+
+
+TPU_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+"""What must be set before jax is imported, to compile for TPUs."""
+TPU_TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
+"""The smallest topology that the compiler knows of each generation; `tpu7x:2x2x1` has two devices per chip."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,17 +112,73 @@ class GpuTarget:
             mosaic_gpu_utils._infer_arch = private
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TpuTarget:
+    """A slice of TPUs of one generation."""
+
+    device: TpuDevice
+    """The generation."""
+    slice_name: str
+    """Generation and number of chips along each axis, as in "v6e:16x16"."""
+
+    @classmethod
+    def named(cls, name: str) -> "TpuTarget":
+        """The target of that name: of a device, which stands for its smallest slice, or of a slice, as in "v6e:16x16".
+
+        Raises:
+            ValueError: unknown name.
+        """
+        slice_name = TPU_TOPOLOGIES.get(name, name)
+        generation, colon, _ = slice_name.partition(":")
+        device = TPU_DEVICES.get(generation.removeprefix("tpu"))
+        if device is None or not colon:
+            raise ValueError(
+                f"unknown TPU {name!r}; legal are {', '.join(TPU_TOPOLOGIES)}, and slices such as"
+                f" {', '.join(TPU_TOPOLOGIES.values())}"
+            )
+        return cls(device=device, slice_name=slice_name)
+
+    def topology(self) -> topologies.TopologyDescription:
+        """The TPUs, in a form that XLA compiles for.
+
+        Raises:
+            RuntimeError: the environment is not fit for it.
+        """
+        _check_variables("TPUs", TPU_ENVIRONMENT)
+        try:
+            metadata.version("libtpu")
+        except metadata.PackageNotFoundError:
+            raise RuntimeError(
+                "to compile for TPUs ahead of time, libtpu must be installed; pip install libtpu"
+            ) from None
+        return topologies.get_topology_desc(self.slice_name, platform="tpu")
+
+    def one_device(self) -> NamedSharding:
+        """Sharding that puts an array on the first device."""
+        return NamedSharding(Mesh(np.array(self.topology().devices[:1]), ("device",)), PartitionSpec())
+
+    def lowering(self) -> contextlib.AbstractContextManager[None]:
+        """Trace and lower for this target: kernels are chosen for its generation."""
+        return targeting(self.device)
+
+
+def _check_variables(accelerators: str, needed: Mapping[str, str]) -> None:
+    unset = {name: value for name, value in needed.items() if os.environ.get(name) != value}
+    if unset:
+        wanted = " ".join(f"{name}={value}" for name, value in unset.items())
+        found = ", ".join(f"{name}={os.environ.get(name)!r}" for name in unset)
+        raise RuntimeError(
+            f"to compile for {accelerators} ahead of time, start Python with {wanted} set; found {found}"
+        )
+
+
 def check_environment() -> None:
     """Whether this process can compile for GPUs that are not there.
 
     Raises:
         RuntimeError: a variable is not set, or a plugin is missing or of another version than jax; says what to do.
     """
-    unset = {name: value for name, value in GPU_ENVIRONMENT.items() if os.environ.get(name) != value}
-    if unset:
-        wanted = " ".join(f"{name}={value}" for name, value in unset.items())
-        found = ", ".join(f"{name}={os.environ.get(name)!r}" for name in unset)
-        raise RuntimeError(f"to compile for GPUs ahead of time, start Python with {wanted} set; found {found}")
+    _check_variables("GPUs", GPU_ENVIRONMENT)
     for plugin in GPU_PLUGINS:
         try:
             version = metadata.version(plugin)
