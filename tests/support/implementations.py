@@ -12,6 +12,8 @@ import pytest
 from support.gpu_interpretation import interpreting
 from support.tpu_interpretation import interpreting_tpu
 
+from moe_jax.kernels.device import GPU_DEVICES, TPU_DEVICES, GpuDevice, TpuDevice
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImplementationUnderTest:
@@ -33,7 +35,13 @@ class ImplementationUnderTest:
     is_slow: bool = False
     """Whether a call takes seconds."""
     runs_on_meshes: bool = True
-    """Whether devices of a mesh may run it side by side: jax's interpreter of Mosaic GPU takes their calls for one."""
+    """Whether devices of a mesh may run it side by side: jax's interpreter of Mosaic GPU takes their calls for one, and that of
+    TPUs has the devices wait for each other at every kernel, so that they hang if two kernels run in another order on each."""
+    runs_with_check_vma: bool = True
+    """Whether it runs inside `jax.shard_map` with its check of varying axes: jax's interpreter of TPUs evaluates a kernel's body
+    under the check, which is meant for what is outside of kernels. Tracing passes it."""
+    target: GpuDevice | TpuDevice = GPU_DEVICES["h200"]
+    """A device that it can be traced for."""
 
     def width(self, width: int) -> int:
         """The width itself, or the next one that the implementation takes."""
@@ -57,7 +65,14 @@ UNDER_TEST = {
             is_slow=True,
             runs_on_meshes=False,
         ),
-        ImplementationUnderTest(name="pallas_tpu", running=interpreting_tpu, is_slow=True),
+        ImplementationUnderTest(
+            name="pallas_tpu",
+            running=interpreting_tpu,
+            is_slow=True,
+            runs_on_meshes=False,
+            runs_with_check_vma=False,
+            target=TPU_DEVICES["v6e"],
+        ),
     )
 }
 

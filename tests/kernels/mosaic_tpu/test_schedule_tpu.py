@@ -33,10 +33,13 @@ def test_visits_cover_each_row_of_each_group_once_and_write_each_row_once(sizes,
         covered, written = np.full(NUM_ROWS, -1), np.zeros(NUM_ROWS, int)
         for visit in visits_of(sizes, start, tile_rows, zero_outside=zero_outside):
             row, first, last = visit["row"], visit["first"], visit["last"]
-            assert row % 16 == 0 and visit["stored"] % 16 == 0 and 0 <= visit["stored"] <= tile_rows
-            assert 0 <= first < 16 and last <= tile_rows
+            assert row % 16 == visit["stored"] % 16 == 0
+            assert 0 <= visit["stored"] <= tile_rows
+            assert 0 <= first < 16
+            assert last <= tile_rows
             if last:
-                assert first < last and visit["source"] == row
+                assert first < last
+                assert visit["source"] == row
                 assert (covered[row + first : row + last] == -1).all()
                 covered[row + first : row + last] = visit["group"]
                 assert visit["stored"] in (last // 16 * 16, -(-last // 16) * 16)
