@@ -5,6 +5,10 @@ after the other, and multiplies as many rows as a matrix unit has. Here a visit 
 rows are read once, and its result is stored once. Weights come through a ring of small blocks, several of them on their way at
 any time, across the ends of groups; only the last, small one is multiplied while nothing is read. Sixteen rows are multiplied
 as sixteen. What is read of the weights is what the groups with rows have, each once.
+
+By the compiler's static schedule, bytes of bfloat16 weights that one instruction bundle gets multiplied, by 16, 32 and 128 rows:
+3862, 3712 and 2224 on v6e, 2804, 2509 and 1093 on v5e, 2853, 2962 and 2447 on 7x. No measurement, but several times what memory
+delivers per cycle, so that how long the kernel takes is decided by how much of the weights is on its way.
 """
 
 import dataclasses

@@ -40,8 +40,8 @@ def default_weights_gradient_tiles(
 
     A visit has as many rows as two matrix units, so that adding to what is in memory takes no longer than multiplying. A tile
     of the gradient is as large as it may be, because each operand is read again for every tile along the other's columns, and
-    tiles along one side are equally large, because the last one is multiplied whole. The first side is cut into a multiple of
-    the device's cores, which share it.
+    tiles along one side are equally large, because the last one is multiplied whole. The device's
+    cores share the tiles of the first side.
 
     Args:
         num_rows: M.
@@ -67,6 +67,8 @@ def default_weights_gradient_tiles(
         for in_columns in sides(width_in, device.mxu_size, 1)
     ]
     limit = vmem_limit_bytes(device)
+    # One pass of float32 operands is six of bfloat16.
+    most_elements = MOST_TILE_ELEMENTS // (6 if itemsize == 4 else 1)
 
     def cost(tiles: WeightsGradientTiles) -> float:
         out_tiles, in_tiles = _ceil_div(width_out, tiles.out_columns), _ceil_div(width_in, tiles.in_columns)
@@ -78,7 +80,7 @@ def default_weights_gradient_tiles(
     fitting = [
         tiles
         for tiles in candidates
-        if tiles.out_columns * tiles.in_columns <= MOST_TILE_ELEMENTS
+        if tiles.out_columns * tiles.in_columns <= most_elements
         and weights_gradient_vmem_bytes(tiles, itemsize, output_itemsize) <= limit
     ]
     return min(fitting, key=cost)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from support.tpu_interpretation import DMA_MODES, interpreting_tpu
+from support.tpu_interpretation import interpreting_tpu
 
 from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES
 from moe_jax.kernels.device import TPU_DEVICES
@@ -48,21 +48,27 @@ def assert_matches(gradient, expected):
     np.testing.assert_allclose(gradient.astype(jnp.float32), expected, rtol=tolerance, atol=1e-4)
 
 
-@pytest.mark.parametrize("dma", DMA_MODES)
 @pytest.mark.parametrize(
-    ("dtype", "output_dtype", "start"), [(jnp.bfloat16, jnp.bfloat16, 0), (jnp.float32, jnp.float32, 21)]
+    ("dma", "dtype", "start"),
+    [
+        ("on_wait", jnp.float32, 21),
+        ("eager", jnp.bfloat16, 0),
+        pytest.param("eager", jnp.float32, 21, marks=pytest.mark.slow),
+        pytest.param("on_wait", jnp.bfloat16, 0, marks=pytest.mark.slow),
+    ],
 )
-def test_each_group_gives_the_product_of_its_rows_alone(dma, dtype, output_dtype, start, rng):
+def test_each_group_gives_the_product_of_its_rows_alone(dma, dtype, start, rng):
     (cotangent, rows), groups = draw(rng, SIZES, start, 448, 128, 256, dtype)
     with interpreting_tpu(dma=dma):
-        gradient = weights_gradient(
-            cotangent, rows, groups, tiles=TILES, output_dtype=output_dtype, device=TPU_DEVICES["v6e"]
-        )
-    assert gradient.dtype == output_dtype
+        gradient = weights_gradient(cotangent, rows, groups, tiles=TILES, output_dtype=dtype, device=TPU_DEVICES["v6e"])
+    assert gradient.dtype == dtype
     assert_matches(gradient, expected_gradient(cotangent, rows, SIZES, start))
 
 
-@pytest.mark.parametrize(("num_rows", "width_out", "width_in"), [(41, 200, 300), (7, 128, 520), (160, 40, 24)])
+SHAPES = [(41, 200, 300), (160, 40, 24), pytest.param(7, 128, 520, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("num_rows", "width_out", "width_in"), SHAPES)
 def test_any_number_of_rows_and_columns(num_rows, width_out, width_in, rng):
     sizes = (num_rows // 2, 0, num_rows - num_rows // 2 - 2)
     (cotangent, rows), groups = draw(rng, sizes, 1, num_rows, width_out, width_in, jnp.bfloat16)
@@ -88,7 +94,7 @@ def test_columns_beyond_the_widths_given_are_padding(rng):
     assert_matches(gradient, expected_gradient(cotangent[:, :72], rows[:, :300], (5, 20), 0))
 
 
-@pytest.mark.parametrize("sizes", [(0, 0, 0), (0, 48), ()], ids=str)
+@pytest.mark.parametrize("sizes", [(0, 0, 0), pytest.param((0, 48), marks=pytest.mark.slow), ()], ids=str)
 def test_groups_without_rows_have_a_gradient_of_zero(sizes, rng):
     (cotangent, rows), groups = draw(rng, sizes, 0, 48, 128, 128, jnp.bfloat16)
     tiles = dataclasses.replace(TILES, in_columns=128)
@@ -161,16 +167,15 @@ def test_dtypes_that_the_kernel_does_not_take_are_refused(cotangent, rows, outpu
 
 @pytest.mark.parametrize("device", TPU_DEVICES.values(), ids=TPU_DEVICES)
 @pytest.mark.parametrize("shape", EXPERT_SHAPES.values(), ids=EXPERT_SHAPES)
-@pytest.mark.parametrize("output_itemsize", [2, 4])
-def test_default_tiles_fit_and_waste_little_of_published_shapes(device, shape, output_itemsize):
+@pytest.mark.parametrize(("itemsize", "output_itemsize"), [(2, 2), (2, 4), (4, 4)])
+def test_default_tiles_fit_and_waste_little_of_published_shapes(device, shape, itemsize, output_itemsize):
     for width_out, width_in in (
         (2 * shape.intermediate_size, shape.hidden_size),
         (shape.hidden_size, shape.intermediate_size),
     ):
-        tiles = default_weights_gradient_tiles(8192, width_out, width_in, 2, output_itemsize, device)
-        assert weights_gradient_vmem_bytes(tiles, 2, output_itemsize) < device.vmem_bytes
+        tiles = default_weights_gradient_tiles(8192, width_out, width_in, itemsize, output_itemsize, device)
+        assert weights_gradient_vmem_bytes(tiles, itemsize, output_itemsize) < device.vmem_bytes
         assert tiles.out_columns * tiles.in_columns <= MOST_TILE_ELEMENTS
-        covered = -(-width_out // tiles.out_columns) * tiles.out_columns
-        covered *= -(-width_in // tiles.in_columns) * tiles.in_columns
-        assert covered <= 1.15 * width_out * width_in
-        assert -(-width_out // tiles.out_columns) % device.cores == 0
+        out_tiles, in_tiles = -(-width_out // tiles.out_columns), -(-width_in // tiles.in_columns)
+        busiest_core = -(-out_tiles // device.cores) * tiles.out_columns * in_tiles * tiles.in_columns
+        assert busiest_core * device.cores <= 1.2 * width_out * width_in
