@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..activations import Activation
-from ..device import GpuDevice, TpuDevice, gpu_device_of, tpu_device_of
+from ..device import gpu_device_of, tpu_device_of
 from ..selection import platform_of
 from ..varying import equally_varying
 
@@ -28,10 +28,10 @@ class Request:
     apply_router_weight_on_input: bool
     recompute_activation: bool
     platform: str
-    gpu: GpuDevice | None
-    """The NVIDIA GPU that computes, if one does."""
-    tpu: TpuDevice | None
-    """The TPU that computes, if one does that kernels are known for."""
+    gpu: Any
+    """The `GpuDevice` that computes, or None."""
+    tpu: Any
+    """The `TpuDevice` that computes, or None."""
 
     @property
     def num_tokens(self) -> int:

@@ -25,6 +25,7 @@ from jaxtyping import Float
 from ..activations import Activation
 from ..device import GpuDevice
 from .epilogue import activate, load_vector
+from .ref import Ref
 from .schedule import ROW_ALIGNMENT, TileTable
 from .stores import store_rows, swizzled
 from .tiles import RowTiles
@@ -208,7 +209,7 @@ def multiply_rows(
         multiprocessors=device.multiprocessors,
     )
 
-    def grouped_rows(*refs: plgpu.RefType, **scratch: plgpu.RefType) -> None:
+    def grouped_rows(*refs: Ref, **scratch: Ref) -> None:
         named = dict(zip((*operands, *outputs), refs, strict=True)) | scratch
 
         @pl.when(lax.axis_index("warpgroup") == _MULTIPLYING)
@@ -293,13 +294,13 @@ class _Tile(NamedTuple):
     last: Array
 
 
-def _num_own_tiles(problem: _Problem, count: plgpu.RefType) -> Array:
+def _num_own_tiles(problem: _Problem, count: Ref) -> Array:
     """How many tiles this block computes: every `multiprocessors`-th."""
     total = count[0] * pl.cdiv(problem.width_out, problem.tiles.columns)
     return lax.div(total - lax.axis_index("multiprocessor") + problem.multiprocessors - 1, problem.multiprocessors)
 
 
-def _tile(problem: _Problem, index: Array, named: dict[str, plgpu.RefType]) -> _Tile:
+def _tile(problem: _Problem, index: Array, named: dict[str, Ref]) -> _Tile:
     """The `index`-th tile of this block: panels of rows one after the other, column by column within a panel.
 
     Blocks work on neighbouring tiles at any time; within a panel these share the weights of a column or the rows of a tile.
@@ -316,7 +317,7 @@ def _tile(problem: _Problem, index: Array, named: dict[str, plgpu.RefType]) -> _
 
 def _for_each_multiplied_tile(
     problem: _Problem,
-    named: dict[str, plgpu.RefType],
+    named: dict[str, Ref],
     visit: Callable[[_Tile, Array], None],
     pass_zeros: Callable[[_Tile], None] | None = None,
 ) -> Array:
@@ -332,14 +333,14 @@ def _for_each_multiplied_tile(
             visit(tile, multiplied)
             return multiplied + 1
         pl.when(tile.group >= 0)(lambda: visit(tile, multiplied))
-        if pass_zeros is not None:
-            pl.when(tile.group < 0)(lambda: pass_zeros(tile))
+        if (store_zeros := pass_zeros) is not None:
+            pl.when(tile.group < 0)(lambda: store_zeros(tile))
         return multiplied + jnp.where(tile.group >= 0, 1, 0)
 
     return lax.fori_loop(0, _num_own_tiles(problem, named["count"]), one_tile, jnp.int32(0))
 
 
-def _copy(problem: _Problem, named: dict[str, plgpu.RefType]) -> None:
+def _copy(problem: _Problem, named: dict[str, Ref]) -> None:
     """Copy rows and weights, step by step of tile by tile, as far ahead as there is room."""
     tiles, projections, steps = problem.tiles, problem.projections, problem.steps
     rows, weights = named["rows"], named["weights"]
@@ -379,7 +380,7 @@ def _copy(problem: _Problem, named: dict[str, plgpu.RefType]) -> None:
         plgpu.barrier_wait(consumed.at[lax.rem(step, tiles.stages)])
 
 
-def _multiply(problem: _Problem, named: dict[str, plgpu.RefType]) -> None:
+def _multiply(problem: _Problem, named: dict[str, Ref]) -> None:
     """Multiply what has been copied, each tile into the accumulator that is free."""
     tiles, steps = problem.tiles, problem.steps
     rows_smem, weights_smem, filled, consumed, multiplied_barrier, taken = (
@@ -411,14 +412,14 @@ def _multiply(problem: _Problem, named: dict[str, plgpu.RefType]) -> None:
         plgpu.barrier_wait(taken.at[lax.rem(multiplied, ACCUMULATORS)])
 
 
-def _accumulator(problem: _Problem, named: dict[str, plgpu.RefType], multiplied: Array) -> tuple[plgpu.RefType, Array]:
+def _accumulator(problem: _Problem, named: dict[str, Ref], multiplied: Array) -> tuple[Ref, Array]:
     """The accumulator of a tile, and its index: they take turns."""
     which = lax.rem(multiplied, ACCUMULATORS)
     begin = which * problem.columns
     return named["accumulators"].at[:, pl.ds(begin, problem.columns)], which
 
 
-def _store(problem: _Problem, named: dict[str, plgpu.RefType]) -> None:
+def _store(problem: _Problem, named: dict[str, Ref]) -> None:
     """Bias, activation and scale of each complete accumulator, then the stores, one chunk of columns after the other."""
     tiles, projections = problem.tiles, problem.projections
     num_buffers, _, chunk = named["result_smem"].shape

@@ -33,6 +33,7 @@ from .blackwell_rows_kernel import (
     TENSOR_MEMORY_COLUMNS,
     pad_to_multiples,
 )
+from .ref import Ref
 from .schedule import ROW_ALIGNMENT
 from .stores import swizzled
 from .tiles import WeightsGradientTiles
@@ -158,7 +159,7 @@ def weights_gradient(
     chunk = min(EPILOGUE_VALUES, SWIZZLE_BYTES // output_dtype.itemsize)
     names = ("starts", "sizes", "cotangent", "rows", "gradient")
 
-    def grouped_gradient(*refs: plgpu.RefType, **scratch: plgpu.RefType) -> None:
+    def grouped_gradient(*refs: Ref, **scratch: Ref) -> None:
         named = dict(zip(names, refs, strict=True)) | scratch
 
         @pl.when(lax.axis_index("warpgroup") == _MULTIPLYING)
@@ -237,7 +238,7 @@ class _Done(NamedTuple):
     """Tiles of groups that are not empty."""
 
 
-def _tile(problem: _Problem, turn: Array, named: dict[str, plgpu.RefType]) -> _Tile:
+def _tile(problem: _Problem, turn: Array, named: dict[str, Ref]) -> _Tile:
     """The block's tile in its turn: group by group, panels of its rows one after the other, column by column within a panel."""
     tiles, num_out, num_in = problem.tiles, problem.num_out, problem.num_in
     index = lax.axis_index("multiprocessor") + turn * problem.multiprocessors
@@ -258,7 +259,7 @@ def _tile(problem: _Problem, turn: Array, named: dict[str, plgpu.RefType]) -> _T
     return _Tile(group, out * tiles.out_columns, column * tiles.in_columns, row, first, last, steps)
 
 
-def _for_each_tile(problem: _Problem, named: dict[str, plgpu.RefType], visit: Callable[[_Tile, _Done], None]) -> _Done:
+def _for_each_tile(problem: _Problem, named: dict[str, Ref], visit: Callable[[_Tile, _Done], None]) -> _Done:
     """Call `visit` for the tiles of this block, in order: every `multiprocessors`-th of all."""
     total = problem.num_groups * problem.num_out * problem.num_in
     num_tiles = lax.div(total - lax.axis_index("multiprocessor") + problem.multiprocessors - 1, problem.multiprocessors)
@@ -271,7 +272,7 @@ def _for_each_tile(problem: _Problem, named: dict[str, plgpu.RefType], visit: Ca
     return lax.fori_loop(0, num_tiles, one_tile, _Done(jnp.int32(0), jnp.int32(0)))
 
 
-def _copy(problem: _Problem, named: dict[str, plgpu.RefType]) -> None:
+def _copy(problem: _Problem, named: dict[str, Ref]) -> None:
     """Copy both operands, step by step of tile by tile, as far ahead as there is room."""
     tiles = problem.tiles
 
@@ -301,7 +302,7 @@ def _copy(problem: _Problem, named: dict[str, plgpu.RefType]) -> None:
         plgpu.barrier_wait(named["consumed"].at[lax.rem(step, tiles.stages)])
 
 
-def _mask(problem: _Problem, named: dict[str, plgpu.RefType]) -> None:
+def _mask(problem: _Problem, named: dict[str, Ref]) -> None:
     """Zero the rows of a step that are not of its group, in both operands: the other's may be NaN, and NaN * 0 is NaN."""
     tiles = problem.tiles
 
@@ -323,7 +324,7 @@ def _mask(problem: _Problem, named: dict[str, plgpu.RefType]) -> None:
     _for_each_tile(problem, named, mask_tile)
 
 
-def _keep_rows(operand: plgpu.RefType, first_kept: Array, end_kept: Array) -> None:
+def _keep_rows(operand: Ref, first_kept: Array, end_kept: Array) -> None:
     """Zero all other rows of `operand` [depth, columns] in shared memory."""
     depth, num_columns = operand.shape
     part_columns = SWIZZLE_BYTES // operand.dtype.itemsize
@@ -338,7 +339,7 @@ def _keep_rows(operand: plgpu.RefType, first_kept: Array, end_kept: Array) -> No
             values[...] = jnp.where(kept, values[...], jnp.zeros((), operand.dtype))
 
 
-def _multiply(problem: _Problem, named: dict[str, plgpu.RefType]) -> None:
+def _multiply(problem: _Problem, named: dict[str, Ref]) -> None:
     """Multiply what has been copied and masked, each tile into the accumulator that is free."""
     tiles = problem.tiles
 
@@ -368,14 +369,14 @@ def _multiply(problem: _Problem, named: dict[str, plgpu.RefType]) -> None:
         plgpu.barrier_wait(named["taken"].at[lax.rem(multiplied, ACCUMULATORS)])
 
 
-def _accumulator(problem: _Problem, named: dict[str, plgpu.RefType], done: _Done) -> tuple[plgpu.RefType, Array]:
+def _accumulator(problem: _Problem, named: dict[str, Ref], done: _Done) -> tuple[Ref, Array]:
     """The accumulator of a tile, and its index: they take turns."""
     which = lax.rem(done.multiplied, ACCUMULATORS)
     columns = problem.tiles.in_columns
     return named["accumulators"].at[:, pl.ds(which * columns, columns)], which
 
 
-def _store(problem: _Problem, named: dict[str, plgpu.RefType]) -> None:
+def _store(problem: _Problem, named: dict[str, Ref]) -> None:
     """Store each complete accumulator, one chunk of columns after the other; zeros for empty groups."""
     tiles = problem.tiles
     num_buffers, _, chunk = named["result_smem"].shape

@@ -4,9 +4,10 @@ A tuned entry for the very shape comes first, then the analytic default.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from ..device import GpuDevice
 from . import (
@@ -16,7 +17,6 @@ from . import (
     stream_tiles,
     weights_gradient_kernel,
 )
-from .tiles import RowTiles, StreamTiles, WeightsGradientTiles
 from .tuning import KernelShape, rows_bucket, tuned_tiles
 
 STREAM_MOST_MEAN_ROWS = 16
@@ -27,7 +27,8 @@ STREAM_MOST_MEAN_ROWS = 16
 class ChosenTiles:
     """Tile sizes, and where they come from."""
 
-    tiles: RowTiles | StreamTiles | WeightsGradientTiles
+    tiles: Any
+    """Of the kind that the kernel takes."""
     reason: str
 
 
@@ -50,7 +51,7 @@ def choose_tiles(
     width_out: int,
     projections: int = 1,
     dtype: jnp.dtype,
-    output_dtype: jnp.dtype,
+    output_dtype: DTypeLike,
     device: GpuDevice,
 ) -> ChosenTiles:
     """The tiles for a kernel and its static shapes: the tuned ones for this device, or the analytic default."""

@@ -8,9 +8,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float
 
 from ..activations import Activation
+from .ref import Ref
 
 
-def load_vector(ref: plgpu.RefType) -> Float[Array, "size"]:
+def load_vector(ref: Ref) -> Float[Array, "size"]:
     """A vector from global memory, in whatever layout its use asks for."""
     return plgpu.load(ref, optimized=False)  # optimized loads of vectors of a tile's rows exist only from jax 0.12 on
 

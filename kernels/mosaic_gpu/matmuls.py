@@ -3,7 +3,7 @@
 `num_rows`, where it is an argument, is the number of rows without padding, from which tiles are chosen; None: there is none.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import Array
@@ -41,7 +41,7 @@ __all__ = [
 
 def chosen_for_forward(
     num_rows: int,
-    weights_shape: tuple[int, int, int, int],
+    weights_shape: tuple[int, ...],
     dtype: DTypeLike,
     output_dtype: DTypeLike,
     device: GpuDevice,
@@ -149,8 +149,10 @@ def multiply_and_keep(
         output_dtype=output_dtype,
         device=device,
     )
-    results = result if keep_projected else (result, None)
-    return tuple(array if array is None else varying_like(array, rows) for array in results)
+    if not keep_projected:
+        return varying_like(result, rows), None
+    result, projected = result
+    return varying_like(result, rows), varying_like(projected, rows)
 
 
 def multiply_compact(
@@ -173,7 +175,7 @@ def multiply_compact(
     streamed = contract == "in" and streams_weights(num_rows, num_groups, device)
     if streamed or width_out * jnp.dtype(output_dtype).itemsize % SWIZZLES[0]:
         alignment = Alignment.of(groups, num_rows)
-        common = dict(num_rows=num_rows, output_dtype=output_dtype, device=device)
+        common: dict[str, Any] = dict(num_rows=num_rows, output_dtype=output_dtype, device=device)
         aligned_rows = rows[alignment.source]
         if contract == "out":
             result = rows_gradient(aligned_rows, weights, alignment.groups, **common)
@@ -269,7 +271,7 @@ def weights_gradient(
     return varying_like(result, rows)
 
 
-def _rows_kernel(device: GpuDevice):
+def _rows_kernel(device: GpuDevice) -> Any:
     return blackwell_rows_kernel if is_blackwell(device) else rows_kernel
 
 

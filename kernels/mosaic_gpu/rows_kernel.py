@@ -24,6 +24,7 @@ from ..activations import Activation
 from ..device import GpuDevice
 from .epilogue import activate, load_vector
 from .limits import SWIZZLES, swizzle_bytes
+from .ref import Ref
 from .schedule import ROW_ALIGNMENT, TileTable
 from .stores import store_rows, swizzled
 from .tiles import RowTiles
@@ -179,7 +180,7 @@ def multiply_rows(
         multiprocessors=device.multiprocessors,
     )
 
-    def grouped_rows(*refs: plgpu.RefType, **scratch: plgpu.RefType) -> None:
+    def grouped_rows(*refs: Ref, **scratch: Ref) -> None:
         named = dict(zip((*operands, *outputs), refs, strict=True))
         copying = lax.axis_index("warpgroup") == WARPGROUPS
         lax.cond(copying, lambda: _copy(problem, **named, **scratch), lambda: _multiply(problem, **named, **scratch))
@@ -253,7 +254,7 @@ def _column_parts(tiles: RowTiles) -> int:
     return WARPGROUPS * WARPGROUP_ROWS // tiles.rows
 
 
-def _for_own_tiles(problem: _Problem, named: dict[str, plgpu.RefType], visit: Callable[[_Tile, Array], Array]) -> Array:
+def _for_own_tiles(problem: _Problem, named: dict[str, Ref], visit: Callable[[_Tile, Array], Array]) -> Array:
     """Call `visit(tile, step)` for each tile of this block, every `multiprocessors`-th of all.
 
     `step` counts the steps of the pipeline, which `visit` advances; returns it at last. A tile's entry is read from memory
@@ -274,7 +275,7 @@ def _for_own_tiles(problem: _Problem, named: dict[str, plgpu.RefType], visit: Ca
     return lax.fori_loop(0, own, visit_and_read_ahead, (jnp.int32(0), entry(jnp.int32(0))))[0]
 
 
-def _tile(problem: _Problem, position: Array, count: Array, named: dict[str, plgpu.RefType]) -> _Tile:
+def _tile(problem: _Problem, position: Array, count: Array, named: dict[str, Ref]) -> _Tile:
     """The tile at a position: panels of rows one after the other, column by column within a panel.
 
     Blocks work on neighbouring positions at any time; within a panel these share the weights of a column or the rows of a
@@ -354,7 +355,7 @@ def _multiply(problem: _Problem, *, rows_smem, weights_smem, filled, consumed, r
                 plgpu.barrier_arrive(consumed.at[slot])
 
         def compute() -> None:
-            def accumulate(accumulator: plgpu.RefType) -> Array:
+            def accumulate(accumulator: Ref) -> Array:
                 @pl.loop(step, step + steps)
                 def _(current):
                     slot = lax.rem(current, tiles.stages)
@@ -378,7 +379,9 @@ def _multiply(problem: _Problem, *, rows_smem, weights_smem, filled, consumed, r
 
                 return accumulator[...]
 
-            accumulated = pl.run_scoped(accumulate, plgpu.ACC((WARPGROUP_ROWS, projections * part_columns)))
+            accumulated = pl.run_scoped(
+                accumulate, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, projections * part_columns))
+            )
             column = tile.column * tiles.columns + column_part * part_columns
             _finish(problem, accumulated, tile, row_part * WARPGROUP_ROWS, column, result_smem.at[warpgroup], named)
 
@@ -398,8 +401,8 @@ def _finish(
     tile: _Tile,
     row_offset: Array | int,
     column: Array,
-    buffers: plgpu.RefType,
-    named: dict[str, plgpu.RefType],
+    buffers: Ref,
+    named: dict[str, Ref],
 ) -> None:
     """Bias, activation and scale of a warpgroup's accumulator, then the stores, one chunk of columns after the other."""
     projections = problem.projections
@@ -409,7 +412,7 @@ def _finish(
     scale = load_vector(named["row_scale"].at[pl.ds(row, WARPGROUP_ROWS)]) if "row_scale" in named else None
     stored = 0
 
-    def store(values: Array, destination: plgpu.RefType, first_column: Array) -> None:
+    def store(values: Array, destination: Ref, first_column: Array) -> None:
         nonlocal stored
         buffer = buffers.at[stored % num_slots]
         # A tile begins with the first buffer, whichever the tile before it ended with.
@@ -445,7 +448,7 @@ def _finish(
 
 
 def _bias(
-    problem: _Problem, tile: _Tile, projection: int, column: Array, chunk: int, bias: plgpu.RefType
+    problem: _Problem, tile: _Tile, projection: int, column: Array, chunk: int, bias: Ref
 ) -> Float[Array, "chunk"]:
     """The bias of a chunk of columns; zero for a tile that is to be zero."""
     group = jnp.maximum(tile.group, 0) if problem.zero_groups else tile.group

@@ -72,7 +72,7 @@ class TileTable(NamedTuple):
     """First row that belongs to the group, relative to `row`: 0 to 7."""
     last: Int[Array, "tiles"]
     """End of the rows that belong to the group, relative to `row`: at most the tile's rows."""
-    count: Int[Array, "1"]
+    count: Int[Array, "1"]  # pyright: ignore[reportIncompatibleMethodOverride] - tuple.count is of no use here
     """How many tiles there are."""
 
     @classmethod
@@ -95,5 +95,7 @@ class TileTable(NamedTuple):
         row = groups.starts[group] - offset[group] + within * tile_rows
         first = jnp.where(within == 0, offset[group], 0)
         last = jnp.minimum(groups.starts[group] + groups.sizes[group] - row, tile_rows)
-        columns = (jnp.where(exists, column, 0).astype(jnp.int32) for column in (group, row, first, last))
-        return cls(*columns, ends[-1:].astype(jnp.int32))
+        group, row, first, last = (
+            jnp.where(exists, column, 0).astype(jnp.int32) for column in (group, row, first, last)
+        )
+        return cls(group, row, first, last, ends[-1:].astype(jnp.int32))

@@ -5,6 +5,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .ref import Ref
 from .schedule import ROW_ALIGNMENT
 
 
@@ -15,15 +16,16 @@ def swizzled(dtype: jnp.dtype, tile_rows: int = ROW_ALIGNMENT, swizzle_bytes: in
     can be sliced at any row, the former at multiples of 8.
     """
     columns = swizzle_bytes // jnp.dtype(dtype).itemsize
-    return plgpu.TilingTransform((tile_rows, columns)), plgpu.SwizzleTransform(swizzle_bytes)
+    tiling = plgpu.TilingTransform((tile_rows, columns))  # pyright: ignore[reportAbstractUsage]
+    return tiling, plgpu.SwizzleTransform(swizzle_bytes)  # pyright: ignore[reportAbstractUsage]
 
 
 def store_rows(
-    source: plgpu.RefType,
-    destination: plgpu.RefType,
+    source: Ref,
+    destination: Ref,
     *,
     row: Array,
-    first: Array,
+    first: Array | int,
     last: Array,
     column: Array,
     exact_rows: bool,

@@ -25,6 +25,7 @@ from ..activations import Activation
 from ..device import GpuDevice
 from .epilogue import activate
 from .limits import swizzle_bytes
+from .ref import Ref
 from .schedule import ROW_ALIGNMENT, TileTable
 from .stores import store_rows, swizzled
 from .stream_tiles import check_stream_tiles, multiplying_warpgroups
@@ -198,7 +199,7 @@ def _call(problem: _Problem, operands: dict[str, Array]) -> Array:
     if vectors:
         scratch["vectors_filled"] = plgpu.Barrier(num_arrivals=vectors, num_barriers=warpgroups)
 
-    def stream(*refs: plgpu.RefType, **scratch: plgpu.RefType) -> None:
+    def stream(*refs: Ref, **scratch: Ref) -> None:
         named = dict(zip((*operands, "result"), refs, strict=True)) | scratch
         copying = lax.axis_index("warpgroup") == warpgroups
         lax.cond(copying, lambda: _copy(problem, named), lambda: _multiply(problem, named))
@@ -230,13 +231,13 @@ class _Unit(NamedTuple):
     last_step: Array | int
 
 
-def _num_own_units(problem: _Problem, count: plgpu.RefType) -> Array:
+def _num_own_units(problem: _Problem, count: Ref) -> Array:
     """How many units this block computes: every `multiprocessors`-th."""
     total = count[0] * problem.column_tiles * problem.tiles.splits
     return lax.div(total - lax.axis_index("multiprocessor") + problem.multiprocessors - 1, problem.multiprocessors)
 
 
-def _unit(problem: _Problem, index: Array, named: dict[str, plgpu.RefType]) -> _Unit:
+def _unit(problem: _Problem, index: Array, named: dict[str, Ref]) -> _Unit:
     """The `index`-th unit of this block. Of all units, those of one column tile are neighbours, in the order of the rows."""
     position = lax.axis_index("multiprocessor") + index * problem.multiprocessors
     count = named["count"][0]
@@ -259,7 +260,7 @@ def _unit(problem: _Problem, index: Array, named: dict[str, plgpu.RefType]) -> _
     )
 
 
-def _copy(problem: _Problem, named: dict[str, plgpu.RefType]) -> None:
+def _copy(problem: _Problem, named: dict[str, Ref]) -> None:
     """Copy rows and weights, step by step of unit by unit, as far ahead as there is room."""
     plgpu.set_max_registers(COPYING_REGISTERS, action="decrease")
     tiles, projections = problem.tiles, problem.projections
@@ -295,7 +296,7 @@ def _copy(problem: _Problem, named: dict[str, plgpu.RefType]) -> None:
         plgpu.barrier_wait(consumed.at[lax.rem(last_step, tiles.stages)])
 
 
-def _multiply(problem: _Problem, named: dict[str, plgpu.RefType]) -> None:
+def _multiply(problem: _Problem, named: dict[str, Ref]) -> None:
     """Multiply what has been copied, and store the results, unit by unit."""
     plgpu.set_max_registers(MULTIPLYING_REGISTERS, action="increase")
     tiles, projections, part_columns = problem.tiles, problem.projections, problem.part_columns
@@ -307,7 +308,7 @@ def _multiply(problem: _Problem, named: dict[str, plgpu.RefType]) -> None:
         unit = unit._replace(column=unit.column + warpgroup * part_columns)
         _copy_vectors(problem, unit, warpgroup, named)
 
-        def accumulate(accumulator: plgpu.RefType) -> Array:
+        def accumulate(accumulator: Ref) -> Array:
             def multiply_step(_, step: Array) -> Array:
                 slot = lax.rem(step, tiles.stages)
                 plgpu.barrier_wait(filled.at[slot])
@@ -325,7 +326,7 @@ def _multiply(problem: _Problem, named: dict[str, plgpu.RefType]) -> None:
             lax.fori_loop(unit.first_step, unit.last_step, multiply_step, step)
             return accumulator[...]
 
-        accumulated = pl.run_scoped(accumulate, plgpu.ACC((projections * part_columns, tiles.rows)))
+        accumulated = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef((projections * part_columns, tiles.rows)))
         _finish(problem, accumulated, unit, warpgroup, named)
         return step + unit.last_step - unit.first_step
 
@@ -333,7 +334,7 @@ def _multiply(problem: _Problem, named: dict[str, plgpu.RefType]) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def _copy_vectors(problem: _Problem, unit: _Unit, warpgroup: Array, named: dict[str, plgpu.RefType]) -> None:
+def _copy_vectors(problem: _Problem, unit: _Unit, warpgroup: Array, named: dict[str, Ref]) -> None:
     """Start copying what the end of the unit needs: the bias of the warpgroup's columns, and the factors of the rows."""
     if "bias" in named:
         for projection in range(problem.projections):
@@ -353,7 +354,7 @@ def _finish(
     accumulated: Float[Array, "P*columns rows"],
     unit: _Unit,
     warpgroup: Array,
-    named: dict[str, plgpu.RefType],
+    named: dict[str, Ref],
 ) -> None:
     """Bias, activation and scale of a warpgroup's accumulator, or of a part the bias alone, then the stores."""
     part_columns = problem.part_columns
@@ -364,7 +365,7 @@ def _finish(
         for projection in range(problem.projections):
             bias = named["bias_smem"][warpgroup, projection].astype(jnp.float32)
             if not problem.is_whole:
-                bias = bias * (unit.part == 0).astype(jnp.float32)
+                bias = bias * jnp.asarray(unit.part == 0, jnp.float32)
             values[projection] = values[projection] + bias[:, None]
     if problem.is_whole:
         values = [activate(problem.activation, values)]
@@ -388,8 +389,8 @@ def _store_transposed(
     problem: _Problem,
     values: list[Float[Array, "columns rows"]],
     unit: _Unit,
-    buffers: plgpu.RefType,
-    destination: plgpu.RefType,
+    buffers: Ref,
+    destination: Ref,
 ) -> None:
     """Start copying the columns of `values` that are rows of the unit's group, in pieces of 8, to [results, N, M].
 

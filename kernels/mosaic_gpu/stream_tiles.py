@@ -119,7 +119,7 @@ def default_stream_tiles(
     """
     unit = swizzle_bytes(width_in, itemsize) // itemsize
     rows = _tile_rows(num_rows / num_groups)
-    best, least = None, math.inf
+    tried: list[tuple[float, StreamTiles]] = []
     for weight_rows, splits in itertools.product((256, 128, 64), (1, 2, 3, 4, 6, 8)):
         columns = weight_rows // projections
         depth = _round_up(min(STEP_BYTES // (weight_rows * itemsize), width_in), unit)
@@ -131,8 +131,8 @@ def default_stream_tiles(
             continue
         tiles = StreamTiles(rows=rows, columns=columns, depth=depth, stages=MOST_STAGES, splits=splits)
         cost = _cost(tiles, num_rows, num_groups, width_in, width_out, projections, itemsize, device)
-        if cost < least:
-            best, least = tiles, cost
+        tried.append((cost, tiles))
+    best = min(tried, key=lambda cost_and_tiles: cost_and_tiles[0])[1]
     while best.stages > 2 and shared_memory_bytes(best, projections, itemsize) > device.shared_memory_bytes:
         best = dataclasses.replace(best, stages=best.stages - 1)
     check_stream_tiles(best, projections, width_in, itemsize, device)

@@ -264,7 +264,7 @@ def weights_gradient(
                     return accumulator[...]
 
                 shape = (consumer_rows, tiles.in_columns)
-                product = pl.run_scoped(multiply, plgpu.ACC(shape))  # pyright: ignore[reportPrivateImportUsage]
+                product = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape))
                 matrix = gradient.at[group[place]]
                 first_row = out_column + warpgroup * consumer_rows
                 chunks = itertools.product(
