@@ -82,6 +82,7 @@ def test_ranks_of_another_mesh_axis_do_not_meet(dma, rng):
     check(rng, Setting(4, dma=dma, data_ranks=2), uneven)
 
 
+@pytest.mark.slow
 def test_one_rank_sends_nothing(rng):
     check(rng, Setting(1), uneven)
 
