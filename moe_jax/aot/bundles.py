@@ -9,6 +9,7 @@ group sizes follows from it alone (`scalar_unit.py`).
 import bisect
 import dataclasses
 import functools
+import itertools
 import re
 from pathlib import Path
 
@@ -121,6 +122,12 @@ class Schedule:
     def __len__(self) -> int:
         return len(self.slots)
 
+    @property
+    def cores(self) -> int:
+        """Over how many cores the kernel splits its work: two if it asks which one it runs on."""
+        asks = any(i.operation == "core" for found in self.instructions.values() for i in found)
+        return 2 if asks else 1
+
     def column(self, unit: str) -> Int[np.ndarray, "bundles"]:
         """Filled slots of one unit, by bundle."""
         return self.slots[:, self.units.index(unit)]
@@ -140,7 +147,7 @@ class Schedule:
         )
         borders = sorted({0, len(self), *self.block_starts, *(min(b, len(self)) for b in branches)})
         within = np.zeros(len(self), bool)
-        for begin, end in zip(borders, borders[1:], strict=False):
+        for begin, end in itertools.pairwise(borders):
             (busy,) = np.nonzero(matmuls[begin:end])
             if busy.size:
                 within[begin + busy[0] : begin + busy[-1] + 1] = True

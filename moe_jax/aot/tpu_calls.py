@@ -15,7 +15,16 @@ from moe_jax.aot.scalar_unit import Execution, execute
 from moe_jax.aot.targets import TpuTarget
 
 _KERNEL_PRIMITIVE = "pallas_call"
-_INLINED = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint")
+_INLINED = (
+    "jit",
+    "pjit",
+    "closed_call",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "custom_vmap_call",
+    "remat2",
+    "checkpoint",
+)
 """Primitives whose jaxpr takes what they take."""
 
 
@@ -90,6 +99,12 @@ class TpuKernelCall:
             for file in dumps.glob("*"):
                 file.unlink()
 
+    def with_vmem_limit(self, limit_bytes: int) -> "TpuKernelCall":
+        """The same call, whose kernel may use that much vector memory."""
+        compiler_params = dataclasses.replace(self.equation.params["compiler_params"], vmem_limit_bytes=limit_bytes)
+        params = {**self.equation.params, "compiler_params": compiler_params}
+        return dataclasses.replace(self, equation=self.equation.replace(params=params))
+
     def execute(self, schedule: Schedule, *, core: int = 0) -> Execution:
         """What the compiled kernel executes, given the scalars of this call."""
         return execute(schedule, self.scalars, core=core)
@@ -146,9 +161,7 @@ def _walk(program: ClosedJaxpr, arguments: list[Any], calls: list[TpuKernelCall]
 def _calls_kernel(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return any(map(_calls_kernel, value))
-    if isinstance(value, ClosedJaxpr):
-        return _calls_kernel(value.jaxpr)
-    if isinstance(value, Jaxpr):
+    if isinstance(value, (Jaxpr, ClosedJaxpr)):
         return any(map(_calls_kernel, value.eqns))
     if isinstance(value, JaxprEqn):
         return value.primitive.name == _KERNEL_PRIMITIVE or any(map(_calls_kernel, value.params.values()))
@@ -165,7 +178,8 @@ def _scalar(value: Any) -> Any:
 
 
 def _vmem_bytes(aval: Any) -> int:
-    if "vmem" not in str(getattr(aval, "memory_space", "")).lower():
+    space = str(getattr(aval, "memory_space", "")).lower()
+    if "vmem" not in space and "default" not in space and space != "none":
         return 0
     return math.prod(aval.shape) * aval.dtype.itemsize
 

@@ -87,6 +87,7 @@ EXPERT_SHAPES: dict[str, ExpertShape] = {
         _DEEPSEEK_V3,
         dataclasses.replace(_DEEPSEEK_V3, name="deepseek-v3-ep8", ranks=8),
         dataclasses.replace(_DEEPSEEK_V3, name="deepseek-v3-ep32", ranks=32),
+        dataclasses.replace(_DEEPSEEK_V3, name="deepseek-v3-ep64", ranks=64),
         dataclasses.replace(_GPT_OSS_120B, name="gpt-oss-20b", num_experts=32),
         _GPT_OSS_120B,
         ExpertShape(name="olmoe-1b-7b", hidden_size=2048, intermediate_size=1024, num_experts=64, top_k=8),

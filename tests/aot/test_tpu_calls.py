@@ -1,0 +1,91 @@
+"""Kernels are found in traced programs with the scalars that they get, and what they copy is counted from their schedules."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.aot.tpu_calls import TpuKernelCall, tpu_kernel_calls
+from moe_jax.aot.tpu_traffic import rows_traffic
+from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES
+from moe_jax.kernels import fused_moe, grouped_matmul
+from moe_jax.kernels.device import TPU_DEVICES, targeting
+
+TOKENS = 2048
+
+
+def calls_of(function, device, known, *arguments) -> list[TpuKernelCall]:
+    with targeting(TPU_DEVICES[device]):
+        traced = jax.make_jaxpr(function)(*arguments)
+    return list(tpu_kernel_calls(traced, known))
+
+
+def grouped(shape, device, sizes, width_out) -> TpuKernelCall:
+    rows = jax.ShapeDtypeStruct((int(np.ceil(sizes.sum() / 16) * 16), shape.hidden_size), jnp.bfloat16)
+    weights = jax.ShapeDtypeStruct((len(sizes), width_out, shape.hidden_size), jnp.bfloat16)
+    function = lambda r, w, s: grouped_matmul(r, w, s, implementation="pallas_tpu")  # noqa: E731 - positional
+    group_sizes = jax.ShapeDtypeStruct(sizes.shape, jnp.int32)
+    (call,) = calls_of(function, device, {2: jnp.asarray(sizes, jnp.int32)}, rows, weights, group_sizes)
+    return call
+
+
+def experts_block(shape, device, ids) -> list[TpuKernelCall]:
+    arguments = shape.fused_moe_arguments(len(ids))
+    leaves, structure = jax.tree.flatten({name: value for name, value in arguments.items() if name != "topk_ids"})
+
+    def block(ids, *leaves):
+        floating = jax.tree.unflatten(structure, leaves)
+        return fused_moe(**floating, topk_ids=ids, activation=shape.activation, implementation="pallas_tpu")
+
+    return calls_of(block, device, {0: jnp.asarray(ids, jnp.int32)}, arguments["topk_ids"], *leaves)
+
+
+@pytest.mark.parametrize("model", ["qwen3-30b-a3b", "mixtral-8x7b"])
+def test_gate_and_up_in_one_pass_move_at_most_six_tenths_of_two_matmuls_and_an_activation(model, rng):
+    shape = EXPERT_SHAPES[model]
+    ids = np.argsort(rng.random((TOKENS, shape.num_experts)), axis=1)[:, : shape.top_k]
+    sizes = np.bincount(ids.reshape(-1), minlength=shape.num_experts)
+    gate_up = rows_traffic(experts_block(shape, "v6e", ids)[0])
+    one = rows_traffic(grouped(shape, "v6e", sizes, shape.intermediate_size))
+    activation = 3 * sizes.sum() * shape.intermediate_size * 2  # gate and up are read, their product is written
+    assert gate_up.other_than_weights <= 0.6 * (2 * one.other_than_weights + activation)
+
+
+def test_weights_are_read_once_and_those_of_experts_without_rows_not_at_all(rng):
+    shape = dataclasses.replace(EXPERT_SHAPES["olmoe-1b-7b"], num_experts=16, top_k=4)
+    ids = rng.choice([0, 3, 4, 9, 15], size=(TOKENS, 1)) + np.zeros((1, 1), int)
+    ids = np.concatenate([ids, np.full((TOKENS, 3), -1)], axis=1)
+    matrix = shape.intermediate_size * shape.hidden_size * 2
+    gate_up, down = experts_block(shape, "v6e", ids)
+    assert rows_traffic(gate_up).experts_read == (0, 3, 4, 9, 15)
+    assert rows_traffic(gate_up).weights_read == 5 * 2 * matrix
+    assert rows_traffic(down).weights_read == 5 * matrix
+    assert rows_traffic(down).results_written >= TOKENS * shape.hidden_size * 2
+
+
+def test_scalars_are_computed_from_what_is_known_and_nothing_else_is(rng):
+    shape = EXPERT_SHAPES["olmoe-1b-7b"]
+    sizes = rng.integers(1, 100, shape.num_experts)
+    call = grouped(shape, "v5e", sizes, 256)
+    count = call.scalars[0]
+    assert count >= shape.num_experts
+    assert sorted(set(call.scalars[1][:count])) == list(range(shape.num_experts))  # groups that are visited
+    assert len(call.scalars) == len(call.operands) - 2  # all but rows and weights
+    assert 0 < call.vmem_bytes() <= TPU_DEVICES["v5e"].vmem_bytes
+    assert call.sameness() == grouped(shape, "v5e", np.roll(sizes, 1), 256).sameness()
+    assert call.sameness() != grouped(shape, "v5e", sizes, 384).sameness()
+
+
+def test_a_kernel_in_a_loop_of_which_not_all_is_known_is_refused(rng):
+    shape = dataclasses.replace(EXPERT_SHAPES["olmoe-1b-7b"], num_experts=4, hidden_size=128)
+
+    def loop(rows, weights, sizes):
+        step = lambda _, carry: carry + grouped_matmul(rows, weights, sizes, implementation="pallas_tpu")  # noqa: E731
+        return jax.lax.fori_loop(0, 3, step, jnp.zeros((64, 128), jnp.bfloat16))
+
+    rows, weights = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((64, shape.hidden_size), (4, 128, 128)))
+    sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
+    with pytest.raises(ValueError, match="a kernel is called in (while|scan)"):
+        calls_of(loop, "v6e", {2: jnp.full(4, 16, jnp.int32)}, rows, weights, sizes)
