@@ -1,6 +1,8 @@
 """Expert computation: grouped matmuls and the fused MoE block, one folder per op."""
 
 from .activations import ACTIVATIONS, Activation
+from .expert_parallel import expert_parallel_moe
+from .expert_parallel import explain as explain_expert_parallel_moe
 from .fused_moe import explain as explain_fused_moe
 from .fused_moe import fused_moe
 from .grouped_matmul import explain as explain_grouped_matmul
@@ -11,6 +13,8 @@ __all__ = [
     "ACTIVATIONS",
     "Activation",
     "Choice",
+    "expert_parallel_moe",
+    "explain_expert_parallel_moe",
     "explain_fused_moe",
     "explain_grouped_matmul",
     "fused_moe",

@@ -136,7 +136,7 @@ def sum_rows(
     rows: Float[Array, "Mpadded N"], groups: Groups, block_rows: int, *, output_dtype: jnp.dtype
 ) -> Float[Array, "G N"]:
     """Sum of the rows of every group: the gradient of the bias."""
-    ones = jnp.ones((rows.shape[0], 1), rows.dtype)
+    ones = varying_like(jnp.ones((rows.shape[0], 1), rows.dtype), rows)
     return contract_rows(ones, rows, groups, block_rows, output_dtype=output_dtype)[:, 0]
 
 

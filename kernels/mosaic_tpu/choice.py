@@ -7,10 +7,16 @@ the time for copies, and what every visit and every pass over the columns costs 
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from ..device import TpuDevice
 from .limits import LANES, rows_vmem_bytes, vmem_limit_bytes
+from .schedule import ROW_ALIGNMENT
+from .stream_tiles import StreamShape, StreamTiles, default_stream_tiles
 from .tiles import RowTiles
+
+STREAM_MOST_MEAN_ROWS = 32
+"""Up to so many rows per group on average, weights are streamed past the rows; beyond, rows are tiled."""
 
 SECONDS_PER_VISIT = 0.4e-6
 """Estimate of what a visit costs besides products: some hundred instructions, in which nothing is multiplied."""
@@ -47,8 +53,29 @@ class RowsProblem:
 class ChosenTiles:
     """Tile sizes, and where they come from."""
 
-    tiles: RowTiles
+    tiles: Any
+    """Of the kind that the kernel takes."""
     reason: str
+
+
+def streams_weights(problem: RowsProblem) -> bool:
+    """Whether the rows per group are so few that weights should be streamed past them, and their width allows it."""
+    return problem.num_rows <= STREAM_MOST_MEAN_ROWS * problem.num_groups and problem.width_out % ROW_ALIGNMENT == 0
+
+
+def choose_stream_tiles(problem: RowsProblem, device: TpuDevice) -> ChosenTiles:
+    """The tiles of the kernel that streams weights, for these sizes."""
+    shape = StreamShape(
+        width_in=problem.width_in,
+        width_out=problem.width_out,
+        projections=problem.projections,
+        itemsize=problem.itemsize,
+        output_itemsize=problem.output_itemsize,
+    )
+    tiles: StreamTiles = default_stream_tiles(problem.num_rows, shape, device)
+    return ChosenTiles(
+        tiles, f"analytic default for {problem} on {device.name}: few rows per group, bound by reading weights"
+    )
 
 
 def choose_row_tiles(problem: RowsProblem, device: TpuDevice) -> ChosenTiles:

@@ -15,12 +15,13 @@ from jaxtyping import Float
 
 from ..activations import Activation
 from ..device import TpuDevice
-from ..groups import Groups
+from ..groups import Groups, keep_rows
 from ..groups import sum_groups as bias_gradient
 from . import schedule, weights_gradient_kernel
-from .choice import ChosenTiles, RowsProblem, choose_row_tiles
+from .choice import ChosenTiles, RowsProblem, choose_row_tiles, choose_stream_tiles, streams_weights
 from .rows_kernel import multiply_rows
 from .schedule import ROW_ALIGNMENT, VisitTable
+from .stream_kernel import stream_weights
 from .weights_gradient_tiles import default_weights_gradient_tiles
 
 __all__ = [
@@ -37,13 +38,16 @@ __all__ = [
 
 def chosen_for_forward(
     num_rows: int,
-    weights_shape: tuple[int, int, int, int],
+    weights_shape: tuple[int, ...],
     dtype: DTypeLike,
     output_dtype: DTypeLike,
     device: TpuDevice,
-) -> tuple[Literal["rows"], ChosenTiles]:
+) -> tuple[Literal["rows", "stream"], ChosenTiles]:
     """Kernel and tiles of `multiply`, for weights of shape [G, P, N, D]."""
-    return "rows", choose_row_tiles(_problem(num_rows, weights_shape, dtype, output_dtype), device)
+    problem = _problem(num_rows, weights_shape, dtype, output_dtype)
+    if streams_weights(problem):
+        return "stream", choose_stream_tiles(problem, device)
+    return "rows", choose_row_tiles(problem, device)
 
 
 def multiply(
@@ -59,6 +63,25 @@ def multiply(
     device: TpuDevice,
 ) -> Float[Array, "M Npadded"]:
     """row_scale * activation(rows @ matrices + bias); rows of no group hold anything. See `rows_kernel.multiply_rows`."""
+    kernel, chosen = chosen_for_forward(num_rows or rows.shape[0], weights.shape, rows.dtype, output_dtype, device)
+    if kernel == "stream":
+        tiles = chosen.tiles
+
+        @jax.custom_batching.sequential_vmap
+        def call(rows, weights, groups, bias, row_scale):
+            return stream_weights(
+                rows,
+                weights,
+                VisitTable.of(groups, rows.shape[0], tiles.rows),
+                tiles=tiles,
+                bias=bias,
+                activation=activation,
+                row_scale=row_scale,
+                output_dtype=output_dtype,
+                device=device,
+            )
+
+        return call(rows, weights, groups, bias, row_scale)
     return multiply_and_keep(
         rows,
         weights,
@@ -123,6 +146,21 @@ def multiply_compact(
 
     With `contract="out"` the middle axis of the weights is contracted: the gradient of rows.
     """
+    num_rows = rows.shape[0]
+    if contract == "in":
+        matrices = weights[:, None]
+        kernel, _ = chosen_for_forward(num_rows, matrices.shape, rows.dtype, output_dtype, device)
+        if kernel == "stream":
+            result = multiply(
+                _whole_tiles(rows),
+                matrices,
+                groups,
+                bias=None if bias is None else bias[:, None],
+                num_rows=num_rows,
+                output_dtype=output_dtype,
+                device=device,
+            )
+            return keep_rows(result[:num_rows, : weights.shape[1]], groups.contain(num_rows))
     return _multiply_plainly(rows, weights, groups, contract, bias, output_dtype, device, zero_outside=True)
 
 

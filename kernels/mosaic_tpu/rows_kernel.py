@@ -284,7 +284,7 @@ def _multiply(problem: _Problem, operands: _Operands, buffer: Ref, last: Array) 
     # As many chunks as leave what some remainder covers; a chunk is one as well.
     chunks = lax.div(jnp.maximum(last - largest, 0) + (tiles.chunk - 1), tiles.chunk)
     rest = last - chunks * tiles.chunk
-    lower = 0
+    all_chunks, lower = chunks, 0
     for size in sorted((*remainders, tiles.chunk)):
         is_covering = (rest > lower) & (rest <= size)
         if size == tiles.chunk:

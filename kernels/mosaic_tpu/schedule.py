@@ -49,7 +49,7 @@ class VisitTable(NamedTuple):
     stored: Int[Array, "visits"]
     """How many rows are written, from `row` on: a multiple of 16, at most the tile's rows; 0 if the visits that follow have
     rows in the same 16."""
-    count: Int[Array, "1"]
+    count: Int[Array, "1"]  # pyright: ignore[reportIncompatibleMethodOverride] - tuple.count is of no use here
     """How many visits there are."""
 
     @classmethod
@@ -119,10 +119,11 @@ class VisitTable(NamedTuple):
         no_next = visit == count - 1
         stop = jnp.where(is_own, row + _round_up(last), jnp.minimum(row + tile_rows, num_rows))
         stored = jnp.where(no_next, stop, next_row) - row
-        columns = (group, source, row, first, last, stored)
         exists = visit < count
-        columns = (jnp.where(exists, column, 0).astype(jnp.int32) for column in columns)
-        return cls(*columns, count[None].astype(jnp.int32))
+        group, source, row, first, last, stored = (
+            jnp.where(exists, column, 0).astype(jnp.int32) for column in (group, source, row, first, last, stored)
+        )
+        return cls(group, source, row, first, last, stored, count[None].astype(jnp.int32))
 
 
 def _ceil_div(value: Array | int, divisor: int) -> Array | int:

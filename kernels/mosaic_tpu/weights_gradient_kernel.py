@@ -213,7 +213,7 @@ def _mask(operand: Ref, first: Array, last: Array, depth: Array) -> None:
     tail = lax.rem(last, ROW_ALIGNMENT)
 
     def keep(start: Array | int, kept: Array) -> None:
-        some = pl.ds(pl.multiple_of(start, ROW_ALIGNMENT), ROW_ALIGNMENT)
+        some = pl.ds(pl.multiple_of(jnp.asarray(start), ROW_ALIGNMENT), ROW_ALIGNMENT)
         # Masks of 16 rows are those of 32 bits.
         operand[some] = jnp.where(kept, operand[some].astype(jnp.float32), 0).astype(operand.dtype)
 
