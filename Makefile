@@ -13,7 +13,8 @@ BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check
 TEST_WORKERS ?= 2
 # What has to be set before jax is imported, to compile for accelerators that are not there.
-AOT_ENVIRONMENT := JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 TPU_SKIP_MDS_QUERY=1
+AOT_ENVIRONMENT := JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 TPU_SKIP_MDS_QUERY=1 \
+	ALLOW_MULTIPLE_LIBTPU_LOAD=1
 
 # The environment that these targets set up holds the CPU build of jax; JAX_PLATFORMS=... overrides.
 export JAX_PLATFORMS ?= cpu
@@ -60,8 +61,13 @@ golden: $(GOLDEN_VENV)/.installed  ## Write the golden files of tests/golden ane
 check-transformers: $(VENV)/.installed-test $(GOLDEN_VENV)/.installed  ## Run the checks that need transformers itself
 	$(BIN)/python -m pytest -m transformers $(PYTEST_ARGS) tests/transformers
 
-aot: $(AOT_VENV)/.installed  ## Compile every GPU kernel of published models for GPUs that are not there, and check the code
+aot: aot-gpu aot-tpu  ## Compile the kernels of published models for GPUs and TPUs that are not there, and check the code
+
+aot-gpu: $(AOT_VENV)/.installed  ## Of these, every kernel for GPUs (AOT_ARGS for options)
 	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/gpu_kernels.py --output build/aot $(AOT_ARGS)
+
+aot-tpu: $(AOT_VENV)/.installed  ## Of these, a sample for TPUs (AOT_TPU_ARGS=--all for every one, --search to compare)
+	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/tpu_kernels.py --output build/aot $(AOT_TPU_ARGS)
 
 test-oldest: $(OLDEST_VENV)/.installed  ## Test and compile the kernels with the oldest supported jax
 	$(OLDEST_VENV)/bin/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS) tests/kernels tests/aot
@@ -126,5 +132,5 @@ $(GOLDEN_VENV)/.installed: tests/golden/requirements.txt
 	@$(GOLDEN_VENV)/bin/python $(PIP_INSTALL) -r tests/golden/requirements.txt
 	@touch $@
 
-.PHONY: demo test help test-slow test-all lint style format types golden-env golden check-transformers aot test-oldest bench \
+.PHONY: demo test help test-slow test-all lint style format types golden-env golden check-transformers aot aot-gpu aot-tpu test-oldest bench \
 	constraints clean

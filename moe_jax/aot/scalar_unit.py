@@ -19,7 +19,6 @@ from moe_jax.aot.bundles import Instruction, Schedule
 
 GRANULE_BYTES = 32
 """Unit in which the sizes of copies are given."""
-_ALLOCATION = re.compile(r"\[?(?:smem:)?\[?#allocation(\d+)(?:_spill)?\]?")
 _ADDRESS_BITS = 24
 _FIRST_OPERAND_BIT, _OPERAND_BITS = 64, 8
 """Operand i has the address 2**(64 + 8 i), from which i can be told even after it was shifted a little or an offset was added."""
@@ -123,9 +122,12 @@ class _Unit:
         if instruction.predicate is not None:
             name, wanted = instruction.predicate
             value = self._registers.get(name)
-            matters = operation in ("copy", "sst") or operation.startswith("sbr")
+            matters = operation == "copy" or operation.startswith("sbr")
             if value is None and matters:
                 raise ValueError(f"what is executed depends on {name}, which is not known: {instruction}")
+            if value is None and operation == "sst":
+                self._memory[self._address(instruction.operands[0])] = None
+                return None
             if value is None:
                 return self._write(result, None)
             if bool(value) != wanted:
@@ -186,8 +188,12 @@ class _Unit:
 
     def _address(self, text: str) -> int | None:
         total: int = 0
-        for part in text.removeprefix("[").removeprefix("smem:").replace("[", "").replace("]", "").split("+"):
+        for part in (
+            text.removeprefix("[").removeprefix("smem:").replace(" [", "+").replace("[", "").replace("]", "").split("+")
+        ):
             allocation = re.fullmatch(r"\s*#allocation(\d+)(_spill)?\s*", part)
+            if allocation is None and "#" in part:
+                raise ValueError(f"unknown form of an address: {text}")
             value = (int(allocation[1]) + 1) << _ADDRESS_BITS if allocation else self._value(part.strip())
             if value is None:
                 return None
@@ -239,7 +245,7 @@ def _identity(value: int, *_: int) -> int:
     return value
 
 
-_UNKNOWN = frozenset({"spop.sfrf", "spop", "sfence", "vtos", "spop.f32"})
+_UNKNOWN = frozenset({"spop.sfrf", "spop.drf"})
 _DECIDED_BY = {"por": True, "pnor": True, "pand": False, "pnand": False}
 """What one operand has to be for the result not to depend on the other, which need not be known then."""
 _OPERATIONS: dict[str, Callable[..., Any]] = {

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun  # pyright: ignore[reportPrivateImportUsage]
 
@@ -122,13 +123,23 @@ def tpu_kernel_calls(program: ClosedJaxpr, known: Mapping[int, Any]) -> tuple[Tp
     Raises:
         ValueError: a kernel is called in a loop or a condition.
     """
-    arguments = [known.get(position) for position in range(len(program.jaxpr.invars))]
-    calls: list[TpuKernelCall] = []
-    _walk(program, arguments, calls)
-    return tuple(calls)
+    equations: list[JaxprEqn] = []
+
+    @jax.jit
+    def tables(known: Mapping[int, Any]) -> list[dict[int, Any]]:
+        calls: list[tuple[JaxprEqn, dict[int, Any]]] = []
+        _walk(program, [known.get(position) for position in range(len(program.jaxpr.invars))], calls)
+        equations.extend(equation for equation, _ in calls)
+        return [scalars for _, scalars in calls]
+
+    found = jax.device_get(tables(dict(known)))
+    return tuple(
+        TpuKernelCall(equation, {position: _scalar(value) for position, value in scalars.items()})
+        for equation, scalars in zip(equations, found, strict=True)
+    )
 
 
-def _walk(program: ClosedJaxpr, arguments: list[Any], calls: list[TpuKernelCall]) -> list[Any]:
+def _walk(program: ClosedJaxpr, arguments: list[Any], calls: list[tuple[JaxprEqn, dict[int, Any]]]) -> list[Any]:
     """Values of the results, None if not known."""
     jaxpr = program.jaxpr
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, program.consts, strict=True))
@@ -141,8 +152,7 @@ def _walk(program: ClosedJaxpr, arguments: list[Any], calls: list[TpuKernelCall]
         inputs = [value_of(variable) for variable in equation.invars]
         name = equation.primitive.name
         if name == _KERNEL_PRIMITIVE:
-            scalars = {i: _scalar(value) for i, value in enumerate(inputs) if _is_table(value)}
-            calls.append(TpuKernelCall(equation, scalars))
+            calls.append((equation, {i: value for i, value in enumerate(inputs) if _is_table(value)}))
             outputs = [None] * len(equation.outvars)
         elif name in _INLINED:
             inner = next(v for v in equation.params.values() if isinstance(v, (ClosedJaxpr, Jaxpr)))
@@ -169,7 +179,7 @@ def _calls_kernel(value: Any) -> bool:
 
 
 def _is_table(value: Any) -> bool:
-    return value is not None and np.issubdtype(np.asarray(value).dtype, np.integer)
+    return value is not None and jnp.issubdtype(jnp.result_type(value), jnp.integer)
 
 
 def _scalar(value: Any) -> Any:

@@ -4,8 +4,16 @@ import pytest
 from jax.experimental.mosaic.gpu import utils as mosaic_gpu_utils
 
 from moe_jax.aot import targets
-from moe_jax.aot.targets import GPU_PLUGINS, GpuTarget, check_environment, target_config
-from moe_jax.kernels.device import GPU_DEVICES, gpu_device_of
+from moe_jax.aot.targets import (
+    GPU_PLUGINS,
+    TPU_ENVIRONMENT,
+    TPU_TOPOLOGIES,
+    GpuTarget,
+    TpuTarget,
+    check_environment,
+    target_config,
+)
+from moe_jax.kernels.device import GPU_DEVICES, TPU_DEVICES, gpu_device_of, tpu_device_of
 
 
 @pytest.mark.parametrize("name", GPU_DEVICES)
@@ -58,3 +66,34 @@ def test_a_missing_plugin_or_one_of_another_version_is_refused_with_what_to_inst
         RuntimeError, match=f"found {version}; pip install {GPU_PLUGINS[0]}==7.8.9 {GPU_PLUGINS[1]}==7.8.9"
     ):
         GpuTarget.named("h200").topology()
+
+
+@pytest.mark.parametrize("name", TPU_DEVICES)
+def test_every_known_tpu_can_be_a_target_and_is_what_kernels_are_chosen_for(name):
+    target = TpuTarget.named(name)
+    assert target == TpuTarget.named(TPU_TOPOLOGIES[name])
+    with target.lowering():
+        assert tpu_device_of() == TPU_DEVICES[name]
+    assert tpu_device_of() is None
+
+
+def test_pods_are_targets_and_unknown_tpus_are_refused_with_the_legal_ones():
+    assert TpuTarget.named("v6e:16x16").device == TPU_DEVICES["v6e"]
+    with pytest.raises(
+        ValueError, match="unknown TPU 'v9:2x2'; legal are v5e, v5p, v6e, 7x, and slices such as v5e:2x2"
+    ):
+        TpuTarget.named("v9:2x2")
+
+
+def test_compiling_for_tpus_needs_its_variables_and_libtpu(monkeypatch):
+    def not_installed(name):
+        raise targets.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(targets.metadata, "version", not_installed)
+    for name, value in TPU_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError, match="libtpu must be installed"):
+        TpuTarget.named("v5p").topology()
+    monkeypatch.delenv("ALLOW_MULTIPLE_LIBTPU_LOAD")
+    with pytest.raises(RuntimeError, match="start Python with ALLOW_MULTIPLE_LIBTPU_LOAD=1 set; found .*=None"):
+        TpuTarget.named("v5p").topology()

@@ -13,7 +13,7 @@ from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES
 from moe_jax.kernels import fused_moe, grouped_matmul
 from moe_jax.kernels.device import TPU_DEVICES, targeting
 
-TOKENS = 2048
+TOKENS = 1024
 
 
 def calls_of(function, device, known, *arguments) -> list[TpuKernelCall]:
@@ -42,7 +42,7 @@ def experts_block(shape, device, ids) -> list[TpuKernelCall]:
     return calls_of(block, device, {0: jnp.asarray(ids, jnp.int32)}, arguments["topk_ids"], *leaves)
 
 
-@pytest.mark.parametrize("model", ["qwen3-30b-a3b", "mixtral-8x7b"])
+@pytest.mark.parametrize("model", ["qwen3-30b-a3b", pytest.param("mixtral-8x7b", marks=pytest.mark.slow)])
 def test_gate_and_up_in_one_pass_move_at_most_six_tenths_of_two_matmuls_and_an_activation(model, rng):
     shape = EXPERT_SHAPES[model]
     ids = np.argsort(rng.random((TOKENS, shape.num_experts)), axis=1)[:, : shape.top_k]

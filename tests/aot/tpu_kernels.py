@@ -30,12 +30,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from moe_jax import MoEConfig, MoERunner
 from moe_jax.aot.bundles import DUMP_VARIABLE, Schedule, dump_flags
 from moe_jax.aot.scalar_unit import Execution
 from moe_jax.aot.targets import TPU_ENVIRONMENT, TPU_TOPOLOGIES, TpuTarget
 from moe_jax.aot.tpu_calls import TpuKernelCall, tpu_kernel_calls
 from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES, ExpertShape
+from moe_jax.config import ParallelConfig
 from moe_jax.kernels import fused_moe, grouped_matmul
 
 MODELS = (
@@ -52,9 +56,9 @@ TOKENS = (8, 128, 2048, 8192)
 ROUTINGS = ("uniform", "zipf")
 COMPARED = ("qwen3-30b-a3b", "mixtral-8x7b", "deepseek-v3-ep8")
 COMPARED_TOKENS = 8192
+LAYER_SLICES = ("v6e:2x2", "v6e:16x16")
 TILINGS = tuple(itertools.product((128, 256, 512, 1024), (None,), (512, 768, 1024, 1536, 2048)))
 """Rows, contracted columns (None: all) and columns of a tile."""
-PROGRAMS = ("forward", "gradient", "grouped", "megablox")
 Case = tuple[str, int, str]
 
 
@@ -182,6 +186,50 @@ def compile_cases(target_name: str, cases: Iterable[tuple[Case, Any]], dumps: Pa
             yield {**row, "failure": f"{type(error).__name__}: {str(error)[:600]}"}
 
 
+def compile_layer(slice_name: str) -> str:
+    """Compile one MoE layer, split over the chips of a slice, and say what came of it."""
+    target = TpuTarget.named(slice_name)
+    devices = np.array(target.topology().devices)
+    mesh = Mesh(devices.reshape(-1, min(len(devices), 16)), ("data", "expert"))
+    config = MoEConfig(
+        hidden_size=2048,
+        intermediate_size=768,
+        num_experts=128,
+        top_k=8,
+        parallel=ParallelConfig(expert_axis="expert", data_axis="data"),
+        implementation="pallas_tpu",
+        dtype=jnp.bfloat16,
+        param_dtype=jnp.bfloat16,
+    )
+    with target.lowering():
+        layer = nnx.eval_shape(lambda: MoERunner(config, rngs=nnx.Rngs(0), mesh=mesh))
+        graph, state = nnx.split(layer)
+
+        def placed(array: jax.ShapeDtypeStruct, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, spec))
+
+        arguments = jax.tree.map(placed, state, layer.partition_specs())
+        tokens = placed(
+            jax.ShapeDtypeStruct((len(devices) * 128, config.hidden_size), jnp.bfloat16), PartitionSpec("data")
+        )
+        compiled = jax.jit(lambda state, x: nnx.merge(graph, state)(x)).lower(arguments, tokens).compile()
+    kernels = compiled.as_text().count('custom_call_target="tpu_custom_call"')
+    if not kernels:
+        raise ValueError("no kernel in the compiled layer")
+    return f"{slice_name}: a layer on {len(devices)} devices, {kernels} kernels"
+
+
+def compile_layer_in_child(slice_name: str) -> dict[str, Any]:
+    """`compile_layer` in a process of its own."""
+    command = [sys.executable, __file__, "--layer", slice_name]
+    environment = {**os.environ, **TPU_ENVIRONMENT}
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    row = {"tpu": slice_name, "program": "layer"}
+    if child.returncode:
+        return {**row, "failure": f"exit code {child.returncode}: {child.stderr[-1000:]}"}
+    return {**row, "compiled": child.stdout.strip().splitlines()[-1]}
+
+
 def run_in_child(unit: tuple[str, list[tuple[Case, Any]]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """`compile_cases` in a process of its own, with a folder for dumps of its own, which is deleted."""
     target, cases = unit
@@ -205,7 +253,7 @@ def units(arguments: argparse.Namespace) -> list[tuple[str, list[tuple[Case, Any
     if arguments.search:
         return [
             (tpu, [((model, COMPARED_TOKENS, program), tiling) for tiling in TILINGS])
-            for tpu, model, program in itertools.product(arguments.tpus, COMPARED, ("grouped", "megablox"))
+            for tpu, model, program in itertools.product(arguments.tpus, arguments.compare, ("grouped", "megablox"))
         ]
     if arguments.all:
         programs = ("forward", "gradient")
@@ -276,11 +324,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=EXPERT_SHAPES, metavar="MODEL")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--all", action="store_true", help="every kernel, instead of a sample")
+    parser.add_argument(
+        "--compare", nargs="+", default=list(COMPARED), choices=COMPARED, help="models that are searched"
+    )
     parser.add_argument("--search", action="store_true", help="compare with megablox over a list of tilings")
     parser.add_argument("--verbose", action="store_true", help="print rows as they come")
     parser.add_argument("--jobs", type=int, default=2, help="how many processes compile side by side")
     parser.add_argument("--output", type=Path, default=Path("build/aot"))
     parser.add_argument("--json", type=Path, help="where to write the result instead")
+    parser.add_argument("--layer", help=argparse.SUPPRESS)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -288,6 +340,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Compile, print, and say whether all is well."""
     arguments = parse_arguments()
+    if arguments.layer:
+        print(compile_layer(arguments.layer))
+        return 0
     if arguments.child:
         target, folder, cases = arguments.child
         for row in compile_cases(target, [(tuple(case), tiling) for case, tiling in json.loads(cases)], Path(folder)):
@@ -301,17 +356,16 @@ def main() -> int:
         rows = [
             row for found in pool.map(lambda unit: run_in_child(unit, arguments), units(arguments)) for row in found
         ]
+    layers = [] if arguments.search else [compile_layer_in_child(slice_name) for slice_name in LAYER_SLICES]
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
     command = " ".join(["python", *sys.argv])
-    result = {"versions": versions, "command": command, "static": True, "rows": rows}
+    result = {"versions": versions, "command": command, "static": True, "rows": rows, "layers": layers}
     file = arguments.json or arguments.output / "tpu_kernels.json"
     file.write_text(json.dumps(result, indent=1) + "\n")
     print(*table(rows), sep="\n")
     print(*best(rows), sep="\n")
     failures = [row for row in rows if "failure" in row]
-    print(
-        f"\njax {versions['jax']}, libtpu {versions['libtpu']}: {len(rows) - len(failures)} rows, {len(failures)} failures,"
-    )
+    print(f"\njax {versions['jax']}, libtpu {versions['libtpu']}: {len(rows)} rows, {len(failures)} failures,")
     print(f"in {time.perf_counter() - started:.0f} s")
     for row in failures:
         print("FAILED", row.get("tpu"), row.get("model"), row.get("tokens"), row.get("program"), row["failure"])
