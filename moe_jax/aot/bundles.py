@@ -215,9 +215,11 @@ def _parse_instruction(text: str) -> Instruction | None:
 
 
 def _direction(operation: str, text: str) -> tuple[str, str]:
-    """Memories that a copy reads and writes."""
+    """Memories that a copy reads and writes; "any" if only the addresses tell."""
     if named := re.fullmatch(r"dma\.(\w+?)_to_(\w+)", operation):
         return named[1], named[2]
     if described := _DIRECTION.search(text):
         return described[1], described[2]
+    if operation == "dma.general":
+        return "any", "any"
     raise ValueError(f"a copy from and to unknown memories: {' '.join(text.split())}")

@@ -210,10 +210,12 @@ class _Unit:
             return
         granules = self._value(size)
         for memory, where, counter in ((source_memory, source, self._read), (target_memory, target, self._written)):
-            if memory == "hbm":
+            if memory in ("hbm", "any"):
                 address = self._value(where)
                 if granules is None or address is None:
                     raise ValueError(f"size or address of a copy are not known: {size}, {where}")
+                if address < 1 << _FIRST_OPERAND_BIT:  # not in device memory
+                    continue
                 counter[_operand_at(address)] += granules * GRANULE_BYTES
 
 
