@@ -188,7 +188,10 @@ def _parse_instruction(text: str) -> Instruction | None:
         return None
     result, operation, rest = match.groups()
     if operation.startswith("inlined_call_operand"):
-        index, kind = _OPERAND_INDEX.search(rest).groups()
+        place = _OPERAND_INDEX.search(rest)
+        if place is None:
+            raise ValueError(f"unknown form of an operand: {text}")
+        index, kind = place.groups()
         return Instruction("operand", result, (index, kind))
     is_copy = operation.startswith("dma.") and not operation.startswith("dma.done")
     is_scalar = result is not None and result[1] in "sp"

@@ -80,7 +80,7 @@ class _Unit:
         self._schedule, self._given, self._core = schedule, operands, core
         self._registers: dict[str, int | None] = {}
         self._written_at: dict[str, int] = {}
-        self._memory: dict[int, int | None] = {}
+        self._memory: dict[int | None, int | None] = {}
         self._clock = 0
         self._read: collections.Counter[int] = collections.Counter()
         self._written: collections.Counter[int] = collections.Counter()

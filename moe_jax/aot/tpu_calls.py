@@ -91,7 +91,8 @@ class TpuKernelCall:
             effects=self.equation.effects,
         )
         sharding = target.one_device()
-        arguments = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=sharding) for v in variables]
+        avals: list[Any] = [variable.aval for variable in variables]
+        arguments = [jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding) for aval in avals]
         try:
             with target.lowering():
                 jax.jit(jaxpr_as_fun(ClosedJaxpr(alone, ()))).lower(*arguments).compile()

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def rows_traffic(call: TpuKernelCall) -> RowsTraffic:
     """
     if call.name != "grouped_rows":
         raise ValueError(f"a call of grouped_rows is needed, got one of {call.name}")
-    columns = [_column(call.scalars[1 + index]) for index in range(_NUM_TABLES)]
+    columns: list[Any] = [_column(call.scalars[1 + index]) for index in range(_NUM_TABLES)]
     table = VisitTable(*columns)
     count = int(table.count[0])
     group, last, stored = (np.asarray(column[:count]) for column in (table.group, table.last, table.stored))
