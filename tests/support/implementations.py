@@ -106,11 +106,17 @@ def _marks(implementation: ImplementationUnderTest, sampled: bool) -> list[pytes
     return [pytest.mark.slow] if implementation.is_slow and not sampled else []
 
 
-def assert_close(result: Any, expected: Any, largest_error: float, norm_error: float | None = None) -> None:
-    """Every error is at most `largest_error` times the largest exact value, and their norm `norm_error` times its norm."""
+def assert_close(
+    result: Any, expected: Any, largest_error: float, norm_error: float | None = None, scale: float = 0
+) -> None:
+    """Every error is at most `largest_error` times the largest exact value, and their norm `norm_error` times its norm.
+
+    Values that are small because their terms cancel count as `scale`.
+    """
     result, expected = np.asarray(jnp.asarray(result), np.float64), np.asarray(expected, np.float64)
-    bound = largest_error * np.abs(expected).max(initial=0) + 1e-30
+    bound = largest_error * np.abs(expected).max(initial=scale) + 1e-30
     np.testing.assert_allclose(result, expected, rtol=0, atol=bound)
     if norm_error is not None:
         error = np.linalg.norm(result - expected)
-        assert error <= norm_error * np.linalg.norm(expected) + 1e-30, f"norm of the error is {error}"
+        norm = max(np.linalg.norm(expected), scale * np.sqrt(expected.size))
+        assert error <= norm_error * norm + 1e-30, f"norm of the error is {error}"

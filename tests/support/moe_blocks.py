@@ -128,9 +128,9 @@ class Block:
         """The exact gradients, by argument."""
         return self.exact(expert_gradients.fused_moe, cotangent=np.asarray(cotangent, np.float64), **kwargs)
 
-    def assert_close(self, result, expected):
+    def assert_close(self, result, expected, scale=0):
         """As close as the implementation promises."""
-        assert_close(result, expected, self.implementation.block_error, self.implementation.block_norm_error)
+        assert_close(result, expected, self.implementation.block_error, self.implementation.block_norm_error, scale)
 
     def assert_right(self, **kwargs):
         """The implementation's result is right, and of the dtype of x."""
@@ -144,7 +144,9 @@ class Block:
         assert gradients.keys() == expected.keys()
         for name, gradient in gradients.items():
             assert gradient.dtype == self.arrays[name].dtype, name
-            self.assert_close(gradient, expected[name])
+            # A router weight's gradient is a scalar product with the cotangent: of few tokens, all may be small by cancellation.
+            scale = np.linalg.norm(np.float64(cotangent), axis=1).max(initial=0) if name == "topk_weights" else 0
+            self.assert_close(gradient, expected[name], scale)
 
 
 @functools.partial(jax.jit, static_argnames=("activation", "apply_router_weight_on_input", "implementation"))
