@@ -204,7 +204,7 @@ def _backward(computation, saved, cotangent):
     scale = 1.0 if router_weight is None else router_weight[:, None]
     (projected_gradient,) = activation_pullback(activated_gradient * scale)
     projected_gradient = projected_gradient.astype(x.dtype)
-    scaled = (activated.astype(x.dtype).astype(jnp.float32) * scale).astype(x.dtype)
+    scaled = (activated * scale).astype(x.dtype)
     down_gradient = matmuls.weights_gradient(
         result_gradient, scaled, groups, num_rows=num_pairs, output_dtype=weights.down_proj.dtype, device=device
     )

@@ -11,6 +11,7 @@ from support.moe_blocks import Block
 from moe_jax.kernels.fused_moe.api import IMPLEMENTATIONS as MODULES
 
 each_implementation = each_implementation_of(MODULES)
+each_implementation_sampled = each_implementation_of(MODULES, sampled=True)
 
 FEW_ROWS = dict(tokens=13, experts=3, top_k=2, bias=True, hidden=72)
 MANY_ROWS = dict(tokens=130, experts=4, top_k=2, intermediate=33)
@@ -84,7 +85,17 @@ def test_float32_weights_beside_bfloat16_tokens_have_gradients_that_were_never_r
 
 @each_implementation
 def test_rematerialisation_does_not_change_gradients(implementation, rng):
+    if not implementation.runs_rematerialised:
+        pytest.skip("its interpreter has side effects")
     check_gradients(rng, implementation, dict(), wrap=jax.checkpoint)
+
+
+@each_implementation_sampled
+def test_gradients_trace_through_rematerialisation(implementation, rng):
+    block = Block.draw(rng, implementation)
+    gradients = block.traced_gradients(block.draw_cotangent(rng), wrap=jax.checkpoint)
+    for name, gradient in gradients.items():
+        assert (gradient.shape, gradient.dtype) == (block.arrays[name].shape, block.arrays[name].dtype), name
 
 
 @pytest.mark.parametrize("block", [*BLOCKS, dict(activation="swiglustep", bias=True)], ids=str)

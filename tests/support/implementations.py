@@ -40,6 +40,9 @@ class ImplementationUnderTest:
     runs_with_check_vma: bool = True
     """Whether it runs inside `jax.shard_map` with its check of varying axes: jax's interpreter of TPUs evaluates a kernel's body
     under the check, which is meant for what is outside of kernels. Tracing passes it."""
+    runs_rematerialised: bool = True
+    """Whether it runs inside `jax.checkpoint`, which takes no side effects: jax's interpreters of kernels have some. Tracing for
+    the device itself passes it."""
     target: GpuDevice | TpuDevice = GPU_DEVICES["h200"]
     """A device that it can be traced for."""
 
@@ -64,6 +67,7 @@ UNDER_TEST = {
             running=interpreting,
             is_slow=True,
             runs_on_meshes=False,
+            runs_rematerialised=False,
         ),
         ImplementationUnderTest(
             name="pallas_tpu",
@@ -71,6 +75,7 @@ UNDER_TEST = {
             is_slow=True,
             runs_on_meshes=False,
             runs_with_check_vma=False,
+            runs_rematerialised=False,
             target=TPU_DEVICES["v6e"],
         ),
     )

@@ -13,6 +13,7 @@ from oracles import experts as oracle
 from support.implementations import ImplementationUnderTest, assert_close
 
 from moe_jax.kernels import Activation, fused_moe
+from moe_jax.kernels.device import targeting
 
 HELD_NAMES = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
 """Arguments that belong to experts, which devices may share out."""
@@ -97,14 +98,24 @@ class Block:
 
     def gradients(self, cotangent, *, wrap: Callable[[Callable], Callable] = lambda function: function, **kwargs):
         """The implementation's gradients of sum(result * cotangent) with respect to every floating argument."""
-        floating = {name: array for name, array in self.arrays.items() if name != "topk_ids"}
+        with self.implementation.running():
+            return jax.jit(self._gradient_function(cotangent, wrap, kwargs))(self._floating)
 
+    def traced_gradients(self, cotangent, *, wrap: Callable[[Callable], Callable], **kwargs):
+        """The shapes and dtypes of these gradients, traced for the implementation's device."""
+        with targeting(self.implementation.target):
+            return jax.eval_shape(self._gradient_function(cotangent, wrap, kwargs), self._floating)
+
+    @property
+    def _floating(self):
+        return {name: array for name, array in self.arrays.items() if name != "topk_ids"}
+
+    def _gradient_function(self, cotangent, wrap, kwargs):
         def loss(floating):
             result = fused_moe(topk_ids=self.arrays["topk_ids"], **floating, **self.options, **kwargs)
             return jnp.vdot(result, cotangent, preferred_element_type=jnp.float32)
 
-        with self.implementation.running():
-            return jax.jit(jax.grad(wrap(loss)))(floating)
+        return jax.grad(wrap(loss))
 
     def activate(self, *projected):
         """The activation by the oracle."""
