@@ -20,6 +20,8 @@ class MoEAux:
     """Logits before scoring."""
     expert_load: Int[Array, "E"]
     """Chosen (token, slot) pairs per logical expert, int32; padding and zero experts are not counted."""
+    physical_load: Int[Array, "P"]
+    """The same per physical expert, int32: the slots that hold a copy share its expert's load (spec 5.7)."""
     dropped_rows: Int[Array, ""]
     """(token, slot) pairs that no rank had room for; 0 unless the dispatch strategy has a capacity."""
 

@@ -187,7 +187,7 @@ class MoERunner(MoERunnerInterface):
         if token_mask is not None:
             is_routed = _flatten("token_mask", token_mask, leading, 0)[:, None] != 0
             topk_weights, topk_ids = jnp.where(is_routed, topk_weights, 0), jnp.where(is_routed, topk_ids, -1)
-        output = self._run_experts(routed_input, shared_input, topk_weights, topk_ids)
+        output, physical_ids = self._run_experts(routed_input, shared_input, topk_weights, topk_ids)
         output = _unflatten(output, leading)
         if not with_aux:
             return output
@@ -196,6 +196,7 @@ class MoERunner(MoERunnerInterface):
             topk_weights=_unflatten(topk_weights, leading),
             router_logits=_unflatten(logits, leading),
             expert_load=count_expert_load(topk_ids, self.config.num_experts),
+            physical_load=count_expert_load(physical_ids, self.config.num_physical_experts),
             dropped_rows=jnp.zeros((), jnp.int32),
         )
         return output, aux
@@ -206,8 +207,8 @@ class MoERunner(MoERunnerInterface):
         shared_input: Float[Array, "T S"],
         topk_weights: Float[Array, "T K"],
         topk_ids: Int[Array, "T K"],
-    ) -> Float[Array, "T D"] | Float[Array, "ranks T D"]:
-        """Everything after routing: spec 1.4 steps 5 to 11."""
+    ) -> tuple[Float[Array, "T D"] | Float[Array, "ranks T D"], Int[Array, "T K"]]:
+        """Everything after routing: spec 1.4 steps 5 to 11. Also returns the physical ids."""
         plan, num_tokens = self.reduction_plan, routed_input.shape[0]
         routed_factor, shared_factor = self.scaling_plan.output_factors(routed_input.dtype)
         split = split_zero_experts(topk_weights, topk_ids, num_experts=self.config.num_experts)
@@ -237,7 +238,7 @@ class MoERunner(MoERunnerInterface):
                     f"({output.shape[-1]}), got {routed_input.shape[-1]}"
                 )
             output = output + split.identity_weight[:, None].astype(output.dtype) * routed_input
-        return output
+        return output, physical_ids
 
     def _run_routed(self, x: Array, topk_weights: Array, physical_ids: Array) -> Array:
         """`[T, H]`, or `[ranks, Tpadded, H]` partial results if the layer has several ranks."""
@@ -311,7 +312,7 @@ class MoERunner(MoERunnerInterface):
         output = PartitionSpec(axes.reduce, *leading, None) if self.reduction_plan.result_is_partial else rows
         if not with_aux:
             return NamedSharding(axes.mesh, output)
-        aux = MoEAux(rows, rows, rows, whole, whole)  # specs stand where arrays will
+        aux = MoEAux(rows, rows, rows, whole, whole, whole)  # specs stand where arrays will
         return jax.tree.map(lambda spec: NamedSharding(axes.mesh, spec), (output, aux))
 
     def __nnx_repr__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
