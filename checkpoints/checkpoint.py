@@ -17,6 +17,9 @@ from .layout import Shape
 from .safetensors_file import FileRange
 from .tensor_plan import default_sliced_axis, is_expert_leaf
 
+Region = tuple[slice, ...]
+"""One slice per axis of a parameter, with start and stop given."""
+
 
 class Checkpoint(Protocol):
     """Parameters by path, as `moe_jax.families.parameter_shapes` names and shapes them."""
@@ -92,6 +95,14 @@ class Checkpoint(Protocol):
         """Elements `start` up to `stop` of the axis `sliced_axis(path)`; otherwise as `read`."""
         ...
 
+    def read_region(self, path: str, region: Region, dtype: Any = None) -> np.ndarray:
+        """A part of a parameter; of a file, hardly more than its bytes are read where the stored form allows it.
+
+        Along `sliced_axis(path)` every form does. Along other axes it takes a folder that was converted for as many
+        hosts as read it (`convert(..., shards=)`); elsewhere the rest of what is read is thrown away.
+        """
+        ...
+
     def file_ranges(self, path: str, start: int, stop: int, dtype: Any = None) -> Sequence[FileRange] | None:
         """Where exactly the bytes that `read_slice` would return are found, one after the other; None: nowhere."""
         ...
@@ -128,6 +139,12 @@ class SlicedReader:
     def read_slice(self, path: str, start: int, stop: int, dtype: Any = None) -> np.ndarray:
         """See `Checkpoint.read_slice`."""
         raise NotImplementedError
+
+    def read_region(self, path: str, region: Region, dtype: Any = None) -> np.ndarray:
+        """See `Checkpoint.read_region`."""
+        axis = self.sliced_axis(path)
+        part = self.read_slice(path, region[axis].start, region[axis].stop, dtype)
+        return part[tuple(slice(None) if index == axis else wanted for index, wanted in enumerate(region))]
 
     def file_ranges(self, path: str, start: int, stop: int, dtype: Any = None) -> Sequence[FileRange] | None:
         """Nowhere."""

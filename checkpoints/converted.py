@@ -11,7 +11,7 @@ import numpy as np
 from moe_jax.families import parameter_shapes
 from moe_jax.families.names import CheckpointForm
 
-from .checkpoint import SlicedReader, describe, target_dtype
+from .checkpoint import Region, SlicedReader, describe, target_dtype
 from .errors import CheckpointError
 from .layout import Shape
 from .manifest import MANIFEST_NAME, PARTS_FOLDER, Manifest
@@ -94,19 +94,27 @@ class ConvertedCheckpoint(SlicedReader):
 
     def read_slice(self, path: str, start: int, stop: int, dtype: Any = None) -> np.ndarray:
         """See `Checkpoint.read_slice`."""
+        region = [slice(0, length) for length in self.shape_of(path)]
+        region[self.sliced_axis(path)] = slice(start, stop)
+        return self.read_region(path, tuple(region), dtype)
+
+    def read_region(self, path: str, region: Region, dtype: Any = None) -> np.ndarray:
+        """See `Checkpoint.read_region`: of every part, the chunks that the region touches are read."""
         from .orbax_part import read_part_into
 
-        shape, axis, stored_dtype = list(self.shape_of(path)), self.sliced_axis(path), self.dtype_of(path)
-        shape[axis] = stop - start
-        out = np.empty(shape, target_dtype(path, stored_dtype, dtype))
+        leaf, axis = self.manifest.leaves[path], self.sliced_axis(path)
+        out = np.empty([wanted.stop - wanted.start for wanted in region], target_dtype(path, leaf.dtype, dtype))
+        start, stop = region[axis].start, region[axis].stop
         for stored in self._slices.get(path, []):
-            begin, end = max(start, stored.slice.start), min(stop, stored.slice.stop)
+            first, last = stored.slice.start, stored.slice.stop
+            begin, end = max(start, first), min(stop, last)
             if begin >= end:
                 continue
             window = out[(slice(None),) * axis + (slice(begin - start, end - start),)]
-            piece = window if out.dtype == stored_dtype else np.empty(window.shape, stored_dtype)
+            piece = window if out.dtype == leaf.dtype else np.empty(window.shape, leaf.dtype)
+            wanted = (*region[:axis], slice(begin - first, end - first), *region[axis + 1 :])
             folder = cast(Path, self.folder) / PARTS_FOLDER / stored.part
-            read_part_into(piece, folder, path, axis, begin - stored.slice.start)
+            read_part_into(piece, folder, path, wanted, leaf.slice_shape(first, last))
             if piece is not window:
                 window[...] = piece
         return out

@@ -141,8 +141,8 @@ def _without_expected_warnings() -> Iterator[None]:
         logger.removeFilter(keep)
 
 
-def read_part_into(out: np.ndarray, folder: Path, path: str, axis: int, start: int) -> None:
-    """Fill `out` with the elements of leaf `path` of the part `folder` that begin at `start` of `axis`.
+def read_part_into(out: np.ndarray, folder: Path, path: str, region: Sequence[slice], shape: Shape) -> None:
+    """Fill `out` with `region` of leaf `path` of the part `folder`, where the leaf has this `shape`.
 
     Raises:
         CheckpointError: Naming part and parameter: files are missing or damaged, or hold another dtype or shape.
@@ -157,18 +157,12 @@ def read_part_into(out: np.ndarray, folder: Path, path: str, axis: int, start: i
             open=True,
             read=True,
         ).result()
-        window = tuple(
-            slice(start, start + length) if dimension == axis else slice(0, length)
-            for dimension, length in enumerate(out.shape)
-        )
-        whole = [length for dimension, length in enumerate(store.shape) if dimension != axis]
-        wanted = [length for dimension, length in enumerate(out.shape) if dimension != axis]
-        if store.dtype.numpy_dtype != out.dtype or whole != wanted:
+        if store.dtype.numpy_dtype != out.dtype or store.shape != tuple(shape):
             raise CheckpointError(
                 f"{folder}: {path}: holds {store.dtype.numpy_dtype} {list(store.shape)}, "
-                f"expected {out.dtype} with {wanted} beside axis {axis}"
+                f"expected {out.dtype} {list(shape)}"
             )
-        out[...] = store[window].read().result()
+        out[...] = store[tuple(region)].read().result()
     except (ValueError, IndexError, OSError) as error:
         if isinstance(error, CheckpointError):
             raise

@@ -19,6 +19,7 @@ from moe_jax.config import ParallelConfig
 from moe_jax.families.parameters import FLOAT32_PARAMETERS
 from moe_jax.models import CausalLM
 from moe_jax.models.parameter_sources import parameter_shardings, parameter_sources
+from moe_jax.parallel import parallel_of
 
 EMBEDDING = "embedder.embedding"
 """The parameter whose dtype a model computes in, unless it is told another."""
@@ -34,8 +35,8 @@ def from_pretrained(
 ) -> CausalLM:
     """Load a model.
 
-    Weights are read block by block and go straight to the devices that need them, so host memory stays small, and each
-    host reads only its own share of the experts.
+    Weights are read block by block and go straight to the devices that need them, so host memory stays small. On a mesh,
+    each host reads only what its own devices hold (see `docs/multihost.md` for what that takes of the folder).
 
     Args:
         source: a Hugging Face folder, a converted folder, or a hub id ("owner/name").
@@ -43,18 +44,20 @@ def from_pretrained(
             of the embedding table. The router's correction bias is float32 in any case.
         mesh: devices to spread the model over; None: the default device. Its axes may be Auto or Explicit; the model
             computes with Auto ones, see `CausalLM`.
-        parallel: how `mesh` splits the experts; None: over all its axes. Everything else is replicated.
+        parallel: how `mesh` splits the model, see `CausalLM`; None: as its axes' names "data", "expert" and "tensor" say,
+            and if it has none of those, experts are split over all its axes.
         implementation: implementation of the expert computation; None chooses by device and shape.
 
     Raises:
-        ValueError: `parallel` is given without `mesh`, or the mesh cannot split the experts evenly.
+        ValueError: `parallel` is given without `mesh`, only some of the mesh's axes have names that say what they split,
+            or the mesh cannot split the experts evenly.
         moe_jax.checkpoints.CheckpointError: there is no such checkpoint, it isn't whole, or its family or one of its
             settings isn't supported.
     """
     if parallel is not None and mesh is None:
         raise ValueError(f"parallel needs mesh=, got None with {parallel}")
     if parallel is None:
-        parallel = ParallelConfig() if mesh is None else ParallelConfig(expert_axis=tuple(mesh.axis_names))
+        parallel = ParallelConfig() if mesh is None else parallel_of(mesh)
     reader = open_checkpoint(resolve_source(source))
     create = functools.partial(
         CausalLM,
@@ -135,19 +138,13 @@ def _load(
     """One parameter of the model, stacked from `source` if that names several layers."""
     if isinstance(source, str):
         dtype = _dtype_in_memory(reader, (source,), dtype)
-        return assemble(shape, sharding, dtype, lambda index: reader.read(source, dtype=dtype)[index], stacked=False)
+        read_whole = functools.partial(reader.read_region, source, dtype=dtype)
+        return assemble(shape, sharding, dtype, read_whole, stacked=False)
     dtype = _dtype_in_memory(reader, source, dtype)
-    has_experts = ".routed_experts." in source[0]
-
-    def read_layer(name: str, index: Index) -> np.ndarray:
-        if not has_experts:
-            return reader.read(name, dtype=dtype)[index]
-        experts, *rest = index
-        return reader.read(name, experts=range(experts.start, experts.stop), dtype=dtype)[(slice(None), *rest)]
 
     def read(index: Index) -> np.ndarray:
         layers, *rest = index
-        return np.stack([read_layer(name, tuple(rest)) for name in source[layers]])
+        return np.stack([reader.read_region(name, tuple(rest), dtype) for name in source[layers]])
 
     return assemble(shape, sharding, dtype, read, stacked=True)
 

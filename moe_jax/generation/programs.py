@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.generation.sampling import greedy, row_keys, sample
@@ -67,6 +68,8 @@ class Signature:
     """Tree structure of the model's state."""
     state_leaves: tuple[jax.ShapeDtypeStruct, ...]
     """Shape, dtype and sharding of every array of the model."""
+    mesh: Mesh | None
+    """Devices that the model is spread over."""
     batch_size: int
     prompt_length: int
     """Prompts are padded on the left to this length."""
@@ -82,6 +85,11 @@ class Signature:
     def cache_length(self) -> int:
         """Tokens of a row that the cache holds."""
         return self.prompt_length + self.room
+
+    @property
+    def everywhere(self) -> NamedSharding | None:
+        """What is small is whole on every device of a mesh, so that each process gives it and reads it alone."""
+        return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +107,8 @@ def signature_of(model: nnx.Module, **sizes: Any) -> tuple[Signature, Any]:
     graphdef, state = nnx.split(model)
     leaves, structure = jax.tree.flatten(state)
     avals = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves)
-    return Signature(graphdef=graphdef, state_structure=structure, state_leaves=avals, **sizes), state
+    mesh = getattr(model, "mesh", None)
+    return Signature(graphdef=graphdef, state_structure=structure, state_leaves=avals, mesh=mesh, **sizes), state
 
 
 def choose_tokens(
@@ -220,16 +229,24 @@ def decode(
 def compile_programs(signature: Signature) -> Programs:
     """Compile both programs; a signature that was seen before costs nothing."""
     state = jax.tree.unflatten(signature.state_structure, signature.state_leaves)
+    whole = signature.everywhere
     prompts = (signature.batch_size, signature.prompt_length)
     controls = Controls(
-        seed_key=jax.eval_shape(jax.random.key, 0),
-        temperature=jax.ShapeDtypeStruct((), jnp.float32),
-        top_p=jax.ShapeDtypeStruct((), jnp.float32),
-        eos_token_ids=jax.ShapeDtypeStruct((signature.num_eos,), jnp.int32),
-        pad_token_id=jax.ShapeDtypeStruct((), jnp.int32),
+        seed_key=jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=whole),
+        temperature=jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
+        top_p=jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
+        eos_token_ids=jax.ShapeDtypeStruct((signature.num_eos,), jnp.int32, sharding=whole),
+        pad_token_id=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
     )
-    lowered_prefill = jax.jit(functools.partial(prefill, signature)).lower(
-        state, jax.ShapeDtypeStruct(prompts, jnp.int32), jax.ShapeDtypeStruct(prompts, jnp.bool_), controls
+    # The cache keeps the sharding in which the model creates it.
+    delivered = Progress(
+        cache=None, tokens=whole, lengths=whole, ended=whole, positions=whole, step=whole, expert_load=whole
+    )
+    lowered_prefill = jax.jit(functools.partial(prefill, signature), out_shardings=(delivered, whole, whole)).lower(
+        state,
+        jax.ShapeDtypeStruct(prompts, jnp.int32, sharding=whole),
+        jax.ShapeDtypeStruct(prompts, jnp.bool_, sharding=whole),
+        controls,
     )
     compiled_prefill = lowered_prefill.compile()
     # Decode hands its result to itself, so it keeps the shardings in which prefill delivers.
@@ -241,5 +258,6 @@ def compile_programs(signature: Signature) -> Programs:
     jitted_decode = jax.jit(
         functools.partial(decode, signature), donate_argnums=1, out_shardings=compiled_prefill.output_shardings
     )
-    compiled_decode = jitted_decode.lower(state, progress, controls, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+    limit = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    compiled_decode = jitted_decode.lower(state, progress, controls, limit).compile()
     return Programs(compiled_prefill, compiled_decode)

@@ -5,9 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from moe_jax.families.decoder import Attention, Decoder, GroupedQueryAttention
+from moe_jax.models.partitioning import Partitioning
 from moe_jax.models.scan_plan import Segment
 
 CacheArrays = tuple[Float[Array, "repeats B slots *features"], ...]
@@ -35,12 +37,29 @@ class KVCache:
         return self.lengths.shape[0]
 
 
-def init_cache(decoder: Decoder, plan: tuple[Segment, ...], *, batch_size: int, max_length: int, dtype: Any) -> KVCache:
-    """An empty cache for `batch_size` rows of up to `max_length` tokens."""
+def init_cache(
+    decoder: Decoder,
+    plan: tuple[Segment, ...],
+    *,
+    batch_size: int,
+    max_length: int,
+    dtype: Any,
+    partitioning: Partitioning | None = None,
+) -> KVCache:
+    """An empty cache for `batch_size` rows of up to `max_length` tokens, split as `partitioning` says."""
+
+    def empty(repeats: int, features: tuple[int, ...]) -> jax.Array:
+        shape = (repeats, batch_size, max_length, *features)
+        if partitioning is None:
+            return jnp.zeros(shape, dtype)
+        sharding = NamedSharding(partitioning.mesh, partitioning.cache_spec(features, batch_size))
+        # Outside of `jax.jit` the first puts the array there, inside the second does.
+        return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype, device=sharding), sharding)
+
     segments = tuple(
         tuple(
             tuple(
-                jnp.zeros((segment.repeats, batch_size, max_length, *features), dtype)
+                empty(segment.repeats, features)
                 for features in cached_features(decoder.layers[segment.start + position].attention)
             )
             for position in range(segment.period)

@@ -16,6 +16,8 @@ from moe_jax.families.decoder import Decoder
 from moe_jax.models.attention import AttentionInputs
 from moe_jax.models.cache import CacheArrays, KVCache, init_cache
 from moe_jax.models.layer_stack import BuildOptions, LayerStack
+from moe_jax.models.parameter_sources import parameter_shardings
+from moe_jax.models.partitioning import Partitioning
 from moe_jax.models.rotary import rotation
 from moe_jax.models.scan_plan import plan_segments
 from moe_jax.models.sequence import Sequence
@@ -30,6 +32,7 @@ class CausalLM(nnx.Module):
         decoder: what the model is made of.
         dtype: computation dtype.
         mesh: devices that the model is spread over, as a mesh with Auto axes, or None.
+        partitioning: how batch and dense parts are split over `mesh`, or None.
         source_folder: the folder that the model was loaded from, with its tokenizer and generation settings, or None.
         embedder: `nnx.Embed` `[V, H]`.
         stacks: one `LayerStack` per segment of the scan plan.
@@ -57,7 +60,9 @@ class CausalLM(nnx.Module):
             rngs: source of the `params` keys.
             dtype: computation dtype.
             param_dtype: dtype in which parameters are created; the router's correction bias is always float32.
-            parallel: how every MoE layer is split over `mesh`; None: not at all.
+            parallel: how the model is split over `mesh`: every MoE layer as `MoERunner` does it, the batch over the data
+                axes, and everything else between the ranks that hold the same tokens (see `Partitioning`); None: not
+                at all.
             mesh: devices of `parallel`'s axes. The model computes on these devices with Auto axes, whatever their type
                 in `mesh`. While `jax.set_mesh` makes Explicit axes current, enter `jax.set_mesh(model.mesh)` first, or
                 call the model in a `jax.sharding.auto_axes`.
@@ -67,14 +72,17 @@ class CausalLM(nnx.Module):
         """
         self.decoder = decoder
         self.dtype = jnp.dtype(dtype)
+        parallel = ParallelConfig() if parallel is None else parallel
         self.mesh = None if mesh is None else with_auto_axes(mesh)
+        self.partitioning = None if self.mesh is None else Partitioning.of(parallel, self.mesh)
         self.source_folder = None if source_folder is None else os.fspath(source_folder)
         self._hf_config = None if hf_config is None else json.dumps(dict(hf_config))  # text, for modules hold hashables
         options = BuildOptions(
             dtype=self.dtype,
             param_dtype=param_dtype,
-            parallel=ParallelConfig() if parallel is None else parallel,
+            parallel=parallel,
             mesh=self.mesh,
+            partitioning=self.partitioning,
             implementation=implementation,
         )
         dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -93,6 +101,9 @@ class CausalLM(nnx.Module):
                 **dtypes,
             )
         self.lm_head = nnx.data(head)
+        if self.partitioning is not None:
+            shardings = parameter_shardings(self)
+            nnx.update(self, nnx.map_state(lambda path, value: jax.device_put(value, shardings[path]), nnx.state(self)))
 
     @property
     def hf_config(self) -> dict[str, Any] | None:
@@ -221,7 +232,14 @@ class CausalLM(nnx.Module):
         """An empty cache for rows of up to `max_length` tokens, in `dtype` (default: the computation dtype)."""
         plan = tuple(stack.segment for stack in self.stacks)
         dtype = self.dtype if dtype is None else dtype
-        return init_cache(self.decoder, plan, batch_size=batch_size, max_length=max_length, dtype=dtype)
+        return init_cache(
+            self.decoder,
+            plan,
+            batch_size=batch_size,
+            max_length=max_length,
+            dtype=dtype,
+            partitioning=self.partitioning,
+        )
 
     def _attention_inputs(self, sequence: Sequence, positions: Int[Array, "B S"]) -> AttentionInputs:
         kinds = [layer.attention for layer in self.decoder.layers]

@@ -15,6 +15,7 @@ from moe_jax.models.attention import AttentionInputs, MultiHeadAttention
 from moe_jax.models.cache import CacheArrays, LayerCache
 from moe_jax.models.feed_forward import GatedMLP
 from moe_jax.models.latent_attention import MultiHeadLatentAttention
+from moe_jax.models.partitioning import Partitioning
 from moe_jax.models.scan_plan import Segment
 from moe_jax.runner import MoEAux, MoERunner
 
@@ -31,6 +32,8 @@ class BuildOptions:
     """How experts are split over `mesh`."""
     mesh: Mesh | None = None
     """Devices of `parallel`'s axes."""
+    partitioning: Partitioning | None = None
+    """How the batch and everything outside the MoE layers are split over `mesh`."""
     implementation: str | None = None
     """Implementation of the expert computation; None chooses by device and shape."""
 
@@ -94,6 +97,7 @@ class LayerStack(nnx.Module):
     def __init__(self, segment: Segment, decoder: Decoder, options: BuildOptions, *, rngs: nnx.Rngs):
         """Create `segment.period` blocks of `segment.repeats` layers each."""
         self.segment = segment
+        self.partitioning = options.partitioning
         layers = decoder.layers[segment.start : segment.start + segment.period]
         self.moe_positions = tuple(i for i, layer in enumerate(layers) if isinstance(layer.feed_forward, MoEConfig))
         self.blocks = nnx.List([_stacked(layer, decoder, options, segment.repeats, rngs=rngs) for layer in layers])
@@ -133,6 +137,8 @@ class LayerStack(nnx.Module):
 
         def run_group(carry: tuple, group: tuple) -> tuple[tuple, MoEAux | None]:
             (x, caches), (states, index, forced) = carry, group
+            if self.partitioning is not None:
+                x = self.partitioning.constrain_tokens(x)
             new_caches, auxes = [], []
             for position, (graph, state) in enumerate(zip(graphs, states, strict=True)):
                 x, cache, aux = nnx.merge(graph, state)(

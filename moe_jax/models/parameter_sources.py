@@ -1,42 +1,57 @@
 """How a model's parameters, stacked for scanning, correspond to those of single layers in `parameter_shapes`."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from moe_jax.models.causal_lm import CausalLM
+from moe_jax.config import MoEConfig
+from moe_jax.models.partitioning import Partitioning
+
+if TYPE_CHECKING:
+    from moe_jax.models.causal_lm import CausalLM
 
 StatePath = tuple[Any, ...]
 """Path of a parameter in `nnx.state(model)`."""
 
 
-def parameter_sources(model: CausalLM) -> Mapping[StatePath, str | tuple[str, ...]]:
+def parameter_sources(model: "CausalLM") -> Mapping[StatePath, str | tuple[str, ...]]:
     """Path of every parameter in the model -> its path in our tree, or one path per layer that is stacked in it."""
     return {path: _source(model, path) for path, _ in nnx.to_flat_state(nnx.state(model))}
 
 
-def parameter_shardings(model: CausalLM) -> Mapping[StatePath, Sharding]:
-    """Where every parameter lives: MoE layers as their `partition_specs` say, the rest replicated over the mesh.
+def parameter_shardings(model: "CausalLM") -> Mapping[StatePath, Sharding]:
+    """Where every parameter lives: MoE layers as their `partition_specs` say, the rest as `model.partitioning` does.
 
     Without a mesh, everything is on the default device.
     """
     paths = [path for path, _ in nnx.to_flat_state(nnx.state(model))]
-    if model.mesh is None:
+    if model.partitioning is None:
         return dict.fromkeys(paths, jnp.zeros(()).sharding)
-    specs = dict.fromkeys(paths, PartitionSpec())
+    specs = {path: _dense_spec(model, model.partitioning, path) for path in paths}
     for index, stack in enumerate(model.stacks):
         for position in stack.moe_positions:
             mixture: Any = stack.blocks[position].feed_forward
             layer_specs = nnx.to_flat_state(mixture.partition_specs())
             prefix = ("stacks", index, "blocks", position, "feed_forward")
             specs |= {(*prefix, *path): PartitionSpec(None, *spec) for path, spec in layer_specs}
-    return {path: NamedSharding(model.mesh, spec) for path, spec in specs.items()}
+    return {path: NamedSharding(model.partitioning.mesh, spec) for path, spec in specs.items()}
 
 
-def _source(model: CausalLM, path: StatePath) -> str | tuple[str, ...]:
+def _dense_spec(model: "CausalLM", partitioning: Partitioning, path: StatePath) -> PartitionSpec:
+    """How a parameter outside of MoE layers is split; those of MoE layers are not."""
+    source = _source(model, path)
+    if isinstance(source, str):
+        return partitioning.parameter_spec(source, model.decoder)
+    layer = model.decoder.layers[int(source[0].split(".")[1])]
+    if path[4] == "feed_forward" and isinstance(layer.feed_forward, MoEConfig):
+        return PartitionSpec()
+    return PartitionSpec(None, *partitioning.parameter_spec(source[0], model.decoder))
+
+
+def _source(model: "CausalLM", path: StatePath) -> str | tuple[str, ...]:
     match path:
         case ("stacks", stack, "blocks", position, *rest):
             leaf = ".".join(map(str, rest))

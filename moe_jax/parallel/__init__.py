@@ -1,5 +1,15 @@
 """Layers over many devices: mesh axes, and one file per dispatch strategy."""
 
 from moe_jax.parallel.axes import LayerAxes, axis_tuple, with_auto_axes
+from moe_jax.parallel.distributed import initialize_distributed
+from moe_jax.parallel.meshes import AXIS_ROLES, create_mesh, parallel_of
 
-__all__ = ["LayerAxes", "axis_tuple", "with_auto_axes"]
+__all__ = [
+    "AXIS_ROLES",
+    "LayerAxes",
+    "axis_tuple",
+    "create_mesh",
+    "initialize_distributed",
+    "parallel_of",
+    "with_auto_axes",
+]

@@ -1,0 +1,54 @@
+"""Meshes by the names of their axes: "data", "expert" and "tensor" say what they split."""
+
+import math
+from collections.abc import Mapping
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from moe_jax.config import ParallelConfig
+
+AXIS_ROLES = ("data", "expert", "tensor")
+"""Axis names that say themselves what they split, in the order in which ranks talk ever more."""
+
+
+def create_mesh(sizes: Mapping[str, int]) -> Mesh:
+    """A mesh with Auto axes of these names and sizes, in their order; the last axis joins the closest devices.
+
+    Args:
+        sizes: axis name -> positions along it. One process may leave devices out, several must use all of theirs.
+
+    Raises:
+        ValueError: a size isn't positive, or the sizes don't multiply to the number of devices.
+    """
+    if bad := {name: size for name, size in sizes.items() if size < 1}:
+        raise ValueError(f"the sizes of mesh axes must be positive, got {_written(bad)}")
+    needed, present = math.prod(sizes.values()), jax.device_count()
+    if needed > present or (needed < present and jax.process_count() > 1):
+        raise ValueError(
+            f"the mesh {_written(sizes)} has {needed} positions, but there are {present} devices"
+            + (f" on {jax.process_count()} processes, which must all be used" if jax.process_count() > 1 else "")
+        )
+    types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=jax.devices()[:needed])
+
+
+def parallel_of(mesh: Mesh) -> ParallelConfig:
+    """What the axis names of `mesh` ask for; a mesh with none of the names in `AXIS_ROLES` splits experts over all axes.
+
+    Raises:
+        ValueError: only some of the names are known.
+    """
+    known = [name for name in mesh.axis_names if name in AXIS_ROLES]
+    if not known:
+        return ParallelConfig(expert_axis=tuple(mesh.axis_names))
+    if unknown := [name for name in mesh.axis_names if name not in AXIS_ROLES]:
+        raise ValueError(
+            f"mesh axes must be named {', '.join(AXIS_ROLES)}, or parallel= must say what they split; "
+            f"got {', '.join(map(repr, unknown))} beside {', '.join(map(repr, known))}"
+        )
+    return ParallelConfig(**{f"{name}_axis": name for name in known})
+
+
+def _written(sizes: Mapping[str, int]) -> str:
+    return ",".join(f"{name}={size}" for name, size in sizes.items())
