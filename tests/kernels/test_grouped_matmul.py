@@ -196,8 +196,7 @@ def test_float32_weights_beside_bfloat16_rows_have_gradients_that_were_never_rou
     assert_close(gradients[2], expected[2], ACCUMULATION)
 
 
-@each_implementation
-@pytest.mark.parametrize("group_sizes", [(40, 0, 3), (90, 0, 13)], ids=str)
+@each_implementation_with(MODULES, "group_sizes", [(40, 0, 3), (90, 0, 13)], left_out=[(90, 0, 13)])
 def test_repeated_calls_give_the_same_bits(implementation, group_sizes, rng):
     rows, weights = draw(rng, implementation, sum(group_sizes), 3)
     bias = draw_bias(rng, weights)
@@ -239,11 +238,8 @@ def sharded_loss(implementation, num_devices, check_vma):
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check_vma)
 
 
-@each_implementation
-@pytest.mark.parametrize("check_vma", [True, False])
+@each_implementation_with(MODULES, "check_vma", [True, False], left_out=[True])
 def test_runs_inside_shard_map(implementation, check_vma, rng):
-    if check_vma and not implementation.runs_with_check_vma:
-        pytest.skip("it is interpreted without the check only")
     num_devices = 2 if implementation.runs_on_meshes else 1
     rows, weights = draw(rng, implementation, 12 * num_devices, 3)
     sizes = np.array(SHARDED_SIZES[:num_devices])

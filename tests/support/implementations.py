@@ -37,9 +37,6 @@ class ImplementationUnderTest:
     runs_on_meshes: bool = True
     """Whether devices of a mesh may run it side by side: jax's interpreter of Mosaic GPU takes their calls for one, and that of
     TPUs has the devices wait for each other at every kernel, so that they hang if two kernels run in another order on each."""
-    runs_with_check_vma: bool = True
-    """Whether it runs inside `jax.shard_map` with its check of varying axes: jax's interpreter of TPUs evaluates a kernel's body
-    under the check, which is meant for what is outside of kernels. Tracing passes it."""
     runs_rematerialised: bool = True
     """Whether it runs inside `jax.checkpoint`, which takes no side effects: jax's interpreters of kernels have some. Tracing for
     the device itself passes it."""
@@ -74,7 +71,6 @@ UNDER_TEST = {
             running=interpreting_tpu,
             is_slow=True,
             runs_on_meshes=False,
-            runs_with_check_vma=False,
             runs_rematerialised=False,
             target=TPU_DEVICES["v6e"],
         ),
@@ -95,14 +91,28 @@ def each_implementation(modules: Iterable[Any], *, sampled: bool = False) -> pyt
 
 
 def each_implementation_with(
-    modules: Iterable[Any], argument: str, values: Sequence[Any], *, sampled: Sequence[Any]
+    modules: Iterable[Any],
+    argument: str,
+    values: Sequence[Any],
+    *,
+    sampled: Sequence[Any] = (),
+    left_out: Sequence[Any] = (),
 ) -> pytest.MarkDecorator:
-    """The same with every value of one more argument, of which slow implementations get those `sampled` in `make test`."""
+    """The same with every value of one more argument.
+
+    Args:
+        modules: the implementations that the op lists.
+        argument: the argument's name.
+        values: its values.
+        sampled: those that slow implementations get in `make test` too.
+        left_out: those that slow implementations never get, because their kernels are called as with another value.
+    """
+    described = [UNDER_TEST[module.NAME] for module in modules]
     parameters = [
-        pytest.param(UNDER_TEST[module.NAME], value, id=f"{module.NAME}-{value}", marks=marks)
-        for module in modules
+        pytest.param(each, value, id=f"{each.name}-{value}", marks=_marks(each, value in sampled))
+        for each in described
         for value in values
-        for marks in [_marks(UNDER_TEST[module.NAME], value in sampled)]
+        if not (each.is_slow and value in left_out)
     ]
     return pytest.mark.parametrize(("implementation", argument), parameters)
 

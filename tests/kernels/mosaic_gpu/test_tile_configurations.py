@@ -48,8 +48,9 @@ SAMPLED = ("h200-rows-2-", "h200-stream-2-")
 
 def parameters():
     first_of_each = {next(each for each in EXECUTED if str(each).startswith(start)) for start in SAMPLED}
-    for each in EXECUTED:
-        yield pytest.param(each, id=str(each), marks=[] if each in first_of_each else [pytest.mark.slow])
+    return [
+        pytest.param(each, id=str(each), marks=[] if each in first_of_each else [pytest.mark.slow]) for each in EXECUTED
+    ]
 
 
 @pytest.fixture(scope="module")

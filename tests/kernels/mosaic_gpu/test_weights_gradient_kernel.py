@@ -1,6 +1,7 @@
 """The kernel for gradients with respect to weights, interpreted with race detection, against float64."""
 
 import dataclasses
+import itertools
 
 import jax.numpy as jnp
 import numpy as np
@@ -92,8 +93,11 @@ def test_most_common_tiles_multiply_each_group_apart(tiles, output_dtype, rng):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tiles", DEFAULT_TILES + OTHER_TILES, ids=str)
-@pytest.mark.parametrize("output_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(
+    ("tiles", "output_dtype"),
+    list(zip(DEFAULT_TILES + OTHER_TILES, itertools.cycle([jnp.bfloat16, jnp.float32]), strict=False)),
+    ids=str,
+)
 def test_tiles_of_every_size_multiply_each_group_apart(tiles, output_dtype, rng):
     check_tiles(rng, tiles, output_dtype, width_out=336, width_in=208)
 
