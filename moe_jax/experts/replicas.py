@@ -2,10 +2,13 @@
 
 from typing import Self
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
+
+from moe_jax.placement import compute_logical_maps
 
 # Fibonacci hashing: the odd integer nearest to 2**32 / golden ratio spreads consecutive token indices evenly.
 _HASH_MULTIPLIER = np.uint32(0x9E3779B9)
@@ -18,30 +21,6 @@ class PlacementTable(nnx.Variable):
 def initial_physical_to_logical(num_experts: int, num_redundant_experts: int) -> np.ndarray:
     """The logical expert in each slot of a fresh model, `[P]` int32: all of them, then copies from expert 0 on."""
     return np.concatenate([np.arange(num_experts), np.arange(num_redundant_experts) % num_experts]).astype(np.int32)
-
-
-def invert_placement(physical_to_logical: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each logical expert lives.
-
-    Args:
-        physical_to_logical: `[P]`, the logical expert in each physical slot.
-        num_experts: logical experts.
-
-    Returns:
-        `logical_to_physical` `[E, P - E + 1]` int32, slots in ascending order, padded with -1 (the width holds any
-        placement, so tables can be replaced without recompiling), and `replica_count` `[E]` int32.
-
-    Raises:
-        ValueError: a logical expert has no slot.
-    """
-    count = np.bincount(physical_to_logical, minlength=num_experts).astype(np.int32)
-    if missing := np.flatnonzero(count == 0).tolist():
-        raise ValueError(f"every logical expert needs a physical slot, got none for {missing}")
-    table = np.full((num_experts, len(physical_to_logical) - num_experts + 1), -1, np.int32)
-    for expert in range(num_experts):
-        slots = np.flatnonzero(physical_to_logical == expert)
-        table[expert, : len(slots)] = slots
-    return table, count
 
 
 def choose_replicas(
@@ -63,24 +42,47 @@ def choose_replicas(
 
 
 class ReplicaMap(nnx.Module):
-    """The tables of `choose_replicas`, as state of a layer: data that may change from step to step.
+    """Which slot holds which expert, as state of a layer: data that may change from step to step.
+
+    The tables of scanned layers are stacked along leading dimensions, which a scan takes off before a call.
 
     Attributes:
-        logical_to_physical: `[E, R]` int32, -1 where there is no copy.
+        physical_to_logical: `[P]` int32, the logical expert in each slot.
+        logical_to_physical: `[E, R]` int32, the slots of each expert, -1 where there is no copy.
         replica_count: `[E]` int32.
     """
 
     def __init__(self, physical_to_logical: np.ndarray, num_experts: int):
         """Tables of the placement `physical_to_logical` (`[P]`) of `num_experts` logical experts."""
-        table, count = invert_placement(physical_to_logical, num_experts)
-        self.logical_to_physical = PlacementTable(jnp.asarray(table))
-        self.replica_count = PlacementTable(jnp.asarray(count))
+        tables = _tables(physical_to_logical, num_experts)
+        self.physical_to_logical = PlacementTable(jnp.asarray(tables["physical_to_logical"]))
+        self.logical_to_physical = PlacementTable(jnp.asarray(tables["logical_to_physical"]))
+        self.replica_count = PlacementTable(jnp.asarray(tables["replica_count"]))
 
     @classmethod
     def initial(cls, num_experts: int, num_redundant_experts: int) -> Self:
         """The placement of a fresh model."""
         return cls(initial_physical_to_logical(num_experts, num_redundant_experts), num_experts)
 
+    def replace(self, physical_to_logical: Int[np.ndarray, "... P"]) -> None:
+        """Take over another placement, in place and on the same devices. The weights must move with it.
+
+        Raises:
+            ValueError: another number of slots or layers, or an expert without a slot.
+        """
+        shape = self.physical_to_logical.shape
+        if physical_to_logical.shape != shape:
+            raise ValueError(f"the placement must have the shape {shape}, got {physical_to_logical.shape}")
+        for name, table in _tables(physical_to_logical, self.replica_count.shape[-1]).items():
+            variable = getattr(self, name)
+            variable[...] = jax.device_put(table, variable[...].sharding)
+
     def __call__(self, topk_ids: Int[Array, "T K"]) -> Int[Array, "T K"]:
         """Physical ids of logical ones."""
         return choose_replicas(topk_ids, self.logical_to_physical[...], self.replica_count[...])
+
+
+def _tables(physical_to_logical: Int[np.ndarray, "... P"], num_experts: int) -> dict[str, np.ndarray]:
+    """The three tables of a placement, int32."""
+    maps = compute_logical_maps(physical_to_logical, num_experts)
+    return {"physical_to_logical": physical_to_logical.astype(np.int32), **maps._asdict()}

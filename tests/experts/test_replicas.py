@@ -4,30 +4,56 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.experts.replicas import choose_replicas, initial_physical_to_logical, invert_placement
+from moe_jax.experts.replicas import ReplicaMap, choose_replicas, initial_physical_to_logical
+from moe_jax.placement import compute_logical_maps
+from moe_jax.runner.aux import count_expert_load
 
-# logical_to_physical, replica_count, ids -> physical ids: upstream's published cases (spec 5.7)
+# logical_to_physical, replica_count, ids -> physical ids, load per slot: upstream's published cases (spec 5.7)
 PUBLISHED = {
-    "shuffled": ([[3], [0], [1], [2]], [1, 1, 1, 1], [[0, 1], [2, 3], [0, 2]], [[3, 0], [1, 2], [3, 1]]),
+    "identity": ([[0], [1], [2], [3]], [1, 1, 1, 1], [[0, 1], [2, 3]], [[0, 1], [2, 3]], [1, 1, 1, 1]),
+    "shuffled": (
+        [[3], [0], [1], [2]],
+        [1, 1, 1, 1],
+        [[0, 1], [2, 3], [0, 2]],
+        [[3, 0], [1, 2], [3, 1]],
+        [1, 2, 1, 2],
+    ),
+    "sparse": ([[5], [2], [7], [0]], [1, 1, 1, 1], [[0, 1], [2, 3]], [[5, 2], [7, 0]], [1, 0, 1, 0, 0, 1, 0, 1]),
     "partial redundancy": (
         [[0, 4], [1, 5], [2, -1], [3, -1]],
         [2, 2, 1, 1],
         [[0, 1], [2, 3], [0, 2]],
         [[0, 1], [2, 3], [0, 2]],
+        [2, 1, 2, 1, 0, 0],
+    ),
+    "full redundancy": (
+        [[0, 4], [1, 5], [2, 6], [3, 7]],
+        [2, 2, 2, 2],
+        [[0, 1], [2, 3], [0, 2]],
+        [[0, 1], [6, 7], [0, 2]],
+        [2, 1, 1, 0, 0, 0, 1, 1],
     ),
     "uneven": (
         [[0, 3, 5, 7], [1, 4, -1, -1], [2, 6, -1, -1]],
         [4, 2, 2],
         [[0, 1], [2, 0], [1, 2]],
         [[0, 1], [6, 3], [1, 2]],
+        [1, 2, 1, 1, 0, 0, 1, 0],
     ),
 }
 
 
 @pytest.mark.parametrize("case", PUBLISHED)
-def test_published_replica_choices_are_reproduced(case):
-    table, count, ids, expected = (jnp.array(value) for value in PUBLISHED[case])
-    np.testing.assert_array_equal(choose_replicas(ids, table, count), expected)
+def test_published_replica_choices_and_loads_are_reproduced(case):
+    table, count, ids, expected, load = (jnp.array(value) for value in PUBLISHED[case])
+    physical = choose_replicas(ids, table, count)
+    np.testing.assert_array_equal(physical, expected)
+    np.testing.assert_array_equal(count_expert_load(physical, len(load)), load)
+
+
+def test_ids_of_no_expert_are_in_no_load():
+    physical = choose_replicas(jnp.array([[0, -1], [-1, -1]]), jnp.array([[1], [0]]), jnp.array([1, 1]))
+    assert count_expert_load(physical, 2).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -51,13 +77,13 @@ def test_copies_share_the_load_evenly_even_if_top_k_is_a_multiple_of_their_numbe
 
 
 def test_ids_that_name_no_expert_have_no_copy():
-    table, count = invert_placement(initial_physical_to_logical(3, 2), 3)
+    table, count = compute_logical_maps(initial_physical_to_logical(3, 2), 3)
     physical = choose_replicas(jnp.array([[-1, 0], [3, 2], [7, 1]]), jnp.array(table), jnp.array(count))
     np.testing.assert_array_equal(physical, [[-1, 0], [-1, 2], [-1, 1]])
 
 
 def test_zero_tokens_have_zero_copies():
-    table, count = invert_placement(initial_physical_to_logical(3, 2), 3)
+    table, count = compute_logical_maps(initial_physical_to_logical(3, 2), 3)
     assert choose_replicas(jnp.zeros((0, 2), jnp.int32), jnp.array(table), jnp.array(count)).shape == (0, 2)
 
 
@@ -69,7 +95,7 @@ def test_inverted_placement_lists_every_slot_of_every_expert(rng):
     num_experts, num_slots = 5, 9
     placement = np.concatenate([np.arange(num_experts), rng.integers(num_experts, size=num_slots - num_experts)])
     placement = rng.permutation(placement)
-    table, count = invert_placement(placement, num_experts)
+    table, count = compute_logical_maps(placement, num_experts)
     assert table.shape == (num_experts, num_slots - num_experts + 1)
     for expert in range(num_experts):
         slots = [slot for slot in range(num_slots) if placement[slot] == expert]
@@ -77,6 +103,23 @@ def test_inverted_placement_lists_every_slot_of_every_expert(rng):
         assert count[expert] == len(slots)
 
 
-def test_placement_without_a_slot_for_some_expert_is_refused():
-    with pytest.raises(ValueError, match=r"every logical expert needs a physical slot, got none for \[1, 3\]"):
-        invert_placement(np.array([0, 2, 2]), 4)
+def test_replaced_tables_are_those_of_the_new_placement(rng):
+    replicas = ReplicaMap.initial(3, 2)
+    placement = rng.permutation([0, 1, 2, 2, 1])
+    replicas.replace(placement)
+    expected = ReplicaMap(placement, 3)
+    for name in ("physical_to_logical", "logical_to_physical", "replica_count"):
+        np.testing.assert_array_equal(getattr(replicas, name)[...], getattr(expected, name)[...])
+    np.testing.assert_array_equal(replicas.physical_to_logical[...], placement)
+
+
+@pytest.mark.parametrize(
+    ("placement", "message"),
+    [
+        ([0, 2, 2, 0, 0], r"every logical expert needs a physical slot, got none for \[1\]"),
+        ([0, 1, 2, 0], r"must have the shape \(5,\), got \(4,\)"),
+    ],
+)
+def test_placement_that_cannot_replace_another_is_refused(placement, message):
+    with pytest.raises(ValueError, match=message):
+        ReplicaMap.initial(3, 2).replace(np.array(placement))
