@@ -11,6 +11,7 @@ from typing import Any
 
 from ..device import TpuDevice
 from .limits import LANES, rows_vmem_bytes, vmem_limit_bytes
+from .rounding import round_up
 from .schedule import ROW_ALIGNMENT
 from .stream_tiles import StreamShape, StreamTiles, default_stream_tiles
 from .tiles import RowTiles
@@ -112,11 +113,11 @@ def row_too_long(problem: RowsProblem, device: TpuDevice) -> str | None:
 
 def _candidates(problem: RowsProblem, device: TpuDevice) -> Iterator[RowTiles]:
     """Doubled rows, and columns that cut the result into equal parts."""
-    widest = _up(problem.width_out, LANES)
+    widest = round_up(problem.width_out, LANES)
     columns = {LANES}
     for parts in range(1, math.ceil(widest / LANES) + 1):
         width = math.ceil(problem.width_out / parts)
-        columns |= {_up(width, LANES), min(_up(width, 256), widest)}
+        columns |= {round_up(width, LANES), min(round_up(width, 256), widest)}
     for chunk in sorted({LANES, device.mxu_size}):
         rows = [chunk * 2**power for power in range(5) if power == 0 or chunk * 2 ** (power - 1) < problem.num_rows]
         for tile_rows in rows:
@@ -184,7 +185,3 @@ def _vmem_bytes(tiles: RowTiles, problem: RowsProblem) -> int:
         itemsize=problem.itemsize,
         output_itemsize=problem.output_itemsize,
     )
-
-
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

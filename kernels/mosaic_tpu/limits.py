@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from ..device import TPU_DEVICES, TpuDevice
+from .rounding import round_up
 from .tiles import RowTiles
 
 LANES = 128
@@ -43,13 +44,15 @@ def rows_vmem_bytes(
     output_itemsize: int,
 ) -> int:
     """Vector memory that the kernel on rows takes: everything twice, so that copies overlap with products."""
-    depth = _up(width_in, LANES)
+    depth = round_up(width_in, LANES)
     parts = 1 + (projections if kept else 0)
     rows = 2 * tiles.rows * depth * itemsize
     weights = 2 * projections * tiles.columns * depth * itemsize
     results = (2 * tiles.rows + 16) * parts * tiles.columns * output_itemsize
     bias = 2 * 8 * tiles.columns * 4
-    scale = (tiles.rows + LANES) * LANES * 4 + 2 * 4 * _up(num_rows + tiles.rows + LANES, LANES * 8) if scaled else 0
+    scale = (
+        (tiles.rows + LANES) * LANES * 4 + 2 * 4 * round_up(num_rows + tiles.rows + LANES, LANES * 8) if scaled else 0
+    )
     # A strip's products, and what the compiler keeps of them.
     temporaries = 4 * tiles.chunk * projections * 256 * 4
     return rows + weights + results + bias + scale + temporaries
@@ -77,7 +80,3 @@ def check_row_tiles(tiles: RowTiles, device: TpuDevice, needed_bytes: int) -> No
         raise ValueError(
             f"{tiles} take {needed_bytes} bytes of vector memory, {device.name} has {vmem_limit_bytes(device)} to give"
         )
-
-
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

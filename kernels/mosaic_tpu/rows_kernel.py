@@ -27,6 +27,7 @@ from ..varying import shape_varying_like
 from .epilogue import activate, column_of
 from .limits import LANES, check_row_tiles, rows_vmem_bytes, vmem_limit_bytes
 from .schedule import ROW_ALIGNMENT, VisitTable
+from .shared_rows import aligned, mask_ends, whole_rows
 from .tiles import RowTiles
 
 Ref = Any
@@ -187,8 +188,8 @@ def _visit(
     destinations = [result] if projected is None else [result, *(projected.at[p] for p in range(problem.projections))]
 
     def fetch(which: Array, slot: Array) -> _Copies:
-        size = _round_up(table.last[which])
-        source, target = rows.at[_aligned(table.source[which], size)], rows_buffer.at[slot, pl.ds(0, size)]
+        size = whole_rows(table.last[which])
+        source, target = rows.at[aligned(table.source[which], size)], rows_buffer.at[slot, pl.ds(0, size)]
         return _Copies([(size > 0, [pltpu.make_async_copy(source, target, fetched.at[slot])])])
 
     def store(which: Array, slot: Array) -> _Copies:
@@ -208,7 +209,7 @@ def _visit(
     scale = None if row_scale is None else _scale_of(row_scale, scale_buffer, table.row[visit], table.last[visit])
     operands = _Operands(rows_buffer.at[slot], weights, bias, scale)
     _multiply(problem, operands, result_buffer.at[slot], table.last[visit])
-    _mask_ends(result_buffer.at[slot], shared_rows, table.first[visit], table.last[visit])
+    mask_ends(result_buffer.at[slot], shared_rows, table.first[visit], table.last[visit])
 
     @pl.when(visit > 0)
     def _():
@@ -250,7 +251,7 @@ def _store_copies(
     column, is_last = pl.program_id(0), pl.program_id(0) == pl.num_programs(0) - 1
 
     def copies(width: int) -> list[Any]:
-        at = (_aligned(row, size), pl.ds(pl.multiple_of(column * columns, LANES), width))
+        at = (aligned(row, size), pl.ds(pl.multiple_of(column * columns, LANES), width))
         return [
             pltpu.make_async_copy(buffer.at[part, pl.ds(0, size), pl.ds(0, width)], destination.at[at], semaphore)
             for part, destination in enumerate(destinations)
@@ -305,7 +306,7 @@ def _multiply(problem: _Problem, operands: _Operands, buffer: Ref, last: Array) 
     def _():
         @pl.loop(0, tiles.rows, step=ROW_ALIGNMENT)
         def _(row):
-            some = _aligned(row, ROW_ALIGNMENT)
+            some = aligned(row, ROW_ALIGNMENT)
             buffer[:, some] = jnp.zeros((buffer.shape[0], ROW_ALIGNMENT, tiles.columns), buffer.dtype)
 
 
@@ -344,26 +345,6 @@ def _multiply_at_once(problem: _Problem, operands: _Operands, buffer: Ref, first
         buffer[0, own_rows, own_columns] = values.astype(buffer.dtype)
 
 
-def _mask_ends(buffer: Ref, shared_rows: Ref, first: Array, last: Array) -> None:
-    """Put the visits before this one's results into the 16 rows that they share, and keep those that the next one shares."""
-    row = lax.broadcasted_iota(jnp.int32, shared_rows.shape, 1)
-    kept_as = jnp.float32  # masks of 16 rows are those of 32 bits
-
-    @pl.when(first > 0)
-    def _():
-        own = buffer[:, :ROW_ALIGNMENT].astype(kept_as)
-        buffer[:, :ROW_ALIGNMENT] = jnp.where(row < first, shared_rows[...].astype(kept_as), own).astype(buffer.dtype)
-
-    end = lax.rem(last, ROW_ALIGNMENT)
-
-    @pl.when(end > 0)
-    def _():
-        at = _aligned(last - end, ROW_ALIGNMENT)
-        own = jnp.where(row < end, buffer[:, at].astype(kept_as), 0).astype(buffer.dtype)
-        buffer[:, at] = own
-        shared_rows[...] = own
-
-
 def _along_lanes(row_scale: Float[Array, "M"], tiles: RowTiles) -> Float[Array, "tiles 128"]:
     """Scales in lines of 128, with as many after the last row as a visit may read."""
     length = row_scale.shape[0] + tiles.rows + LANES
@@ -380,12 +361,4 @@ def _scale_of(row_scale: Ref, buffer: Ref, row: Array, last: Array) -> Callable[
         turned = column_of(row_scale[pl.ds(first_line + line, 1), :])
         buffer[pl.ds(pl.multiple_of(line * LANES, LANES), LANES), :] = turned
 
-    return lambda first_row, size: buffer[_aligned(shift + first_row, size), :]
-
-
-def _aligned(start: Array, size: Array | int) -> Any:
-    return pl.ds(pl.multiple_of(start, ROW_ALIGNMENT), size)
-
-
-def _round_up(value: Array) -> Array:
-    return pl.multiple_of(lax.div(value + (ROW_ALIGNMENT - 1), ROW_ALIGNMENT) * ROW_ALIGNMENT, ROW_ALIGNMENT)
+    return lambda first_row, size: buffer[aligned(shift + first_row, size), :]

@@ -28,6 +28,7 @@ from ..varying import shape_varying_like
 from .epilogue import activate
 from .limits import LANES, vmem_limit_bytes
 from .schedule import ROW_ALIGNMENT, VisitTable
+from .shared_rows import mask_ends, whole_rows
 from .stream_tiles import StreamShape, StreamTiles, check_stream_tiles
 
 Ref = Any
@@ -187,7 +188,9 @@ class _Kernel:
                         self._multiply(visit, block, size)
 
                 lower = size
-            self._mask_ends(visit)
+            mask_ends(
+                self._refs["result_buffer"].at[lax.rem(visit, 2)], shared_rows, table.first[visit], table.last[visit]
+            )
             self._store_copies(visit, lambda copy: copy.start())
 
         @pl.loop(jnp.maximum(count - 2, 0), count)
@@ -250,7 +253,7 @@ class _Kernel:
         """The copies of a visit's rows, their factors, and its group's bias."""
         table, refs = self._table, self._refs
         slot = lax.rem(visit, 2)
-        size = _round_up(table.last[visit])
+        size = whole_rows(table.last[visit])
         own_rows = pl.ds(pl.multiple_of(table.source[visit], ROW_ALIGNMENT), size)
         semaphore = refs["rows_fetched"].at[slot]
         act(pltpu.make_async_copy(refs["rows"].at[own_rows], refs["rows_buffer"].at[slot, pl.ds(0, size)], semaphore))
@@ -277,27 +280,6 @@ class _Kernel:
         def _():
             _split_last(self._core, problem.cores, problem.core_columns, problem.padded_out, copy)
 
-    def _mask_ends(self, visit: Array) -> None:
-        """Put the visits before this one's results into the 16 rows that they share, and keep those that the next one shares."""
-        first, last = self._table.first[visit], self._table.last[visit]
-        buffer, shared_rows = self._refs["result_buffer"].at[lax.rem(visit, 2)], self._refs["shared_rows"]
-        row = lax.broadcasted_iota(jnp.int32, shared_rows.shape, 0)
-        end = lax.rem(last, ROW_ALIGNMENT)
-
-        @pl.when(first > 0)
-        def _():
-            # Masks of 16 rows are those of 32 bits.
-            own = buffer[:ROW_ALIGNMENT].astype(jnp.float32)
-            before = shared_rows[...].astype(jnp.float32)
-            buffer[:ROW_ALIGNMENT] = jnp.where(row < first, before, own).astype(buffer.dtype)
-
-        @pl.when(end > 0)
-        def _():
-            at = pl.ds(pl.multiple_of(last - end, ROW_ALIGNMENT), ROW_ALIGNMENT)
-            own = jnp.where(row < end, buffer[at].astype(jnp.float32), 0).astype(buffer.dtype)
-            buffer[at] = own
-            shared_rows[...] = own
-
 
 def _split_last(index: Array, number: int, part: int, whole: int, act: Callable[[int], None]) -> None:
     """Call with the size of the `index`-th of the `number` parts of `whole`, of which the last may be smaller, if there is one."""
@@ -310,7 +292,3 @@ def _split_last(index: Array, number: int, part: int, whole: int, act: Callable[
     @pl.when(index == number - 1)
     def _():
         act(last_part)
-
-
-def _round_up(value: Array) -> Array:
-    return pl.multiple_of(lax.div(value + (ROW_ALIGNMENT - 1), ROW_ALIGNMENT) * ROW_ALIGNMENT, ROW_ALIGNMENT)

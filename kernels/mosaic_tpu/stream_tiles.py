@@ -4,6 +4,7 @@ import dataclasses
 
 from ..device import TpuDevice
 from .limits import LANES, vmem_limit_bytes
+from .rounding import ceil_div
 
 MOST_ROWS = 128
 """Of a visit. Up to here, multiplying takes less time than reading the weights on every device."""
@@ -49,19 +50,19 @@ class StreamShape:
 
     def num_blocks(self, tiles: StreamTiles) -> int:
         """Blocks of a group's weights."""
-        return _ceil_div(self.width_out, tiles.columns)
+        return ceil_div(self.width_out, tiles.columns)
 
     def blocks_per_core(self, tiles: StreamTiles, device: TpuDevice) -> int:
         """How many of them one of the device's cores reads; the last core may find fewer."""
-        return _ceil_div(self.num_blocks(tiles), device.cores)
+        return ceil_div(self.num_blocks(tiles), device.cores)
 
     def num_cores(self, tiles: StreamTiles, device: TpuDevice) -> int:
         """How many cores find any."""
-        return _ceil_div(self.num_blocks(tiles), self.blocks_per_core(tiles, device))
+        return ceil_div(self.num_blocks(tiles), self.blocks_per_core(tiles, device))
 
     def vmem_bytes(self, tiles: StreamTiles, device: TpuDevice) -> int:
         """Vector memory that the kernel takes."""
-        depth = _ceil_div(self.width_in, LANES) * LANES
+        depth = ceil_div(self.width_in, LANES) * LANES
         width = self.blocks_per_core(tiles, device) * tiles.columns
         weights = tiles.slots * self.projections * tiles.columns * depth * self.itemsize
         rows = 2 * tiles.rows * (depth * self.itemsize + LANES * 4)
@@ -83,14 +84,14 @@ def default_stream_tiles(num_rows: int, shape: StreamShape, device: TpuDevice) -
     rows = 16
     while rows < min(num_rows, MOST_ROWS):
         rows *= 2
-    units = _ceil_div(shape.width_out, LANES)
+    units = ceil_div(shape.width_out, LANES)
     unit_bytes = LANES * shape.projections * shape.width_in * shape.itemsize
     most_units = max(BLOCK_BYTES // unit_bytes, 1)
     # The largest blocks of those that leave the busiest core least.
     columns = LANES * min(
-        range(min(most_units, units), 0, -1), key=lambda block: _ceil_div(_ceil_div(units, block), device.cores) * block
+        range(min(most_units, units), 0, -1), key=lambda block: ceil_div(ceil_div(units, block), device.cores) * block
     )
-    wanted = _ceil_div(BYTES_IN_FLIGHT, columns // LANES * unit_bytes)
+    wanted = ceil_div(BYTES_IN_FLIGHT, columns // LANES * unit_bytes)
     for slots in range(min(max(wanted, FEWEST_SLOTS), MOST_SLOTS), 1, -1):
         tiles = StreamTiles(rows=rows, columns=columns, slots=slots)
         if shape.vmem_bytes(tiles, device) <= vmem_limit_bytes(device):
@@ -117,7 +118,3 @@ def check_stream_tiles(tiles: StreamTiles, shape: StreamShape, device: TpuDevice
         raise ValueError(
             f"{tiles} take {needed} bytes of vector memory, {device.name} has {vmem_limit_bytes(device)} to give"
         )
-
-
-def _ceil_div(value: int, divisor: int) -> int:
-    return -(-value // divisor)

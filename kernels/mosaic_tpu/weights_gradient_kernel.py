@@ -10,7 +10,6 @@ visit contracts a multiple of its depth. The rows that this adds, and rows of ot
 set to zero in both operands, for they may hold NaN.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +24,9 @@ from ..device import TpuDevice
 from ..groups import Groups
 from ..varying import shape_varying_like, varying_like
 from .limits import LANES, vmem_limit_bytes
+from .rounding import round_up
 from .schedule import ROW_ALIGNMENT, VisitTable
+from .shared_rows import aligned, whole_rows
 from .weights_gradient_tiles import WeightsGradientTiles, check_weights_gradient_tiles
 
 Ref = Any
@@ -45,8 +46,8 @@ def weights_gradient(
 ) -> Float[Array, "G N D"]:
     """`cotangent[r].T @ rows[r]` over the rows r of each group, accumulated in float32 and rounded once; zero for an empty group.
 
-    Rows outside the groups are never used, whatever they hold, NaN included. Operands are padded, which copies them, where M
-    is no multiple of 16 or their columns are no multiple of 128; results of `multiply_rows` are padded already.
+    Rows outside the groups are never used, whatever they hold, NaN included. Operands are padded, which copies them, only
+    where M is no multiple of 16.
 
     Args:
         cotangent: gradient with respect to the product, bfloat16 or float32.
@@ -68,8 +69,7 @@ def weights_gradient(
     num_groups, num_rows = groups.sizes.shape[0], rows.shape[0]
     if num_groups == 0 or num_rows == 0:
         return varying_like(jnp.zeros((num_groups, width_out, width_in), output_dtype), rows)
-    cotangent, rows = _padded(cotangent), _padded(rows)
-    problem = _Problem(tiles, cotangent.shape[1], rows.shape[1])
+    cotangent, rows = _whole_rows(cotangent), _whole_rows(rows)
     table = VisitTable.of(groups, rows.shape[0], tiles.rows, visit_empty=True)
     scratch = {
         "sums": pltpu.VMEM((tiles.out_columns, tiles.in_columns), jnp.float32),
@@ -80,7 +80,7 @@ def weights_gradient(
     names = ("cotangent", "rows", "gradient", *scratch)
 
     def grouped_weights_gradient(*refs: Ref) -> None:
-        _visit(problem, VisitTable(*refs[: len(table)]), **dict(zip(names, refs[len(table) :], strict=True)))
+        _visit(tiles, VisitTable(*refs[: len(table)]), **dict(zip(names, refs[len(table) :], strict=True)))
 
     return pl.pallas_call(
         grouped_weights_gradient,
@@ -102,17 +102,8 @@ def weights_gradient(
     )(*table, cotangent, rows)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Problem:
-    """What is static in the body of the kernel."""
-
-    tiles: WeightsGradientTiles
-    padded_out: int
-    padded_in: int
-
-
 def _visit(
-    problem: _Problem,
+    tiles: WeightsGradientTiles,
     table: VisitTable,
     *,
     cotangent: Ref,
@@ -124,15 +115,14 @@ def _visit(
     fetched: Ref,
 ) -> None:
     """One step of the grid: one visit, for one tile of the gradient."""
-    tiles = problem.tiles
     visit, count = pl.program_id(2), table.count[0]
     slot = lax.rem(visit, 2)
     first, last, group = table.first[visit], table.last[visit], table.group[visit]
 
     def fetch(which: Array, slot: Array, act: Callable[[Any], None]) -> None:
         """Start or await the copies of a visit's rows, of the columns that this tile needs."""
-        size = pl.multiple_of(_round_up(table.last[which], ROW_ALIGNMENT), ROW_ALIGNMENT)
-        own_rows = pl.ds(pl.multiple_of(table.source[which], ROW_ALIGNMENT), size)
+        size = whole_rows(table.last[which])
+        own_rows = aligned(table.source[which], size)
 
         @pl.when(table.last[which] > table.first[which])
         def _():
@@ -160,7 +150,7 @@ def _visit(
 
     fetch(visit, slot, lambda copy: copy.wait())
 
-    depth = _round_up(last, tiles.depth)
+    depth = lax.div(last + (tiles.depth - 1), tiles.depth) * tiles.depth
     starts_group = (visit == 0) | (table.group[jnp.maximum(visit - 1, 0)] != group)
     ends_group = (visit == count - 1) | (table.group[jnp.minimum(visit + 1, count - 1)] != group)
     operands = cotangent_buffer.at[slot], rows_buffer.at[slot]
@@ -169,7 +159,7 @@ def _visit(
     def _():
         @pl.loop(0, tiles.out_columns, step=ROW_ALIGNMENT)
         def _(row):
-            some = pl.ds(pl.multiple_of(row, ROW_ALIGNMENT), ROW_ALIGNMENT)
+            some = aligned(row, ROW_ALIGNMENT)
             gradient[some] = jnp.zeros((ROW_ALIGNMENT, tiles.in_columns), gradient.dtype)
 
     @pl.when(last > first)
@@ -189,9 +179,13 @@ def _visit(
 
 
 def _each_width(width: int, columns: int, axis: int, act: Callable[[Any, int], None]) -> None:
-    """Call with this tile's columns, of which the last tile may have fewer than the others."""
+    """Call with this tile's columns, of which the last tile may have fewer than the others.
+
+    These go up to a multiple of 128, as far as an array of any width reaches in device memory: what the columns beyond its width
+    hold enters only columns of the gradient that are not stored.
+    """
     tile, last_tile = pl.program_id(axis), pl.cdiv(width, columns) - 1
-    last_width = width - last_tile * columns
+    last_width = round_up(width - last_tile * columns, LANES)
     own_columns = pl.multiple_of(tile * columns, LANES)
     if last_width == columns:
         act(pl.ds(own_columns, columns), columns)
@@ -213,7 +207,7 @@ def _mask(operand: Ref, first: Array, last: Array, depth: Array) -> None:
     tail = lax.rem(last, ROW_ALIGNMENT)
 
     def keep(start: Array | int, kept: Array) -> None:
-        some = pl.ds(pl.multiple_of(jnp.asarray(start), ROW_ALIGNMENT), ROW_ALIGNMENT)
+        some = aligned(jnp.asarray(start), ROW_ALIGNMENT)
         # Masks of 16 rows are those of 32 bits.
         operand[some] = jnp.where(kept, operand[some].astype(jnp.float32), 0).astype(operand.dtype)
 
@@ -225,9 +219,9 @@ def _mask(operand: Ref, first: Array, last: Array, depth: Array) -> None:
     def _():
         keep(last - tail, row < tail)
 
-    @pl.loop(_round_up(last, ROW_ALIGNMENT), depth, step=ROW_ALIGNMENT)
+    @pl.loop(whole_rows(last), depth, step=ROW_ALIGNMENT)
     def _(start):
-        some = pl.ds(pl.multiple_of(start, ROW_ALIGNMENT), ROW_ALIGNMENT)
+        some = aligned(start, ROW_ALIGNMENT)
         operand[some] = jnp.zeros(shape, operand.dtype)
 
 
@@ -251,14 +245,10 @@ def _multiply(operands: tuple[Ref, Ref], depth: int, starts_group: Array, sums: 
         result[:, own_columns] = (before + product).astype(result.dtype)
 
 
-def _padded(operand: Float[Array, "M N"]) -> Float[Array, "Mpadded Npadded"]:
-    """With sizes that copies can address; the same array if they are."""
-    padding = [(0, -size % multiple) for size, multiple in zip(operand.shape, (ROW_ALIGNMENT, LANES), strict=True)]
-    return jnp.pad(operand, padding) if any(after for _, after in padding) else operand
-
-
-def _round_up(value: Array, multiple: int) -> Array:
-    return lax.div(value + (multiple - 1), multiple) * multiple
+def _whole_rows(operand: Float[Array, "M N"]) -> Float[Array, "Mpadded N"]:
+    """With as many rows as copies can address; the same array if it has."""
+    padding = -operand.shape[0] % ROW_ALIGNMENT
+    return jnp.pad(operand, ((0, padding), (0, 0))) if padding else operand
 
 
 def _check(cotangent: Array, rows: Array, output_dtype: jnp.dtype) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 
 from ..device import TpuDevice
 from .limits import LANES, vmem_limit_bytes
+from .rounding import ceil_div
 
 MOST_TILE_ELEMENTS = 2048 * 1536
 """Of the default: every element of a tile is code of its own, which takes the compiler time, and memory that holds instructions."""
@@ -56,9 +57,9 @@ def default_weights_gradient_tiles(
 
     def sides(width: int, multiple: int, cores: int) -> list[int]:
         """Equal sizes for any number of tiles, largest first."""
-        units = _ceil_div(width, multiple)
+        units = ceil_div(width, multiple)
         return sorted(
-            {_ceil_div(units, tiles) * multiple for tiles in range(min(cores, units), units + 1)}, reverse=True
+            {ceil_div(units, tiles) * multiple for tiles in range(min(cores, units), units + 1)}, reverse=True
         )
 
     candidates = [
@@ -71,8 +72,8 @@ def default_weights_gradient_tiles(
     most_elements = MOST_TILE_ELEMENTS // (6 if itemsize == 4 else 1)
 
     def cost(tiles: WeightsGradientTiles) -> float:
-        out_tiles, in_tiles = _ceil_div(width_out, tiles.out_columns), _ceil_div(width_in, tiles.in_columns)
-        idle = _ceil_div(out_tiles, device.cores) * device.cores / out_tiles
+        out_tiles, in_tiles = ceil_div(width_out, tiles.out_columns), ceil_div(width_in, tiles.in_columns)
+        idle = ceil_div(out_tiles, device.cores) * device.cores / out_tiles
         multiplied = 2 * out_tiles * tiles.out_columns * in_tiles * tiles.in_columns * idle
         read = (width_out * in_tiles + width_in * out_tiles) * itemsize
         return multiplied / device.flops_per_second + read / device.hbm_bytes_per_second
@@ -111,7 +112,3 @@ def check_weights_gradient_tiles(
         raise ValueError(
             f"{tiles} take {needed} bytes of vector memory, {device.name} has {vmem_limit_bytes(device)} to give"
         )
-
-
-def _ceil_div(value: int, divisor: int) -> int:
-    return -(-value // divisor)

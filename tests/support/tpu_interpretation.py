@@ -84,4 +84,6 @@ def _parameters(dma, num_devices):
     names = {field.name for field in dataclasses.fields(pltpu.InterpretParams)}
     if "on_race" in names:  # jax 0.11 has no such option, and never raises
         parameters["on_race"] = "warn"
+    # A copy takes whole tiles of 128 columns, as far as an array reaches in device memory whatever its width: here that is NaN.
+    parameters["out_of_bounds_reads"] = "uninitialized"
     return pltpu.InterpretParams(**parameters, uninitialized_memory="nan")

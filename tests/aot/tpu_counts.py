@@ -1,0 +1,81 @@
+"""Compile a TPU kernel, and count what it executes and copies; what was counted once is kept in a folder."""
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from moe_jax.aot import bundles, scalar_unit
+from moe_jax.aot.bundles import Schedule
+from moe_jax.aot.scalar_unit import Execution
+from moe_jax.aot.targets import TpuTarget
+from moe_jax.aot.tpu_calls import TpuKernelCall
+
+Figures = dict[str, Any]
+_READERS = b"".join(Path(module.__file__).read_bytes() for module in (bundles, scalar_unit))
+
+
+def versions() -> dict[str, str]:
+    """Of what compiles."""
+    return {name: metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
+
+
+def counted(
+    target: TpuTarget, calls: Mapping[str, TpuKernelCall], useful: Mapping[str, float], dumps: Path, kept: Path
+) -> Figures:
+    """The figures of one kernel, for scalars under several names, and of its code.
+
+    Args:
+        target: what to compile for.
+        calls: of the same kernel, with scalars that differ; the first is compiled.
+        useful: multiplications of numbers that rows of experts need, for each of `calls`.
+        dumps: see `TpuKernelCall.compile_alone`.
+        kept: folder of figures; those of the same kernel, scalars and versions are not counted again.
+
+    Returns:
+        "code_bundles", "vmem_bytes", "seconds" to compile, and for each of `calls` its figures: of the slower core, but bytes
+        of all cores. Instead of these "not_counted", if what is executed depends on more than scalars.
+    """
+    call = next(iter(calls.values()))
+    scalars = [sorted(each.scalars.items()) for each in calls.values()]
+    described = f"{target} {versions()} {_without_addresses(call.sameness())} {list(calls)} {scalars} {useful}"
+    file = kept / f"{hashlib.sha256(described.encode() + _READERS).hexdigest()}.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    started = time.perf_counter()
+    schedule = call.compile_alone(target, dumps)
+    found: Figures = {
+        "code_bundles": len(schedule),
+        "vmem_bytes": call.vmem_bytes(),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    try:
+        found |= {name: _figures(schedule, each, useful[name]) for name, each in calls.items()}
+    except ValueError as error:
+        found["not_counted"] = str(error)[:300]
+    kept.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found) + "\n")
+    return found
+
+
+def _figures(schedule: Schedule, call: TpuKernelCall, useful_multiplies: float) -> Figures:
+    executions = [call.execute(schedule, core=core) for core in range(schedule.cores)]
+    slowest: Execution = max(executions, key=lambda execution: execution.bundles)
+    spills = sum(execution.slots("VSTORE:SPILL") for execution in executions)
+    return {
+        "bundles": slowest.bundles,
+        "matmul_slots": slowest.slots("MATMUL"),
+        "occupancy": round(slowest.matmul_occupancy, 4),
+        "spills_per_billion_multiplies": round(spills / useful_multiplies * 1e9, 3) if useful_multiplies else 0,
+        "read_bytes": sum(sum(execution.read_bytes.values()) for execution in executions),
+        "written_bytes": sum(sum(execution.written_bytes.values()) for execution in executions),
+    }
+
+
+def _without_addresses(text: str) -> str:
+    """Objects in the text of a program have other addresses in every process."""
+    return re.sub(r"0x[0-9a-f]+", "", text)

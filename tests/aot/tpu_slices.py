@@ -1,0 +1,160 @@
+"""Compile MoE layers and models, split over the chips of a slice, for slices of TPUs that are not there.
+
+    python tests/aot/tpu_slices.py [--slices v6e:2x2 v6e:16x16] [--programs layer model]
+
+The layer is `MoERunner` with the sizes of Qwen3-30B-A3B; the model is that one with fewer layers, built from its `config.json`
+as `from_pretrained` builds it. Experts are split over up to 16 chips, tokens over the others, and the kernels run inside
+`jax.shard_map`. What is asked for is the `pallas_tpu` implementation: if the compiled program has none of its kernels, that is a
+failure, which makes the exit code 1.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tpu_counts import versions
+
+from moe_jax import MoEConfig, MoERunner
+from moe_jax.aot.targets import TPU_ENVIRONMENT, TpuTarget
+from moe_jax.config import ParallelConfig
+from moe_jax.families import get_family
+from moe_jax.models import CausalLM
+from moe_jax.models.parameter_sources import parameter_shardings
+
+SLICES = ("v6e:2x2", "v6e:16x16")
+PROGRAMS = ("layer", "model")
+MOST_EXPERT_RANKS = 16
+TOKENS = 128
+"""Of each device."""
+PARALLEL = ParallelConfig(expert_axis="expert", data_axis="data")
+QWEN3_MOE = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 151936,
+}
+
+
+def mesh_of(target: TpuTarget) -> Mesh:
+    """All chips of the slice."""
+    devices = np.array(target.topology().devices)
+    return Mesh(devices.reshape(-1, min(devices.size, MOST_EXPERT_RANKS)), ("data", "expert"))
+
+
+def on_mesh(mesh: Mesh, array: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, spec))
+
+
+def lowered_layer(mesh: Mesh) -> Any:
+    """A layer on `TOKENS` tokens of each device."""
+    config = MoEConfig(
+        hidden_size=QWEN3_MOE["hidden_size"],
+        intermediate_size=QWEN3_MOE["moe_intermediate_size"],
+        num_experts=QWEN3_MOE["num_experts"],
+        top_k=QWEN3_MOE["num_experts_per_tok"],
+        parallel=PARALLEL,
+        implementation="pallas_tpu",
+        dtype=jnp.bfloat16,
+        param_dtype=jnp.bfloat16,
+    )
+    layer = nnx.eval_shape(lambda: MoERunner(config, rngs=nnx.Rngs(0), mesh=mesh))
+    graph, state = nnx.split(layer)
+    arguments = jax.tree.map(lambda array, spec: on_mesh(mesh, array, spec), state, layer.partition_specs())
+    tokens = jax.ShapeDtypeStruct((mesh.size * TOKENS, config.hidden_size), jnp.bfloat16)
+    tokens = on_mesh(mesh, tokens, PartitionSpec("data"))
+    return jax.jit(lambda state, x: nnx.merge(graph, state)(x)).lower(arguments, tokens)
+
+
+def lowered_model(mesh: Mesh) -> Any:
+    """A model on one sequence of `TOKENS` tokens for each device."""
+    decoder = get_family(QWEN3_MOE).build_decoder(QWEN3_MOE)
+    options = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, implementation="pallas_tpu")
+    model = nnx.eval_shape(lambda: CausalLM(decoder, parallel=PARALLEL, mesh=mesh, rngs=nnx.Rngs(0), **options))
+    shardings = parameter_shardings(model)
+    graph, state = nnx.split(model)
+    arguments = nnx.map_state(
+        lambda path, array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=shardings[path]), state
+    )
+    ids = on_mesh(mesh, jax.ShapeDtypeStruct((mesh.size, TOKENS), jnp.int32), PartitionSpec("data"))
+    return jax.jit(lambda state, ids: nnx.merge(graph, state)(ids)).lower(arguments, ids)
+
+
+def compiled(slice_name: str, program: str) -> dict[str, Any]:
+    """What came of compiling one program."""
+    target = TpuTarget.named(slice_name)
+    mesh = mesh_of(target)
+    started = time.perf_counter()
+    with target.lowering():
+        executable = {"layer": lowered_layer, "model": lowered_model}[program](mesh).compile()
+    kernels = executable.as_text().count('custom_call_target="tpu_custom_call"')
+    if not kernels:
+        raise ValueError("no kernel in the compiled program")
+    return {
+        "devices": mesh.size,
+        "kernels": kernels,
+        "temporary_bytes": executable.memory_analysis().temp_size_in_bytes,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def compiled_in_child(slice_name: str, program: str) -> dict[str, Any]:
+    """`compiled` in a process of its own."""
+    command = [sys.executable, __file__, "--child", slice_name, program]
+    child = subprocess.run(command, env={**os.environ, **TPU_ENVIRONMENT}, capture_output=True, text=True, check=False)
+    row = {"tpu": slice_name, "program": program}
+    if child.returncode:
+        return {**row, "failure": f"exit code {child.returncode}: {child.stderr[-1500:]}"}
+    return {**row, **json.loads(child.stdout.strip().splitlines()[-1])}
+
+
+def main() -> int:
+    """Compile, print, and say whether all is well."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--slices", nargs="+", default=list(SLICES), metavar="SLICE")
+    parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=PROGRAMS, metavar="PROGRAM")
+    parser.add_argument("--output", type=Path, default=Path("build/aot"))
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(compiled(*arguments.child)))
+        return 0
+    rows = []
+    for slice_name, program in itertools.product(arguments.slices, arguments.programs):
+        rows.append(compiled_in_child(slice_name, program))
+        print(json.dumps(rows[-1]), flush=True)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    result = {"versions": versions(), "static": True, "rows": rows}
+    (arguments.output / "tpu_slices.json").write_text(json.dumps(result, indent=1) + "\n")
+    return int(any("failure" in row for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
