@@ -20,6 +20,10 @@ from moe_jax.generation.sampling import greedy, row_keys, sample
 SMALLEST_BUCKET = 16
 MAX_PROGRAMS = 32
 """Compiled programs kept; the least recently used go first."""
+GPU_PLATFORMS = ("gpu", "cuda", "rocm")
+"""What devices that are GPUs call their platform."""
+GPU_OVERLAP_OPTIONS = {"xla_gpu_enable_latency_hiding_scheduler": True}
+"""Compiler options with which communication between GPUs hides behind computation."""
 
 
 def bucket(length: int) -> int:
@@ -228,27 +232,42 @@ def decode(
 @functools.lru_cache(maxsize=MAX_PROGRAMS)
 def compile_programs(signature: Signature) -> Programs:
     """Compile both programs; a signature that was seen before costs nothing."""
-    state = jax.tree.unflatten(signature.state_structure, signature.state_leaves)
+    options = compiler_options(signature)
+    lowered_prefill = lower_prefill(signature)
+    compiled_prefill = lowered_prefill.compile(options)
+    return Programs(compiled_prefill, lower_decode(signature, lowered_prefill, compiled_prefill).compile(options))
+
+
+def compiler_options(signature: Signature) -> dict[str, Any] | None:
+    """How XLA should compile the programs; None: as it does by itself.
+
+    Between several GPUs, only its latency-hiding scheduler puts computation between the start and the end of a collective.
+    """
+    devices = () if signature.mesh is None else signature.mesh.devices.flat
+    is_spread = len(devices) > 1 and devices[0].platform in GPU_PLATFORMS
+    return dict(GPU_OVERLAP_OPTIONS) if is_spread else None
+
+
+def lower_prefill(signature: Signature) -> jax.stages.Lowered:
+    """`prefill` without its first argument, ready to be compiled."""
     whole = signature.everywhere
     prompts = (signature.batch_size, signature.prompt_length)
-    controls = Controls(
-        seed_key=jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=whole),
-        temperature=jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
-        top_p=jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
-        eos_token_ids=jax.ShapeDtypeStruct((signature.num_eos,), jnp.int32, sharding=whole),
-        pad_token_id=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
-    )
     # The cache keeps the sharding in which the model creates it.
     delivered = Progress(
         cache=None, tokens=whole, lengths=whole, ended=whole, positions=whole, step=whole, expert_load=whole
     )
-    lowered_prefill = jax.jit(functools.partial(prefill, signature), out_shardings=(delivered, whole, whole)).lower(
-        state,
+    return jax.jit(functools.partial(prefill, signature), out_shardings=(delivered, whole, whole)).lower(
+        _state(signature),
         jax.ShapeDtypeStruct(prompts, jnp.int32, sharding=whole),
         jax.ShapeDtypeStruct(prompts, jnp.bool_, sharding=whole),
-        controls,
+        _controls(signature),
     )
-    compiled_prefill = lowered_prefill.compile()
+
+
+def lower_decode(
+    signature: Signature, lowered_prefill: jax.stages.Lowered, compiled_prefill: jax.stages.Compiled
+) -> jax.stages.Lowered:
+    """`decode` without its first argument, ready to be compiled, for the progress that this prefill delivers."""
     # Decode hands its result to itself, so it keeps the shardings in which prefill delivers.
     progress, *_ = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -258,6 +277,21 @@ def compile_programs(signature: Signature) -> Programs:
     jitted_decode = jax.jit(
         functools.partial(decode, signature), donate_argnums=1, out_shardings=compiled_prefill.output_shardings
     )
-    limit = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    compiled_decode = jitted_decode.lower(state, progress, controls, limit).compile()
-    return Programs(compiled_prefill, compiled_decode)
+    limit = jax.ShapeDtypeStruct((), jnp.int32, sharding=signature.everywhere)
+    return jitted_decode.lower(_state(signature), progress, _controls(signature), limit)
+
+
+def _state(signature: Signature) -> Any:
+    return jax.tree.unflatten(signature.state_structure, signature.state_leaves)
+
+
+def _controls(signature: Signature) -> Controls:
+    """Shapes of the controls."""
+    whole = signature.everywhere
+    return Controls(
+        seed_key=jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=whole),
+        temperature=jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
+        top_p=jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
+        eos_token_ids=jax.ShapeDtypeStruct((signature.num_eos,), jnp.int32, sharding=whole),
+        pad_token_id=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+    )
