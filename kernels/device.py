@@ -23,6 +23,14 @@ class GpuDevice:
     """Most shared memory that one block can have."""
     l2_bytes: int
     """Size of the second-level cache."""
+    memory_bytes: int
+    """Size of the device memory, as the driver reports it."""
+    flops_per_second: float
+    """Peak of dense bfloat16 products with float32 accumulation."""
+    hbm_bytes_per_second: float
+    """Peak of reading and writing device memory."""
+    link_bytes_per_second: float
+    """Peak of sending to the other GPUs of the same host (NVLink, one direction)."""
 
 
 GPU_DEVICES: dict[str, GpuDevice] = {
@@ -34,6 +42,10 @@ GPU_DEVICES: dict[str, GpuDevice] = {
             multiprocessors=108,
             shared_memory_bytes=166_912,
             l2_bytes=41_943_040,
+            memory_bytes=85_100_068_864,
+            flops_per_second=312e12,
+            hbm_bytes_per_second=2039.04e9,
+            link_bytes_per_second=300e9,
         ),
         GpuDevice(
             name="h100",
@@ -41,6 +53,10 @@ GPU_DEVICES: dict[str, GpuDevice] = {
             multiprocessors=132,
             shared_memory_bytes=232_448,
             l2_bytes=52_428_800,
+            memory_bytes=84_942_979_072,
+            flops_per_second=989.4e12,
+            hbm_bytes_per_second=3352.32e9,
+            link_bytes_per_second=450e9,
         ),
         GpuDevice(
             name="h200",
@@ -48,6 +64,10 @@ GPU_DEVICES: dict[str, GpuDevice] = {
             multiprocessors=132,
             shared_memory_bytes=232_448,
             l2_bytes=62_914_560,
+            memory_bytes=151_397_597_184,
+            flops_per_second=989.4e12,
+            hbm_bytes_per_second=4800e9,
+            link_bytes_per_second=450e9,
         ),
         GpuDevice(
             name="b200",
@@ -55,10 +75,17 @@ GPU_DEVICES: dict[str, GpuDevice] = {
             multiprocessors=148,
             shared_memory_bytes=232_448,
             l2_bytes=132_644_864,
+            memory_bytes=191_514_411_008,
+            flops_per_second=2250e12,
+            hbm_bytes_per_second=7672.32e9,
+            link_bytes_per_second=900e9,
         ),
     )
 }
-"""Devices that can be compiled for without being present. A present device reports its own number of multiprocessors."""
+"""Devices that can be compiled for without being present. A present device reports its own number of multiprocessors.
+
+Peaks are those of the SXM boards (B200: of an HGX board), without sparsity. Source: NVIDIA's data sheets.
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +104,10 @@ class TpuDevice:
     """Peak of bfloat16 products with float32 accumulation, of all cores together."""
     hbm_bytes_per_second: float
     """Peak of reading and writing device memory."""
+    memory_bytes: int
+    """Size of the device memory."""
+    link_bytes_per_second: float
+    """Peak of sending to other devices of the slice (inter-chip interconnect: all links together, one direction)."""
 
 
 TPU_DEVICES: dict[str, TpuDevice] = {
@@ -89,6 +120,8 @@ TPU_DEVICES: dict[str, TpuDevice] = {
             cores=1,
             flops_per_second=197e12,
             hbm_bytes_per_second=819e9,
+            memory_bytes=16 * 2**30,
+            link_bytes_per_second=200e9,
         ),
         TpuDevice(
             name="v5p",
@@ -97,6 +130,8 @@ TPU_DEVICES: dict[str, TpuDevice] = {
             cores=2,
             flops_per_second=459e12,
             hbm_bytes_per_second=2765e9,
+            memory_bytes=95 * 2**30,
+            link_bytes_per_second=600e9,
         ),
         TpuDevice(
             name="v6e",
@@ -105,6 +140,8 @@ TPU_DEVICES: dict[str, TpuDevice] = {
             cores=1,
             flops_per_second=918e12,
             hbm_bytes_per_second=1640e9,
+            memory_bytes=32 * 2**30,
+            link_bytes_per_second=400e9,
         ),
         TpuDevice(
             name="7x",
@@ -113,6 +150,8 @@ TPU_DEVICES: dict[str, TpuDevice] = {
             cores=1,
             flops_per_second=1153.5e12,
             hbm_bytes_per_second=3690e9,
+            memory_bytes=96 * 2**30,
+            link_bytes_per_second=300e9,
         ),
     )
 }

@@ -37,21 +37,12 @@ TPU_TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": 
 """The smallest topology that the compiler knows of each generation; `tpu7x:2x2x1` has two devices per chip."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Board:
-    """What XLA wants to know of a GPU beyond what our kernels do; it steers XLA's own cost estimates."""
-
-    clock_ghz: float
-    memory_bytes: int
-    bytes_per_second: int
+class UnfitEnvironmentError(RuntimeError):
+    """This process cannot compile for accelerators that are not there; the message says what to do."""
 
 
-_BOARDS = {
-    "a100": _Board(clock_ghz=1.41, memory_bytes=85_100_068_864, bytes_per_second=2_039_040_000_000),
-    "h100": _Board(clock_ghz=1.98, memory_bytes=84_942_979_072, bytes_per_second=3_352_320_000_000),
-    "h200": _Board(clock_ghz=1.98, memory_bytes=151_397_597_184, bytes_per_second=4_800_000_000_000),
-    "b200": _Board(clock_ghz=1.965, memory_bytes=191_514_411_008, bytes_per_second=7_672_320_000_000),
-}
+_CLOCKS_GHZ = {"a100": 1.41, "h100": 1.98, "h200": 1.98, "b200": 1.965}
+"""What XLA wants to know of a GPU beyond what `GpuDevice` says; it steers XLA's own cost estimates."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,17 +63,27 @@ class GpuTarget:
         Raises:
             ValueError: unknown name, or a number that is not positive.
         """
-        if name not in _BOARDS:
-            raise ValueError(f"unknown GPU {name!r}; legal are {', '.join(_BOARDS)}")
+        if name not in GPU_DEVICES:
+            raise ValueError(f"unknown GPU {name!r}; legal are {', '.join(GPU_DEVICES)}")
         if hosts < 1 or gpus_per_host < 1:
             raise ValueError(f"hosts and gpus_per_host must be at least 1, got {hosts} and {gpus_per_host}")
         return cls(device=GPU_DEVICES[name], hosts=hosts, gpus_per_host=gpus_per_host)
+
+    @property
+    def name(self) -> str:
+        """As `target_named` reads it."""
+        return f"{self.device.name}:{self.hosts}x{self.gpus_per_host}"
+
+    @property
+    def devices_per_host(self) -> int:
+        """Consecutive devices that are joined by their own links."""
+        return self.gpus_per_host
 
     def topology(self) -> topologies.TopologyDescription:
         """The GPUs, in a form that XLA compiles for.
 
         Raises:
-            RuntimeError: the environment is not fit for it, see `check_environment`.
+            UnfitEnvironmentError: the environment is not fit for it, see `check_environment`.
         """
         check_environment()
         return topologies.get_topology_desc(
@@ -138,20 +139,34 @@ class TpuTarget:
             )
         return cls(device=device, slice_name=slice_name)
 
+    @property
+    def name(self) -> str:
+        """As `target_named` reads it."""
+        return self.slice_name
+
+    @property
+    def devices_per_host(self) -> None:
+        """The links of a slice join the devices of all its hosts."""
+        return None
+
     def topology(self) -> topologies.TopologyDescription:
         """The TPUs, in a form that XLA compiles for.
 
         Raises:
-            RuntimeError: the environment is not fit for it.
+            UnfitEnvironmentError: the environment is not fit for it.
+            ValueError: there is no slice of this shape.
         """
         _check_variables("TPUs", TPU_ENVIRONMENT)
         try:
             metadata.version("libtpu")
         except metadata.PackageNotFoundError:
-            raise RuntimeError(
+            raise UnfitEnvironmentError(
                 "to compile for TPUs ahead of time, libtpu must be installed; pip install libtpu"
             ) from None
-        return topologies.get_topology_desc(self.slice_name, platform="tpu")
+        try:
+            return topologies.get_topology_desc(self.slice_name, platform="tpu")
+        except jax.errors.JaxRuntimeError as error:
+            raise ValueError(f"there is no slice {self.slice_name!r}: {error}") from error
 
     def one_device(self) -> NamedSharding:
         """Sharding that puts an array on the first device."""
@@ -162,12 +177,39 @@ class TpuTarget:
         return targeting(self.device)
 
 
+Target = GpuTarget | TpuTarget
+
+
+def target_named(name: str) -> Target:
+    """The target of that name: a slice of TPUs, as in "v6e:16x16", or hosts x GPUs per host, as in "h200:2x8".
+
+    A name without a shape stands for the smallest: one GPU, or the smallest slice of TPUs.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    kind, colon, shape = name.partition(":")
+    if kind.removeprefix("tpu") in TPU_DEVICES:
+        return TpuTarget.named(name)
+    if kind not in GPU_DEVICES:
+        raise ValueError(
+            f"unknown target {name!r}; legal are TPUs ({', '.join(TPU_TOPOLOGIES)}) with the shape of their slice, as in"
+            f" v6e:16x16, and GPUs ({', '.join(GPU_DEVICES)}) with hosts and GPUs per host, as in h200:2x8"
+        )
+    if not colon:
+        return GpuTarget.named(kind)
+    sizes = shape.split("x")
+    if len(sizes) != 2 or not all(size.isdecimal() for size in sizes):
+        raise ValueError(f"the shape of {name!r} must be hosts x GPUs per host, as in {kind}:2x8; got {shape!r}")
+    return GpuTarget.named(kind, hosts=int(sizes[0]), gpus_per_host=int(sizes[1]))
+
+
 def _check_variables(accelerators: str, needed: Mapping[str, str]) -> None:
     unset = {name: value for name, value in needed.items() if os.environ.get(name) != value}
     if unset:
         wanted = " ".join(f"{name}={value}" for name, value in unset.items())
         found = ", ".join(f"{name}={os.environ.get(name)!r}" for name in unset)
-        raise RuntimeError(
+        raise UnfitEnvironmentError(
             f"to compile for {accelerators} ahead of time, start Python with {wanted} set; found {found}"
         )
 
@@ -176,7 +218,7 @@ def check_environment() -> None:
     """Whether this process can compile for GPUs that are not there.
 
     Raises:
-        RuntimeError: a variable is not set, or a plugin is missing or of another version than jax; says what to do.
+        UnfitEnvironmentError: a variable is not set, or a plugin is missing or of another version than jax; says what to do.
     """
     _check_variables("GPUs", GPU_ENVIRONMENT)
     for plugin in GPU_PLUGINS:
@@ -186,7 +228,7 @@ def check_environment() -> None:
             version = None
         if version != jax.__version__:
             wanted = " ".join(f"{name}=={jax.__version__}" for name in GPU_PLUGINS)
-            raise RuntimeError(
+            raise UnfitEnvironmentError(
                 f"to compile for GPUs ahead of time, {plugin} of jax's version {jax.__version__} must be installed, found"
                 f" {version}; pip install {wanted} (no other CUDA package is needed)"
             )
@@ -194,7 +236,6 @@ def check_environment() -> None:
 
 def target_config(device: GpuDevice) -> str:
     """Text form of XLA's `GpuTargetConfigProto` for one of `GPU_DEVICES`."""
-    board = _BOARDS[device.name]
     major, minor = device.compute_capability
     accelerated = "feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
     return f"""
@@ -204,9 +245,9 @@ gpu_device_info {{
   cuda_compute_capability {{ major: {major} minor: {minor} {accelerated} }}
   core_count: {device.multiprocessors}
   fpus_per_core: 128
-  clock_rate_ghz: {board.clock_ghz}
-  device_memory_size: {board.memory_bytes}
-  memory_bandwidth: {board.bytes_per_second}
+  clock_rate_ghz: {_CLOCKS_GHZ[device.name]}
+  device_memory_size: {device.memory_bytes}
+  memory_bandwidth: {int(device.hbm_bytes_per_second)}
   l2_cache_size: {device.l2_bytes}
   shared_memory_per_block: 49152
   shared_memory_per_block_optin: {device.shared_memory_bytes}
