@@ -7,7 +7,7 @@ is written down and not in the middle of a step.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Self, get_args
 
 import jax.numpy as jnp
 
@@ -171,10 +171,18 @@ class SharedExpertsConfig:
 AxisNames = str | tuple[str, ...] | None
 """A mesh axis, a tuple of axes that is flattened into one, or None for not sharded."""
 
+DispatchStrategy = Literal["replicated", "allgather_reducescatter", "padded_all_to_all", "ragged_all_to_all"]
+"""How tokens meet their experts; see `moe_jax.parallel`."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Which mesh axes shard what; the caller chooses the names (design section 8; spec 1.8)."""
+    """Which mesh axes shard what, and how tokens meet their experts; the caller chooses the names (spec 1.8).
+
+    Tokens are split over `data_axis` and `sequence_axis`, experts over `expert_axis` and `tensor_axis`. A mesh axis may
+    be one of the first pair and one of the second: its ranks then hold different tokens *and* different experts, which
+    is vLLM's expert parallelism (`from_vllm`).
+    """
 
     expert_axis: AxisNames = None
     """Experts are split over this axis."""
@@ -183,10 +191,80 @@ class ParallelConfig:
     data_axis: AxisNames = None
     """Tokens are split over this axis."""
     sequence_axis: AxisNames = None
-    """The sequence is split over this axis."""
+    """The tokens of each data position are split again over this axis: the second to last dimension of the hidden states."""
+    strategy: DispatchStrategy | None = None
+    """How tokens meet their experts; None: what moves the fewest rows (`MoERunner.explain_dispatch` says which, and why)."""
+    placement_strategy: Literal["linear", "round_robin"] = "linear"
+    """How experts are dealt out to the ranks of `expert_axis`, see `ExpertMapManager`."""
+    capacity_factor: float | None = None
+    """Of `padded_all_to_all`: room that a rank keeps for each other, as a multiple of what evenly spread choices need. Rows
+    beyond are dropped, and counted in `MoEAux.dropped_rows`. None: room for the worst case, nothing is ever dropped."""
+    one_row_per_rank: bool = False
+    """Of the all-to-all strategies: a token travels once to each rank that has experts for it, and comes back as their
+    weighted sum, instead of once for each expert. Fewer rows; the sum is rounded once per rank."""
+    micro_batches: int = 1
+    """2: each rank's tokens are dispatched and computed in two independent halves, so that the communication of one can
+    hide behind the computation of the other (vLLM's dual batch overlap)."""
     reduce_results: bool = True
-    """False: where the layer's ranks (expert and tensor axes) would sum their results, return them unsummed,
-    `[ranks, ..., H]` split over those axes, for the caller to sum or reduce-scatter (see `ReductionPlan`)."""
+    """False: where ranks would sum their results for the same tokens, return them unsummed, `[ranks, ..., H]` split over
+    these ranks, for the caller to sum or reduce-scatter (see `ReductionPlan`)."""
+
+    def __post_init__(self) -> None:
+        if self.strategy is not None and self.strategy not in get_args(DispatchStrategy):
+            legal = ", ".join(map(repr, get_args(DispatchStrategy)))
+            raise ValueError(f"strategy must be one of {legal} or None; got {self.strategy!r}")
+        if self.placement_strategy not in ("linear", "round_robin"):
+            raise ValueError(f"placement_strategy must be 'linear' or 'round_robin', got {self.placement_strategy!r}")
+        if self.capacity_factor is not None and not (math.isfinite(self.capacity_factor) and self.capacity_factor > 0):
+            raise ValueError(f"capacity_factor must be positive and finite, or None; got {self.capacity_factor}")
+        if self.micro_batches not in (1, 2):
+            raise ValueError(f"micro_batches must be 1 or 2, got {self.micro_batches}")
+
+    @classmethod
+    def from_vllm(
+        cls,
+        tp: int = 1,
+        dp: int = 1,
+        enable_ep: bool = False,
+        *,
+        pcp: int = 1,
+        sequence_parallel: bool = False,
+        **settings: Any,
+    ) -> Self:
+        """What vLLM makes of these sizes, on a mesh with the axes "dp", "pcp" and "tp", in this order (spec 1.8).
+
+        All ranks together form one group: the expert-parallel one with `enable_ep`, the tensor-parallel one otherwise. Axes
+        of size 1 are left out, so the mesh need not have them.
+
+        Args:
+            tp: tensor-parallel size; the ranks of one such group hold the same tokens.
+            dp: data-parallel size; ranks hold different tokens.
+            enable_ep: whole experts on each rank, instead of a slice of every expert.
+            pcp: prefill-context-parallel size; ranks hold different parts of a prompt.
+            sequence_parallel: split tokens over the tensor-parallel ranks, too; needs `enable_ep`.
+            **settings: the other fields.
+
+        Raises:
+            ValueError: a size is not positive, or `sequence_parallel` without `enable_ep`.
+        """
+        sizes = {"dp": dp, "pcp": pcp, "tp": tp}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be positive, got {size}")
+        if sequence_parallel and not enable_ep:
+            raise ValueError("sequence_parallel needs enable_ep=True, got False")
+
+        def axes(*names: str) -> AxisNames:
+            return tuple(name for name in names if sizes[name] > 1) or None
+
+        group = axes("dp", "pcp", "tp")
+        return cls(
+            expert_axis=group if enable_ep else None,
+            tensor_axis=None if enable_ep else group,
+            data_axis=axes("dp"),
+            sequence_axis=axes("pcp", "tp") if sequence_parallel else axes("pcp"),
+            **settings,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -29,43 +29,45 @@ def with_auto_axes(mesh: Mesh) -> Mesh:
 class LayerAxes:
     """Mesh axes of one Mixture-of-Experts layer, by what they split.
 
-    A *rank* of the layer is one position along the reduce axes (expert axes, then tensor axes): it holds the experts
-    of its expert position, and of each of them the slice of the intermediate size of its tensor position.
+    Experts are split over the *reduce* axes: whole experts over the expert axes, and each of them along its intermediate
+    size over the tensor axes. Tokens are split over the *token* axes: data, then sequence axes. What a mesh axis does
+    follows from where it is:
+
+    - only a reduce axis: its ranks hold the same tokens and compute different parts of their results (`partial`);
+    - both: its ranks hold different tokens and different experts, so that rows have to travel (`exchanged`);
+    - only a token axis: its ranks have nothing to do with each other.
     """
 
     mesh: Mesh
     expert: tuple[str, ...]
     tensor: tuple[str, ...]
     data: tuple[str, ...]
+    sequence: tuple[str, ...] = ()
 
     @classmethod
     def resolve(cls, parallel: ParallelConfig, mesh: Mesh) -> Self:
         """Look the axes up in `mesh`.
 
         Raises:
-            ValueError: an axis is not in the mesh or is used twice, or `sequence_axis` is set.
+            ValueError: an axis is not in the mesh, or splits experts twice or tokens twice.
         """
-        if parallel.sequence_axis is not None:
-            raise ValueError(
-                f"the replicated strategy keeps every token on all ranks of a layer, so sequence_axis must be None; "
-                f"got {parallel.sequence_axis!r}"
-            )
         axes = cls(
             mesh=mesh,
             expert=axis_tuple(parallel.expert_axis),
             tensor=axis_tuple(parallel.tensor_axis),
             data=axis_tuple(parallel.data_axis),
+            sequence=axis_tuple(parallel.sequence_axis),
         )
-        names = axes.expert + axes.tensor + axes.data
-        if unknown := [name for name in names if name not in mesh.axis_names]:
-            raise ValueError(
-                f"parallel axes must be axes of the mesh {mesh.axis_names}, got {', '.join(map(repr, unknown))}"
-            )
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(
-                "expert_axis, tensor_axis and data_axis must not share a mesh axis, "
-                f"got {', '.join(map(repr, repeated))} twice"
-            )
+        for fields, names in (
+            ("expert_axis and tensor_axis", axes.reduce),
+            ("data_axis and sequence_axis", axes.tokens),
+        ):
+            if unknown := [name for name in names if name not in mesh.axis_names]:
+                raise ValueError(
+                    f"parallel axes must be axes of the mesh {mesh.axis_names}, got {', '.join(map(repr, unknown))}"
+                )
+            if repeated := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"{fields} must not share a mesh axis, got {', '.join(map(repr, repeated))} twice")
         return axes
 
     def size(self, names: tuple[str, ...]) -> int:
@@ -73,14 +75,48 @@ class LayerAxes:
         return math.prod(self.mesh.shape[name] for name in names)
 
     @property
+    def tokens(self) -> tuple[str, ...]:
+        """Axes over which tokens are split, the slowest first."""
+        return self.data + self.sequence
+
+    @property
     def reduce(self) -> tuple[str, ...]:
-        """Axes over which a layer's partial results are summed."""
+        """Axes over which the experts are split."""
         return self.expert + self.tensor
+
+    @property
+    def partial(self) -> tuple[str, ...]:
+        """Axes whose ranks hold the same tokens, and each a part of their results that has to be summed."""
+        return tuple(name for name in self.reduce if name not in self.tokens)
+
+    @property
+    def exchanged(self) -> tuple[str, ...]:
+        """Axes whose ranks hold different tokens and different parts of the experts."""
+        return tuple(name for name in self.reduce if name in self.tokens)
+
+    @property
+    def sliced(self) -> tuple[str, ...]:
+        """Expert axes that hold the same tokens: before rows travel from rank to rank, each takes a slice of them."""
+        return tuple(name for name in self.expert if name not in self.tokens)
 
     @property
     def num_ranks(self) -> int:
         """Ranks that each hold a partial result of the same tokens."""
-        return self.size(self.reduce)
+        return self.size(self.partial)
+
+    @property
+    def platform(self) -> str:
+        """Platform of the mesh's devices: "cpu", "gpu" or "tpu"."""
+        return {"cuda": "gpu", "rocm": "gpu"}.get(self._device.platform, self._device.platform)
+
+    @property
+    def num_hosts(self) -> int:
+        """Processes to which the mesh's devices belong."""
+        return len({device.process_index for device in self.mesh.devices.flat})
+
+    @property
+    def _device(self) -> jax.Device:
+        return self.mesh.devices.flat[0]
 
     def validate(self, config: MoEConfig) -> None:
         """Raise ValueError unless the layer divides evenly over the ranks, as upstream requires (spec 1.3)."""
@@ -98,8 +134,8 @@ class LayerAxes:
         shared = config.shared_experts
         if shared is not None and shared.intermediate_size % self.num_ranks:
             raise ValueError(
-                f"the {self.num_ranks} ranks of expert_axis and tensor_axis must divide the intermediate_size "
-                f"of the shared experts, got {shared.intermediate_size}"
+                f"the {self.num_ranks} ranks of {self.partial}, which hold the same tokens, must divide the "
+                f"intermediate_size of the shared experts, got {shared.intermediate_size}"
             )
 
     def position(self, names: tuple[str, ...]) -> jax.Array | int:

@@ -24,6 +24,9 @@ class MoEAux:
     """The same per physical expert, int32: the slots that hold a copy share its expert's load (spec 5.7)."""
     dropped_rows: Int[Array, ""]
     """(token, slot) pairs that no rank had room for; 0 unless the dispatch strategy has a capacity."""
+    sent_rows: Int[Array, "ranks"]
+    """Rows of hidden states that each rank with tokens of its own has sent to ranks that own experts, itself excepted. Ranks that
+    hold the same tokens and different slices of the experts send alike; they count as one."""
 
 
 def count_expert_load(topk_ids: Int[Array, "T K"], num_experts: int) -> Int[Array, "E"]:

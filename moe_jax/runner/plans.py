@@ -63,12 +63,15 @@ class ReductionPlan:
     """Sum the shared output alone, because the routed one has been summed already."""
     final: bool
     """Sum the layer's result, routed plus shared, once."""
+    routed_comes_summed: bool = False
+    """The routed output comes back from its experts as a sum already, so only the shared one is ever summed."""
 
     @classmethod
     def of(
         cls,
         *,
         num_ranks: int,
+        routed_ranks: int | None = None,
         reduce_results: bool,
         has_shared_experts: bool,
         has_output_transform: bool,
@@ -77,23 +80,28 @@ class ReductionPlan:
         """The plan of a layer.
 
         Args:
-            num_ranks: positions along the expert and tensor axes.
-            reduce_results: False asks for partial results. Zero experts, whose part every rank holds whole, and an
-                output transform, which needs the whole routed output, reduce nevertheless, as upstream does.
+            num_ranks: positions along the expert and tensor axes whose ranks hold the same tokens.
+            routed_ranks: ranks over which the routed output is partial, if it comes back from its experts summed over the others;
+                None: `num_ranks`.
+            reduce_results: False asks for partial results. Zero experts, whose part every rank holds whole, an output transform,
+                which needs the whole routed output, and a routed output that comes back summed reduce nevertheless, as upstream
+                does.
             has_shared_experts: the layer has shared experts.
             has_output_transform: the layer has a `routed_output_transform`.
             has_zero_experts: the router has zero experts.
         """
+        routed_ranks = num_ranks if routed_ranks is None else routed_ranks
         parallel = num_ranks > 1
-        before_transform = parallel and has_output_transform
+        one_by_one = parallel and (has_output_transform or routed_ranks != num_ranks)
         return cls(
             num_ranks=num_ranks,
-            routed_before_transform=before_transform,
-            shared_alone=before_transform and has_shared_experts,
-            final=parallel and not before_transform and (reduce_results or has_zero_experts),
+            routed_before_transform=one_by_one and routed_ranks > 1,
+            shared_alone=one_by_one and has_shared_experts,
+            final=parallel and not one_by_one and (reduce_results or has_zero_experts),
+            routed_comes_summed=parallel and routed_ranks == 1,
         )
 
     @property
     def result_is_partial(self) -> bool:
         """Whether the layer returns `[ranks, ..., H]` for its caller to sum, instead of `[..., H]`."""
-        return self.num_ranks > 1 and not (self.routed_before_transform or self.final)
+        return self.num_ranks > 1 and not (self.routed_before_transform or self.routed_comes_summed or self.final)

@@ -1,5 +1,6 @@
 """The Mixture-of-Experts layer."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,11 +14,25 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import MoEConfig
 from moe_jax.experts import ExpertWeights, RoutedExperts, SharedExperts
-from moe_jax.experts.replicas import ReplicaMap
-from moe_jax.parallel import LayerAxes, replicated
+from moe_jax.kernels.selection import Choice
+from moe_jax.parallel import LayerAxes
+from moe_jax.parallel.choice import choose_strategy
+from moe_jax.parallel.dispatch import DispatchRequest
+from moe_jax.parallel.layer_parts import (
+    RoutedDispatch,
+    RoutedResult,
+    TokenLayout,
+    gather_slices,
+    routed_partials,
+    shared_partials,
+    sum_over_ranks,
+)
+from moe_jax.parallel.sharding import expert_weight_specs, shared_expert_spec
+from moe_jax.placement import ExpertMapManager
 from moe_jax.routing import Router, split_zero_experts
 from moe_jax.runner.aux import MoEAux, count_expert_load
 from moe_jax.runner.interface import MoERunnerInterface
+from moe_jax.runner.physical_experts import expert_map_manager, initial_replicas
 from moe_jax.runner.plans import ReductionPlan, ScalingPlan
 
 Transform = Callable[[Array], Any]
@@ -82,8 +97,7 @@ class MoERunner(MoERunnerInterface):
         if shared_experts is None and config.shared_experts is not None:
             shared_experts = SharedExperts(config, rngs=rngs)
         self.shared_experts = _as_part(shared_experts)
-        redundant = config.num_redundant_experts
-        self.replicas = nnx.data(ReplicaMap.initial(config.num_experts, redundant) if redundant else None)
+        self.replicas = nnx.data(initial_replicas(config, self.axes))
         self.routed_input_transform = _as_part(routed_input_transform)
         self.routed_output_transform = _as_part(routed_output_transform)
         self._check_parts()
@@ -102,14 +116,39 @@ class MoERunner(MoERunnerInterface):
 
     @property
     def reduction_plan(self) -> ReductionPlan:
-        """Who sums the ranks' partial results, and when."""
+        """Who sums the ranks' partial results, and when.
+
+        Where `config.parallel.strategy` is None, of a strategy that leaves tokens on the ranks that hold them; one that
+        divides them may be chosen for many tokens, and gives the same results.
+        """
+        strategy = self.config.parallel.strategy
+        return self._reduction_plan(None if self.axes is None or strategy is None else self._dispatch(1))
+
+    def _reduction_plan(self, dispatch: RoutedDispatch | None) -> ReductionPlan:
+        axes = self.axes
         return ReductionPlan.of(
-            num_ranks=1 if self.axes is None else self.axes.num_ranks,
+            num_ranks=1 if axes is None else axes.num_ranks,
+            routed_ranks=None if axes is None or dispatch is None else axes.size(dispatch.layout.partial),
             reduce_results=self.config.parallel.reduce_results,
             has_shared_experts=self.shared_experts is not None,
             has_output_transform=self.routed_output_transform is not None,
             has_zero_experts=self.config.router.num_zero_experts > 0,
         )
+
+    def explain_dispatch(self, num_tokens: int) -> Choice:
+        """Which dispatch strategy runs for `num_tokens` tokens (of all ranks together), why, and why no other.
+
+        Raises:
+            ValueError: the layer has no mesh, so nothing is dispatched.
+            NotImplementedError: the strategy that was asked for, or every one, cannot run.
+        """
+        if self.axes is None:
+            raise ValueError("only a layer on a mesh dispatches tokens; this one was built with mesh=None")
+        return choose_strategy(self._dispatch_request(self.axes, num_tokens))[1]
+
+    def expert_map_manager(self, ep_rank: int = 0) -> ExpertMapManager:
+        """Which expert slots the ranks at position `ep_rank` of the expert axes hold."""
+        return expert_map_manager(self.config, self.axes, ep_rank)
 
     def __call__(
         self,
@@ -187,7 +226,7 @@ class MoERunner(MoERunnerInterface):
         if token_mask is not None:
             is_routed = _flatten("token_mask", token_mask, leading, 0)[:, None] != 0
             topk_weights, topk_ids = jnp.where(is_routed, topk_weights, 0), jnp.where(is_routed, topk_ids, -1)
-        output, physical_ids = self._run_experts(routed_input, shared_input, topk_weights, topk_ids)
+        output, physical_ids, counts = self._run_experts(routed_input, shared_input, topk_weights, topk_ids)
         output = _unflatten(output, leading)
         if not with_aux:
             return output
@@ -197,7 +236,8 @@ class MoERunner(MoERunnerInterface):
             router_logits=_unflatten(logits, leading),
             expert_load=count_expert_load(topk_ids, self.config.num_experts),
             physical_load=count_expert_load(physical_ids, self.config.num_physical_experts),
-            dropped_rows=jnp.zeros((), jnp.int32),
+            dropped_rows=counts.dropped_rows,
+            sent_rows=counts.sent_rows,
         )
         return output, aux
 
@@ -207,30 +247,36 @@ class MoERunner(MoERunnerInterface):
         shared_input: Float[Array, "T S"],
         topk_weights: Float[Array, "T K"],
         topk_ids: Int[Array, "T K"],
-    ) -> tuple[Float[Array, "T D"] | Float[Array, "ranks T D"], Int[Array, "T K"]]:
-        """Everything after routing: spec 1.4 steps 5 to 11. Also returns the physical ids."""
-        plan, num_tokens = self.reduction_plan, routed_input.shape[0]
+    ) -> tuple[Float[Array, "T D"] | Float[Array, "ranks T D"], Int[Array, "T K"], RoutedResult]:
+        """Everything after routing: spec 1.4 steps 5 to 11. Also returns the physical ids, and what dispatch counted."""
+        num_tokens = routed_input.shape[0]
+        dispatch = None if self.axes is None else self._dispatch(num_tokens)
+        plan = self._reduction_plan(dispatch)
         routed_factor, shared_factor = self.scaling_plan.output_factors(routed_input.dtype)
         split = split_zero_experts(topk_weights, topk_ids, num_experts=self.config.num_experts)
         physical_ids = split.topk_ids if self.replicas is None else self.replicas(split.topk_ids)
 
-        routed = self._run_routed(routed_input, split.topk_weights, physical_ids)
-        if plan.routed_before_transform:
-            routed = replicated.sum_over_ranks(self.axes, routed, num_tokens)
+        result = self._run_routed(dispatch, routed_input, split.topk_weights, physical_ids)
+        routed = result.partials
+        if dispatch is None or self.axes.size(dispatch.layout.partial) == 1:
+            routed = routed[0, :num_tokens]
+        elif plan.routed_before_transform:
+            routed = sum_over_ranks(self.axes, routed, dispatch.layout, dispatch.layout, num_tokens)
         output = routed if routed_factor == 1.0 else routed * routed_factor
         if self.routed_output_transform is not None:
             output = _first(self.routed_output_transform(output))
 
         if self.shared_experts is not None:
-            shared = self._run_shared(shared_input)
-            if plan.shared_alone:
-                shared = replicated.sum_over_ranks(self.axes, shared, num_tokens)
+            shared = self._run_shared(dispatch, shared_input, summed=plan.shared_alone)
             output = output + (shared if shared_factor == 1.0 else shared * shared_factor)
 
-        if plan.final:
-            output = replicated.sum_over_ranks(self.axes, output, num_tokens)
-        if plan.result_is_partial:
-            output = output[:, :num_tokens]
+        if dispatch is not None:
+            if plan.final:
+                output = sum_over_ranks(self.axes, output, dispatch.layout, dispatch.layout, num_tokens)
+            if plan.result_is_partial:
+                output = output[:, :num_tokens]
+            else:
+                output = gather_slices(dispatch, output)
         if self.config.router.num_zero_experts:
             if output.shape[-1] != routed_input.shape[-1]:
                 raise ValueError(
@@ -238,25 +284,44 @@ class MoERunner(MoERunnerInterface):
                     f"({output.shape[-1]}), got {routed_input.shape[-1]}"
                 )
             output = output + split.identity_weight[:, None].astype(output.dtype) * routed_input
-        return output, physical_ids
+        return output, physical_ids, result
 
-    def _run_routed(self, x: Array, topk_weights: Array, physical_ids: Array) -> Array:
-        """`[T, H]`, or `[ranks, Tpadded, H]` partial results if the layer has several ranks."""
+    def _dispatch_request(self, axes: LayerAxes, num_tokens: int) -> DispatchRequest:
+        config = self.config
+        return DispatchRequest(
+            axes=axes,
+            parallel=config.parallel,
+            num_tokens=num_tokens,
+            top_k=config.top_k,
+            num_experts=config.num_physical_experts,
+        )
+
+    def _dispatch(self, num_tokens: int) -> RoutedDispatch:
+        """How `num_tokens` tokens meet their experts."""
+        request = self._dispatch_request(self.axes, num_tokens)
+        strategy, _ = choose_strategy(request)
+        settings = dataclasses.replace(request.settings, weights_on_input=self.config.apply_router_weight_on_input)
+        return RoutedDispatch(strategy, settings, self.config.parallel.micro_batches)
+
+    def _run_routed(
+        self, dispatch: RoutedDispatch | None, x: Array, topk_weights: Array, physical_ids: Array
+    ) -> RoutedResult:
+        """The routed experts, on one device or on all ranks."""
         experts = self.routed_experts
-        if self.axes is None:
-            return experts(x, topk_weights, physical_ids)
-        arrays = (x, topk_weights, physical_ids, experts.weights())
-        partials = replicated.routed_partials(self.axes, experts.computation, *arrays)
-        return self._unwrap_single_rank(partials, x.shape[0])
+        if dispatch is None:
+            none = jnp.zeros((), jnp.int32)
+            return RoutedResult(experts(x, topk_weights, physical_ids)[None], sent_rows=none[None], dropped_rows=none)
+        return routed_partials(dispatch, experts.computation, x, topk_weights, physical_ids, experts.weights())
 
-    def _run_shared(self, x: Array) -> Array:
-        """Like `_run_routed`, of the shared experts."""
-        if self.axes is None or not isinstance(self.shared_experts, SharedExperts):
+    def _run_shared(self, dispatch: RoutedDispatch | None, x: Array, *, summed: bool) -> Array:
+        """`[T, D]`, or `[ranks, Tpadded, D]` partial results that are still to be summed."""
+        if dispatch is None or not isinstance(self.shared_experts, SharedExperts):
             return self.shared_experts(x)
-        return self._unwrap_single_rank(replicated.shared_partials(self.axes, self.shared_experts, x), x.shape[0])
-
-    def _unwrap_single_rank(self, partials: Array, num_tokens: int) -> Array:
-        return partials if self.reduction_plan.num_ranks > 1 else partials[0, :num_tokens]
+        partials = shared_partials(dispatch, self.shared_experts, x)
+        if summed:
+            layout = TokenLayout.of(dispatch.axes, sliced=False)
+            return sum_over_ranks(dispatch.axes, partials, layout, dispatch.layout, x.shape[0])
+        return partials if dispatch.axes.num_ranks > 1 else partials[0, : x.shape[0]]
 
     def partition_specs(self) -> nnx.State:
         """How each parameter is split over the mesh: a state of `PartitionSpec`s."""
@@ -267,9 +332,9 @@ class MoERunner(MoERunnerInterface):
             return PartitionSpec()
         part, *rest = path
         if part == "routed_experts" and rest[0] in ExpertWeights._fields:
-            return getattr(replicated.expert_weight_specs(self.axes), rest[0])
+            return getattr(expert_weight_specs(self.axes), rest[0])
         if part == "shared_experts" and isinstance(self.shared_experts, SharedExperts):
-            return replicated.shared_expert_spec(self.axes, tuple(rest))
+            return shared_expert_spec(self.axes, tuple(rest))
         return PartitionSpec()
 
     def _place_on(self, mesh: Mesh, names: list[str]) -> None:
@@ -309,16 +374,18 @@ class MoERunner(MoERunnerInterface):
         """Shardings of the call's results, their leading dimensions split like those of the hidden states."""
         rows: Any = PartitionSpec(*leading, None)
         whole: Any = PartitionSpec()
-        output = PartitionSpec(axes.reduce, *leading, None) if self.reduction_plan.result_is_partial else rows
+        output = PartitionSpec(axes.partial, *leading, None) if self.reduction_plan.result_is_partial else rows
         if not with_aux:
             return NamedSharding(axes.mesh, output)
-        aux = MoEAux(rows, rows, rows, whole, whole, whole)  # specs stand where arrays will
+        aux = MoEAux(rows, rows, rows, whole, whole, whole, whole)  # specs stand where arrays will
         return jax.tree.map(lambda spec: NamedSharding(axes.mesh, spec), (output, aux))
 
     def __nnx_repr__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         yield from super().__nnx_repr__()
         yield reprlib.Attr("scaling_plan", self.scaling_plan)
         yield reprlib.Attr("reduction_plan", self.reduction_plan)
+        if self.axes is not None:
+            yield reprlib.Attr("dispatch_strategy", self.config.parallel.strategy or "chosen by number of tokens")
 
 
 def _resolve_axes(config: MoEConfig, mesh: Mesh | None) -> LayerAxes | None:

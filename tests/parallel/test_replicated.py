@@ -1,7 +1,5 @@
 """The replicated strategy on eight fake devices: forward and gradients equal those of the layer on one device."""
 
-import contextlib
-import dataclasses
 import itertools
 
 import jax
@@ -10,11 +8,19 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from oracles.layers_under_test import call, random_layer
+from oracles.layers_under_test import call
+from support.sharded_layers import (
+    PARALLEL,
+    SHARED,
+    assert_equal_forward_and_backward,
+    layer_pair,
+    make_mesh,
+    small_config,
+    transforms,
+)
 
 from moe_jax import (
     ExpertMapManager,
-    MoEConfig,
     MoERunner,
     ParallelConfig,
     RoutedExperts,
@@ -22,57 +28,6 @@ from moe_jax import (
     SharedExpertsConfig,
 )
 from moe_jax.placement import ParallelRanks
-
-SHARED = SharedExpertsConfig(intermediate_size=8, bias=True, sigmoid_gate=True)
-PARALLEL = ParallelConfig(expert_axis="expert", tensor_axis="tensor", data_axis="data")
-AXES = ("data", "expert", "tensor")
-
-
-def config(**changes):
-    base = dict(
-        hidden_size=6, intermediate_size=8, num_experts=8, top_k=2, expert_bias=True, implementation="reference"
-    )
-    return MoEConfig(**(base | changes))
-
-
-def make_mesh(data, expert, tensor, kind=AxisType.Auto):
-    devices = jax.devices()[: data * expert * tensor]
-    return jax.make_mesh((data, expert, tensor), AXES, axis_types=(kind,) * 3, devices=devices)
-
-
-def pair(rng, settings, mesh, parallel=PARALLEL, **parts):
-    """The same layer without and with a mesh."""
-    single = random_layer(rng, settings, **parts)
-    changed = dataclasses.replace(settings, parallel=parallel)
-    return single, random_layer(rng, changed, values=nnx.state(single), mesh=mesh, **parts)
-
-
-def transforms():
-    into = nnx.Linear(6, 6, rngs=nnx.Rngs(0))
-    out = nnx.Sequential(nnx.Linear(6, 6, rngs=nnx.Rngs(1)), nnx.silu)
-    return dict(routed_input_transform=into, routed_output_transform=out)
-
-
-@nnx.jit
-def value_and_gradients(layer, x, direction):
-    def loss(layer, x):
-        y, aux = layer(x, with_aux=True)
-        return (y * direction).sum(), (y, aux)
-
-    (_, (y, aux)), gradients = nnx.value_and_grad(loss, argnums=(0, 1), has_aux=True)(layer, x)
-    return y, aux, gradients
-
-
-def assert_equal_forward_and_backward(single, sharded, x, rng, context=contextlib.nullcontext):
-    direction = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
-    expected = jax.tree.map(np.asarray, value_and_gradients(single, x, direction))
-    with context():
-        actual = jax.tree.map(np.asarray, value_and_gradients(sharded, x, direction))
-    flat, _ = jax.tree.flatten_with_path(expected)
-    for (path, one), other in zip(flat, jax.tree.leaves(actual), strict=True):
-        tolerance = 1e-5 * max(1.0, np.abs(one).max(initial=0))
-        np.testing.assert_allclose(other, one, rtol=0, atol=tolerance, err_msg=jax.tree_util.keystr(path))
-
 
 # data, expert and tensor positions; what the layer is made of
 CASES = {
@@ -98,14 +53,14 @@ SLOW_CASES = ("expert 8", "tensor 2")
 )
 def test_sharded_layer_equals_the_layer_on_one_device(case, rng):
     sizes, changes, parts = CASES[case]
-    single, sharded = pair(rng, config(**changes), make_mesh(*sizes), **(parts() if parts else {}))
+    single, sharded = layer_pair(rng, small_config(**changes), make_mesh(*sizes), **(parts() if parts else {}))
     x = jnp.asarray(rng.normal(size=(2, 3, 6)), jnp.float32)  # six tokens: four data positions need padding
     assert_equal_forward_and_backward(single, sharded, x, rng)
 
 
 def test_sharded_layer_runs_on_a_mesh_with_explicit_axes(rng):
     mesh = make_mesh(2, 2, 2, AxisType.Explicit)
-    single, sharded = pair(rng, config(shared_experts=SHARED), mesh)
+    single, sharded = layer_pair(rng, small_config(shared_experts=SHARED), mesh)
     x = jnp.asarray(rng.normal(size=(4, 3, 6)), jnp.float32)
     assert_equal_forward_and_backward(single, sharded, x, rng, context=lambda: jax.set_mesh(mesh))
     with jax.set_mesh(mesh):
@@ -115,15 +70,15 @@ def test_sharded_layer_runs_on_a_mesh_with_explicit_axes(rng):
 
 
 def test_chosen_implementation_runs_sharded(rng):
-    settings = config(shared_experts=SHARED, implementation=None)
-    single, sharded = pair(rng, settings, make_mesh(1, 2, 2))
+    settings = small_config(shared_experts=SHARED, implementation=None)
+    single, sharded = layer_pair(rng, settings, make_mesh(1, 2, 2))
     x = jnp.asarray(rng.normal(size=(5, 6)), jnp.float32)
     np.testing.assert_allclose(call(sharded, x), call(single, x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["no tokens", "all on one expert"])
 def test_ranks_without_any_row_are_legal(case, rng):
-    single, sharded = pair(rng, config(shared_experts=SHARED), make_mesh(2, 2, 1))
+    single, sharded = layer_pair(rng, small_config(shared_experts=SHARED), make_mesh(2, 2, 1))
     x = jnp.asarray(rng.normal(size=(0 if case == "no tokens" else 5, 6)), jnp.float32)
     ids = jnp.broadcast_to(jnp.array([6, 6], jnp.int32), (len(x), 2))
     y, aux = call(sharded, x, forced_ids=ids, with_aux=True)
@@ -132,7 +87,7 @@ def test_ranks_without_any_row_are_legal(case, rng):
 
 
 def test_layer_outside_of_jit_equals_the_layer_inside(rng):
-    _, sharded = pair(rng, config(shared_experts=SHARED), make_mesh(1, 2, 2))
+    _, sharded = layer_pair(rng, small_config(shared_experts=SHARED), make_mesh(1, 2, 2))
     x = jnp.asarray(rng.normal(size=(3, 6)), jnp.float32)
     np.testing.assert_allclose(sharded(x), call(sharded, x), rtol=1e-5, atol=1e-6)
 
@@ -140,9 +95,9 @@ def test_layer_outside_of_jit_equals_the_layer_inside(rng):
 @pytest.mark.parametrize(("shared", "transform"), list(itertools.product([False, True], repeat=2)))
 def test_unreduced_results_sum_to_the_layer_unless_the_plan_reduced_them(shared, transform, rng):
     parts = transforms() if transform else {}
-    parallel = ParallelConfig(expert_axis="expert", tensor_axis="tensor", reduce_results=False)
-    settings = config(shared_experts=SHARED if shared else None)
-    single, sharded = pair(rng, settings, make_mesh(1, 2, 2), parallel, **parts)
+    parallel = ParallelConfig(expert_axis="expert", tensor_axis="tensor", strategy="replicated", reduce_results=False)
+    settings = small_config(shared_experts=SHARED if shared else None)
+    single, sharded = layer_pair(rng, settings, make_mesh(1, 2, 2), parallel, **parts)
     x = jnp.asarray(rng.normal(size=(3, 6)), jnp.float32)
     y = call(sharded, x)
     assert sharded.reduction_plan.result_is_partial == (not transform)
@@ -155,7 +110,7 @@ def test_unreduced_results_sum_to_the_layer_unless_the_plan_reduced_them(shared,
     "sizes", [(1, 2, 2), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in [(1, 1, 8), (1, 8, 1)])], ids=str
 )
 def test_down_bias_enters_the_sum_once(sizes, rng):
-    _, sharded = pair(rng, config(shared_experts=SHARED), make_mesh(*sizes))
+    _, sharded = layer_pair(rng, small_config(shared_experts=SHARED), make_mesh(*sizes))
     zeros = jax.tree.map(jnp.zeros_like, nnx.state(sharded))
     nnx.update(sharded, zeros)
     sharded.routed_experts.down_bias[...] += 3.0
@@ -165,7 +120,7 @@ def test_down_bias_enters_the_sum_once(sizes, rng):
 
 
 def test_parameters_are_created_split_over_the_mesh():
-    layer = MoERunner(config(shared_experts=SHARED, parallel=PARALLEL), rngs=nnx.Rngs(0), mesh=make_mesh(2, 2, 2))
+    layer = MoERunner(small_config(shared_experts=SHARED, parallel=PARALLEL), rngs=nnx.Rngs(0), mesh=make_mesh(2, 2, 2))
     experts, shared = layer.routed_experts, layer.shared_experts
     assert experts.gate_up_proj[...].sharding.shard_shape((8, 2, 8, 6)) == (4, 2, 4, 6)
     assert experts.down_proj[...].sharding.shard_shape((8, 6, 8)) == (4, 6, 4)
@@ -176,7 +131,7 @@ def test_parameters_are_created_split_over_the_mesh():
 
 def build(mesh_sizes=(2, 2, 2), parallel=PARALLEL, **changes):
     parts = {name: changes.pop(name) for name in ("routed_experts", "shared_experts") if callable(changes.get(name))}
-    settings = config(parallel=parallel, **changes)
+    settings = small_config(parallel=parallel, **changes)
     return nnx.eval_shape(lambda: MoERunner(settings, rngs=nnx.Rngs(0), mesh=make_mesh(*mesh_sizes), **parts))
 
 
@@ -187,8 +142,8 @@ def build(mesh_sizes=(2, 2, 2), parallel=PARALLEL, **changes):
         (dict(intermediate_size=9), "the 2 ranks of tensor_axis=.* must divide intermediate_size, got 9"),
         (dict(shared_experts=SharedExpertsConfig(intermediate_size=6)), "the 4 ranks .* shared experts, got 6"),
         (dict(parallel=ParallelConfig(expert_axis="model")), r"must be axes of the mesh \('data', .*got 'model'"),
-        (dict(parallel=ParallelConfig(expert_axis="data", data_axis="data")), "must not share .* got 'data' twice"),
-        (dict(parallel=ParallelConfig(sequence_axis="data")), "sequence_axis must be None; got 'data'"),
+        (dict(parallel=ParallelConfig(expert_axis="data", tensor_axis="data")), "must not share .* got 'data' twice"),
+        (dict(parallel=ParallelConfig(sequence_axis="data", data_axis="data")), "must not share .* got 'data' twice"),
     ],
 )
 def test_layer_that_cannot_be_split_is_refused(kwargs, message):
@@ -203,10 +158,10 @@ def test_shared_experts_that_cannot_be_split_are_refused():
 
 def test_layer_with_the_experts_of_one_rank_only_is_refused():
     manager = ExpertMapManager(global_num_experts=8, ranks=ParallelRanks(ep_size=2, ep_rank=0, use_ep=True))
-    experts = nnx.eval_shape(lambda: RoutedExperts(config(), expert_map_manager=manager, rngs=nnx.Rngs(0)))
+    experts = nnx.eval_shape(lambda: RoutedExperts(small_config(), expert_map_manager=manager, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="must hold every expert of the layer, .* got those of rank 0 of 2"):
         MoERunner(
-            config(parallel=PARALLEL),
+            small_config(parallel=PARALLEL),
             rngs=nnx.Rngs(0),
             mesh=make_mesh(2, 2, 2),
             routed_experts=experts,

@@ -1,0 +1,73 @@
+"""The rows that an all-to-all strategy sends, and how results become those of tokens again."""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_jax.parallel.dispatch import DispatchSettings
+from moe_jax.parallel.sent_rows import SentRows, count_unserved, first_choices, merge_choices
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """Which choices of a rank's tokens carry a row, and whereto."""
+
+    topk_weights: Float[Array, "T K"]
+    topk_ids: Int[Array, "T K"]
+    owner: Int[Array, "T K"]
+    """Rank that owns the expert; the number of ranks for ids that name none."""
+    key: Int[Array, "T K"]
+    """Choices of one token with the same key travel in one row: expert or owner."""
+    carries: Bool[Array, "T K"]
+    """Whether the row is this choice's: the first one of its key."""
+
+    @classmethod
+    def of(cls, settings: DispatchSettings, topk_weights: Float[Array, "T K"], topk_ids: Int[Array, "T K"]) -> Self:
+        """Ids outside `[0, num_experts)` carry nothing."""
+        is_expert = (topk_ids >= 0) & (topk_ids < settings.num_experts)
+        owner = jnp.where(is_expert, topk_ids // settings.local_experts, settings.num_ranks)
+        key = owner if settings.one_row_per_rank else jnp.where(is_expert, topk_ids, settings.num_experts)
+        return cls(topk_weights, topk_ids, owner, key, first_choices(key) & is_expert)
+
+    @property
+    def weights_at_home(self) -> Float[Array, "T K"]:
+        """What the result of each choice's row counts, one row for each expert."""
+        return merge_choices(self.topk_weights, self.key, self.carries)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Outgoing:
+    """Rows on their way, and what is kept to understand what returns."""
+
+    rows: SentRows
+    x: Float[Array, "R H"]
+    """Tokens, multiplied by their weight if the experts' input is to be."""
+    result_weights: Float[Array, "T K"]
+    """What the result of each choice's row counts."""
+    dropped_rows: Int[Array, ""]
+    """Choices that found no room."""
+
+    @classmethod
+    def of(cls, settings: DispatchSettings, x: Float[Array, "T H"], choices: Choices, rows: SentRows) -> Self:
+        """Fetch the rows of `x`."""
+        sent = rows.gather(x)
+        if settings.one_row_per_rank:
+            result_weights = choices.carries.astype(jnp.float32)
+        elif settings.weights_on_input:
+            weights = rows.gather(choices.weights_at_home)
+            weights = jnp.take_along_axis(weights, (rows.pair % weights.shape[1])[:, None], axis=1)
+            sent = (sent.astype(weights.dtype) * weights).astype(x.dtype)
+            result_weights = choices.carries.astype(jnp.float32)
+        else:
+            result_weights = choices.weights_at_home
+        is_valid = choices.owner < settings.num_ranks
+        return cls(rows, sent, result_weights, count_unserved(choices.key, is_valid, rows.is_sent))
+
+    def combine(self, results: Float[Array, "R H"]) -> Float[Array, "T H"]:
+        """Results that lie where the rows lay, summed per token in float32 and rounded once."""
+        return self.rows.combine(results, self.result_weights).astype(results.dtype)
