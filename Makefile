@@ -12,8 +12,6 @@ OLDEST_VENV := .venv-oldest
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check
 TEST_WORKERS ?= 2
-# A full sample takes long (--all: hours); `make aot AOT_TPU_ARGS=` for the script's own sample.
-AOT_TPU_ARGS ?= --models olmoe-1b-7b --tokens 2048
 # What has to be set before jax is imported, to compile for accelerators that are not there.
 AOT_ENVIRONMENT := JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 TPU_SKIP_MDS_QUERY=1 \
 	ALLOW_MULTIPLE_LIBTPU_LOAD=1
@@ -68,8 +66,14 @@ aot: aot-gpu aot-tpu  ## Compile the kernels of published models for GPUs and TP
 aot-gpu: $(AOT_VENV)/.installed  ## Of these, every kernel for GPUs (AOT_ARGS for options)
 	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/gpu_kernels.py --output build/aot $(AOT_ARGS)
 
-aot-tpu: $(AOT_VENV)/.installed  ## Of these, two kernels for TPUs (AOT_TPU_ARGS= for more, --all for every one, --search to compare)
+aot-tpu: $(AOT_VENV)/.installed  ## Of these, a sample of kernels for TPUs (AOT_TPU_ARGS=--all for every one: hours), and a layer on 4 TPUs
 	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/tpu_kernels.py --output build/aot $(AOT_TPU_ARGS)
+	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/expert_parallel_kernel.py --models qwen3-30b-a3b --tokens 128 \
+	    --output build/aot/expert_parallel_kernel.json
+	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/tpu_slices.py --slices v6e:2x2 --output build/aot
+
+aot-megablox: $(AOT_VENV)/.installed  ## Compare the TPU kernels with megablox, statically (an hour)
+	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/tpu_megablox.py --output build/aot $(AOT_TPU_ARGS)
 
 test-oldest: $(OLDEST_VENV)/.installed  ## Test and compile the kernels with the oldest supported jax
 	$(OLDEST_VENV)/bin/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS) tests/kernels tests/aot
@@ -134,5 +138,5 @@ $(GOLDEN_VENV)/.installed: tests/golden/requirements.txt
 	@$(GOLDEN_VENV)/bin/python $(PIP_INSTALL) -r tests/golden/requirements.txt
 	@touch $@
 
-.PHONY: demo test help test-slow test-all lint style format types golden-env golden check-transformers aot aot-gpu aot-tpu test-oldest bench \
+.PHONY: demo test help test-slow test-all lint style format types golden-env golden check-transformers aot aot-gpu aot-tpu aot-megablox test-oldest bench \
 	constraints clean
