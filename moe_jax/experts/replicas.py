@@ -75,7 +75,8 @@ class ReplicaMap(nnx.Module):
             raise ValueError(f"the placement must have the shape {shape}, got {physical_to_logical.shape}")
         for name, table in _tables(physical_to_logical, self.replica_count.shape[-1]).items():
             variable = getattr(self, name)
-            variable[...] = jax.device_put(table, variable[...].sharding)
+            old = variable[...]
+            variable[...] = jax.device_put(table, old.sharding) if old.committed else jnp.asarray(table)
 
     def __call__(self, topk_ids: Int[Array, "T K"]) -> Int[Array, "T K"]:
         """Physical ids of logical ones."""

@@ -12,6 +12,7 @@ from jax.nn import initializers
 from jaxtyping import Array, Float, Int
 
 from moe_jax.config import MoEConfig
+from moe_jax.experts.replicas import initial_physical_to_logical
 from moe_jax.experts.weights import ExpertWeights
 from moe_jax.kernels import Activation, fused_moe
 
@@ -118,9 +119,15 @@ class RoutedExperts(nnx.Module):
                 nnx.Param(initializers.zeros(rngs.params(), shape, config.param_dtype)) if config.expert_bias else None
             )
 
-        gate_up_shape = (experts, halves, intermediate, hidden)
-        self.gate_up_proj = nnx.Param(kernel_init(rngs.params(), gate_up_shape, config.param_dtype))
-        self.down_proj = nnx.Param(kernel_init(rngs.params(), (experts, hidden, intermediate), config.param_dtype))
+        def projection(*shape: int) -> nnx.Param:
+            if expert_map_manager is not None or not config.num_redundant_experts:
+                return nnx.Param(kernel_init(rngs.params(), (experts, *shape), config.param_dtype))
+            # Copies of an expert start equal: each expert is drawn once.
+            drawn = kernel_init(rngs.params(), (config.num_experts, *shape), config.param_dtype)
+            return nnx.Param(drawn[initial_physical_to_logical(config.num_experts, config.num_redundant_experts)])
+
+        self.gate_up_proj = projection(halves, intermediate, hidden)
+        self.down_proj = projection(hidden, intermediate)
         self.gate_up_bias = nnx.data(zeros(experts, halves, intermediate))
         self.down_bias = nnx.data(zeros(experts, hidden))
 

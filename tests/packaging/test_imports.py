@@ -27,6 +27,7 @@ ALLOWED = {
     "parallel": {"config", "kernels", "experts"},
     "runner": {"config", "kernels", "routing", "experts", "placement", "parallel"},
     "models": {"config", "kernels", "families", "parallel", "runner"},
+    "load_balancing": {"config", "experts", "placement", "parallel", "models", "runner"},
     "checkpoints": {"config", "kernels", "families", "json_files"},
 }
 

@@ -1,0 +1,193 @@
+"""The load balancer of a model: record in the step, rearrange between steps."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Int
+
+from moe_jax.experts.replicas import ReplicaMap
+from moe_jax.load_balancing.config import EplbConfig
+from moe_jax.load_balancing.exchange import ExpertSharding, move_in_place
+from moe_jax.load_balancing.gradients import placement_of, sum_replica_gradients
+from moe_jax.load_balancing.layers import BalancedLayers, find_expert_arrays, find_layers
+from moe_jax.load_balancing.moves import Moves, plan_moves
+from moe_jax.load_balancing.report import Rearrangement
+from moe_jax.load_balancing.state import (
+    EplbState,
+    after_rearrangement,
+    initial_state,
+    is_rearrangement_due,
+    record_load,
+    window_load,
+)
+from moe_jax.placement import LoadStatistics, load_statistics, logical_load, rank_load, rebalance_experts
+
+
+class ExpertLoadBalancer:
+    """Keeps the ranks of a model's Mixture-of-Experts layers evenly loaded while it trains or serves.
+
+    Holds sizes and paths only. What is measured lives in an `EplbState`, which belongs to the step like an optimizer's
+    state, and the placement in the layers' `replicas`.
+
+    Attributes:
+        config: when to rearrange.
+        layers: the layers that are balanced; `BalancedLayers.rows` is their order in loads.
+        num_layers, num_experts, num_physical, num_ranks, num_groups: sizes, the same for all layers.
+    """
+
+    def __init__(self, model: nnx.Module, config: EplbConfig | None = None):
+        """Find the layers of `model`: a `CausalLM`, a `MoERunner`, or any module that has some.
+
+        Layers without redundant experts get placement tables, so that their experts can change places, too.
+
+        Raises:
+            ValueError: there are no such layers, or they have different sizes.
+        """
+        self.config = EplbConfig() if config is None else config
+        self.layers = find_layers(model)
+        axes = self.layers[0].module(model).axes
+        self._mesh = None if axes is None else axes.mesh
+        self.num_layers = sum(len(layers.rows) for layers in self.layers)
+        sizes = {_sizes(layers.module(model)) for layers in self.layers}
+        if len(sizes) > 1:
+            raise ValueError(
+                "layers that are balanced together must have equal numbers of (experts, physical experts, ranks, "
+                f"routing groups), got {', '.join(map(str, sorted(sizes)))}"
+            )
+        self.num_experts, self.num_physical, self.num_ranks, self.num_groups = sizes.pop()
+        for layers in self.layers:
+            layer = layers.module(model)
+            if layer.replicas is None:
+                layer.replicas = _identity_placement(layers, self.num_experts)
+
+    def init(self) -> EplbState:
+        """A state in which nothing is recorded, on every device of the layers' mesh."""
+        state = initial_state(self.config, self.num_layers, self.num_physical)
+        return state if self._mesh is None else jax.device_put(state, NamedSharding(self._mesh, PartitionSpec()))
+
+    def record(
+        self,
+        state: EplbState,
+        physical_load: Int[Array, "L P"] | Int[Array, "P"],
+        *,
+        is_dummy: Bool[Array, ""] | bool = False,
+    ) -> EplbState:
+        """Inside the jitted step: remember its load. See `record_load`."""
+        return record_load(state, physical_load, is_dummy=is_dummy)
+
+    def sum_replica_gradients(self, model: nnx.Module, gradients: Any) -> Any:
+        """Inside the jitted training step, before the optimizer. See `sum_replica_gradients`."""
+        return sum_replica_gradients(model, gradients, self.layers)
+
+    def should_rearrange(self, state: EplbState) -> bool:
+        """Between steps: whether the interval is over. Waits for the step that made `state`."""
+        return bool(is_rearrangement_due(state, self.config))
+
+    def statistics(self, state: EplbState) -> LoadStatistics:
+        """Balance of the ranks over the recorded steps."""
+        return load_statistics(rank_load(np.asarray(window_load(state), np.float64), self.num_ranks))
+
+    def physical_to_logical(self, model: nnx.Module) -> Int[np.ndarray, "L P"]:
+        """The placement now."""
+        placement = np.empty((self.num_layers, self.num_physical), np.int32)
+        for layers in self.layers:
+            placement[list(layers.rows)] = placement_of(model, layers).physical_to_logical[...]
+        return placement
+
+    def rearrange(self, model: nnx.Module, state: EplbState, *others: Any) -> tuple[Any, ...]:
+        """Between steps: choose a placement for the recorded load, and move weights and tables, so that no output changes.
+
+        Every process of a distributed run must call this in the same step; all come to the same placement, from the same
+        counts.
+
+        Args:
+            model: changed in place; its old weight arrays are given up.
+            state: what was recorded.
+            others: what has to move along: an `nnx.Optimizer` (changed in place), or any tree of arrays in which the
+                paths of the expert weights occur, such as an optax state (given up; the new one is returned).
+
+        Returns:
+            The state, a `Rearrangement`, and `others`.
+
+        Raises:
+            ValueError: nothing has been recorded.
+        """
+        if not int(state.num_recorded):
+            raise ValueError("a rearrangement needs recorded load, got a state with num_recorded = 0")
+        old = self.physical_to_logical(model)
+        measured = np.asarray(window_load(state), np.float64)
+        logical = logical_load(measured, old, self.num_experts)
+        new = rebalance_experts(
+            logical, self.num_physical, self.num_groups, self._num_nodes, self.num_ranks, old
+        ).physical_to_logical
+        moves, *others = self.place(model, new, *others)
+        report = Rearrangement(
+            num_ranks=self.num_ranks,
+            logical_load=logical,
+            measured_load=measured,
+            old_physical_to_logical=old,
+            new_physical_to_logical=new,
+            sent=moves.sent,
+            copied=moves.copied,
+        )
+        return after_rearrangement(state), report, *others
+
+    def place(self, model: nnx.Module, physical_to_logical: Int[np.ndarray, "L P"], *others: Any) -> tuple[Any, ...]:
+        """Move the experts of `model` and `others` to a given placement; see `rearrange`.
+
+        Returns:
+            The `Moves`, and `others`.
+        """
+        moves = plan_moves(self.physical_to_logical(model), physical_to_logical, self.num_ranks)
+        moved = [self._move(tree, moves) for tree in (model, *others)]
+        for layers in self.layers:
+            table = physical_to_logical[list(layers.rows)]
+            placement_of(model, layers).replace(table if layers.is_stacked else table[0])
+        return moves, *moved[1:]
+
+    @property
+    def _num_nodes(self) -> int:
+        """Machines, or 1 where the ranks cannot be split over them, as upstream takes it."""
+        return self.config.num_nodes if self.num_ranks % self.config.num_nodes == 0 else 1
+
+    def _move(self, tree: Any, moves: Moves) -> Any:
+        """`tree` with its expert arrays moved: a new tree, or the same module."""
+        if isinstance(tree, nnx.Module):
+            nnx.update(tree, self._move(nnx.state(tree), moves))
+            return tree
+        leaves, structure = jax.tree.flatten(tree)
+        found = list(find_expert_arrays(tree, self.layers, self.num_physical))
+        arrays = tuple(leaves[entry.index] for entry in found)
+        shardings = tuple(
+            ExpertSharding.of(array, is_stacked=entry.layers.is_stacked)
+            for array, entry in zip(arrays, found, strict=True)
+        )
+        sources = tuple(moves.source[list(entry.layers.rows)] for entry in found)
+        for entry, array in zip(found, move_in_place(arrays, sources, shardings=shardings), strict=True):
+            leaves[entry.index] = array
+        return jax.tree.unflatten(structure, leaves)
+
+
+def _sizes(layer: Any) -> tuple[int, int, int, int]:
+    """Experts, physical experts, ranks and routing groups of a layer."""
+    config, axes = layer.config, layer.axes
+    group_limit = config.router.group_limit
+    return (
+        config.num_experts,
+        config.num_physical_experts,
+        1 if axes is None else axes.size(axes.expert),
+        1 if group_limit is None else group_limit.num_groups,
+    )
+
+
+def _identity_placement(layers: BalancedLayers, num_experts: int) -> ReplicaMap:
+    """Every expert in its own slot, in every layer."""
+    replicas = ReplicaMap.initial(num_experts, 0)
+    if layers.is_stacked:
+        graph, state = nnx.split(replicas)
+        stacked = jax.tree.map(lambda table: jax.numpy.stack([table] * len(layers.rows)), state)
+        replicas = nnx.merge(graph, stacked)
+    return replicas

@@ -1,0 +1,134 @@
+"""Which layers of a model are balanced, and where the arrays of their experts are in any tree of arrays."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from moe_jax.experts import ExpertWeights
+from moe_jax.load_balancing.exchange import ExpertSharding
+from moe_jax.models.layer_stack import LayerStack
+from moe_jax.runner import MoERunner
+
+Path = tuple[str | int, ...]
+"""Names of attributes, keys and indices that lead to a module or an array."""
+
+
+class BalancedLayers(NamedTuple):
+    """One Mixture-of-Experts layer, or several that are stacked to be scanned."""
+
+    path: Path
+    """Where the module is in the model."""
+    rows: tuple[int, ...]
+    """Its layers, as they are counted in `MoEAux.physical_load` of the model."""
+    is_stacked: bool
+    """Its arrays have a leading axis of layers."""
+
+    def module(self, model: nnx.Module) -> MoERunner:
+        """The layer itself."""
+        node: Any = model
+        for name in self.path:
+            node = node[name] if isinstance(name, int) else getattr(node, name)
+        return node
+
+
+def find_layers(model: nnx.Module) -> tuple[BalancedLayers, ...]:
+    """Every `MoERunner` of a model.
+
+    Rows are counted in the order of the layers in a `LayerStack`, stack after stack, as a `CausalLM` reports them, and
+    in the order of `nnx.iter_modules` in other models.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found: list[BalancedLayers] = []
+    stacks = [(path, module) for path, module in nnx.iter_modules(model) if isinstance(module, LayerStack)]
+    count = 0
+    for path, stack in sorted(stacks, key=lambda entry: entry[0]):
+        per_group = len(stack.moe_positions)
+        for place, position in enumerate(stack.moe_positions):
+            rows = tuple(count + place + per_group * repeat for repeat in range(stack.segment.repeats))
+            found.append(BalancedLayers((*path, "blocks", position, "feed_forward"), rows, is_stacked=True))
+        count += stack.num_moe_layers
+    known = {layers.path for layers in found}
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, MoERunner) and path not in known:
+            found.append(BalancedLayers(path, (count,), is_stacked=False))
+            count += 1
+    if not found:
+        raise ValueError(f"the model must have a MoERunner, got {type(model).__name__} without any")
+    return tuple(found)
+
+
+class ExpertArrays(NamedTuple):
+    """A leaf of a tree that has one entry for each physical expert of `layers`."""
+
+    index: int
+    """Which leaf of the flattened tree."""
+    layers: BalancedLayers
+    name: str
+    """Field of `ExpertWeights` that it is, or belongs to."""
+
+
+def find_expert_arrays(tree: Any, layers: tuple[BalancedLayers, ...], num_physical: int) -> Iterator[ExpertArrays]:
+    """The leaves of `tree` that have to move with the experts: weights, gradients, or an optimizer's moments.
+
+    A leaf belongs to a layer if its path contains the layer's and goes on with `routed_experts`. Scalars do not move.
+
+    Raises:
+        ValueError: such a leaf lacks the axis of experts.
+    """
+    for index, (keys, leaf) in enumerate(jax.tree_util.tree_flatten_with_path(tree)[0]):
+        names = tuple(_name(key) for key in keys)
+        for group in layers:
+            start = _position_of((*group.path, "routed_experts"), names)
+            if start is None or jax.numpy.size(leaf) == 1:
+                continue
+            name = names[start + len(group.path) + 1]
+            if name not in ExpertWeights._fields:
+                continue
+            axis = int(group.is_stacked)
+            if leaf.ndim <= axis or leaf.shape[axis] != num_physical:
+                raise ValueError(
+                    f"axis {axis} of {'.'.join(map(str, names))} must be that of the {num_physical} physical experts, "
+                    f"got shape {leaf.shape}"
+                )
+            yield ExpertArrays(index, group, str(name))
+            break
+
+
+def partition_of(model: nnx.Module, arrays: ExpertArrays) -> ExpertSharding:
+    """How the layer's own weights of that name are split, known without an array."""
+    layer = arrays.layers.module(model)
+    if layer.axes is None:
+        return ExpertSharding(None, PartitionSpec(), arrays.layers.is_stacked)
+    spec = dict(nnx.to_flat_state(layer.partition_specs()))["routed_experts", arrays.name]
+    if isinstance(spec, nnx.Variable):
+        spec = spec[...]
+    return ExpertSharding(
+        layer.axes.mesh, PartitionSpec(None, *spec) if arrays.layers.is_stacked else spec, arrays.layers.is_stacked
+    )
+
+
+def stacked_rows(table: Array, layers: BalancedLayers) -> Array:
+    """The tables of one layer as those of a stack of one."""
+    return table if layers.is_stacked else table[None]
+
+
+def _name(key: Any) -> str | int:
+    """What a key of a path is called: that of an attribute, a dictionary or a sequence."""
+    for attribute in ("name", "key", "idx"):
+        if hasattr(key, attribute):
+            return getattr(key, attribute)
+    return str(key)
+
+
+def _position_of(part: Path, whole: Path) -> int | None:
+    """Where `part` first occurs in `whole` without gaps; None where it doesn't."""
+    for start in range(len(whole) - len(part) + 1):
+        if whole[start : start + len(part)] == part:
+            return start
+    return None
