@@ -21,7 +21,6 @@ _GLOBAL_MEMORY = re.compile(r"(Ref<gmem>\{\w+)\[([\d,]*)\]")
 _INDEXED = re.compile(r"\((\d+),( \d+)?\), \(\)\)")
 """Shape of an array that is sliced, in the text of an index."""
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
-_NUMBER = re.compile(r"\d+")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,14 +77,6 @@ class KernelCall:
         text = f"{self.name} {params} {self.equation.params['jaxprs']}"
         text = " ".join(_ADDRESS.sub("", text).split())
         return _INDEXED.sub(indexed_without_rows, _GLOBAL_MEMORY.sub(without_rows, text))
-
-    def likeness(self) -> str:
-        """Equal for calls whose code differs in numbers only: the same operations, in the same order, with the same buffers.
-
-        So their tiles are the same, and arrays in global memory differ in widths, numbers of rows and of experts.
-        """
-        dtypes = [str(array.dtype) for array in (*self.operands, *self.results)]
-        return f"{self.buffers()} {dtypes} {_NUMBER.sub('', self.sameness())}"
 
     def compile_alone(self, target: GpuTarget, dump: Path) -> KernelReport:
         """Compile the kernel for `target`, keep what the compilers print in `dump`, and read it.

@@ -5,8 +5,7 @@
 
 For each GPU, model and number of tokens, the expert computation is traced forward and backward, without compiling it; the
 kernels found in it are those that a user's program would call, with the tiles that were chosen for them. Each distinct one is
-compiled alone. Calls that differ in nothing but their numbers of rows share one compilation, that of most rows; so do calls of
-several models that differ in nothing but numbers (widths of arrays, not tiles), unless `--every-width` is given.
+compiled alone. Calls that differ in nothing but their numbers of rows share one compilation, that of most rows.
 
 A kernel fails if it spills, if its wgmma is serialised, if a loop starts a tensor-core instruction without waiting for the one
 before, if it needs more shared memory than there is, or if the compilers reported nothing. Any failure makes the exit code 1.
@@ -17,7 +16,6 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -39,8 +37,6 @@ from moe_jax.kernels import fused_moe, grouped_matmul
 
 GPUS = ("h200", "b200")  # the h100 is the same as the h200 to the compilers
 IMPLEMENTATION = "pallas_gpu"
-COMPILED = "{gpu}-compiled.json"
-"""File that tells the process of the next model what those before it have compiled."""
 Program = tuple[Callable[..., Any], tuple[Any, ...]]
 Result = TypeVar("Result")
 
@@ -119,15 +115,11 @@ def traced_kernels(program: str, shape: ExpertShape, tokens: int, target: GpuTar
         return kernel_calls(jax.make_jaxpr(function)(*arguments))
 
 
-def compile_model(
-    gpu: str, model: str, tokens: Iterable[int], output: Path, *, every_width: bool
-) -> list[dict[str, Any]]:
-    """The rows of the table for one model on one GPU, and how many calls were compiled as those of a model before."""
+def compile_model(gpu: str, model: str, tokens: Iterable[int], output: Path) -> list[dict[str, Any]]:
+    """The rows of the table for one model on one GPU."""
     target, shape = GpuTarget.named(gpu), EXPERT_SHAPES[model]
     rows: list[dict[str, Any]] = []
     cases: dict[str, Case] = {}
-    compiled_file = output / COMPILED.format(gpu=gpu)
-    compiled = set(json.loads(compiled_file.read_text())) if compiled_file.exists() else set()
     for program, num_tokens in itertools.product(PROGRAMS, tokens):
         found, failures = attempt(traced_kernels, program, shape, num_tokens, target)
         if failures:
@@ -136,13 +128,7 @@ def compile_model(
             cases.setdefault(call.sameness(), Case(call)).add(call, program, num_tokens)
     dumps = output / "dumps"
     dumps.mkdir(parents=True, exist_ok=True)
-    alike = 0
     for number, case in enumerate(cases.values()):
-        likeness = hashlib.sha256(case.call.likeness().encode()).hexdigest()
-        if likeness in compiled and not every_width:
-            alike += case.calls
-            continue
-        compiled.add(likeness)
         dump = dumps / f"{gpu}-{model}-{number}-{case.call.name}.txt"
         report, failures = attempt(case.call.compile_alone, target, dump)
         if report is not None:
@@ -160,8 +146,7 @@ def compile_model(
                 "failures": failures,
             }
         )
-    compiled_file.write_text(json.dumps(sorted(compiled)))
-    return [{"gpu": gpu, "model": model, **row} for row in [*rows, {"alike": alike, "failures": []}]]
+    return [{"gpu": gpu, "model": model, **row} for row in rows]
 
 
 def attempt(function: Callable[..., Result], *arguments: Any) -> tuple[Result | None, list[str]]:
@@ -178,7 +163,6 @@ def run_in_child(gpu: str, model: str, arguments: argparse.Namespace) -> list[di
     result.unlink(missing_ok=True)
     command = [sys.executable, __file__, "--child", "--gpus", gpu, "--models", model]
     command += ["--output", str(arguments.output), "--tokens", *map(str, arguments.tokens)]
-    command += ["--every-width"] if arguments.every_width else []
     child = subprocess.run(command, env={**os.environ, **GPU_ENVIRONMENT}, capture_output=True, text=True, check=False)
     if child.returncode or not result.exists():
         reason = f"exit code {child.returncode}: {child.stderr[-2000:]}"
@@ -213,8 +197,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--gpus", nargs="+", default=GPUS, metavar="GPU")
     parser.add_argument("--models", nargs="+", default=list(EXPERT_SHAPES), choices=EXPERT_SHAPES, metavar="MODEL")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
-    parser.add_argument("--every-width", action="store_true", help="compile what differs in widths of arrays only too")
-    parser.add_argument("--jobs", type=int, default=2, help="how many GPUs are compiled for side by side")
+    parser.add_argument("--jobs", type=int, default=2, help="how many processes compile side by side")
     parser.add_argument("--output", type=Path, default=Path("build/aot"))
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -226,27 +209,22 @@ def main() -> int:
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.child:
         (gpu,), (model,) = arguments.gpus, arguments.models
-        result = compile_model(gpu, model, arguments.tokens, arguments.output, every_width=arguments.every_width)
+        result = compile_model(gpu, model, arguments.tokens, arguments.output)
         (arguments.output / f"{gpu}-{model}.json").write_text(json.dumps(result))
         return 0
     check_environment()
     started = time.perf_counter()
-
-    def rows_of_gpu(gpu: str) -> list[dict[str, Any]]:
-        (arguments.output / COMPILED.format(gpu=gpu)).unlink(missing_ok=True)
-        return [row for model in arguments.models for row in run_in_child(gpu, model, arguments)]
-
+    units = [(gpu, model) for gpu in arguments.gpus for model in arguments.models]
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        found = [row for result in pool.map(rows_of_gpu, arguments.gpus) for row in result]
-    alike = sum(row.get("alike", 0) for row in found)
-    rows = [row for row in found if "alike" not in row]
+        results = list(pool.map(lambda unit: run_in_child(*unit, arguments), units))
+    rows = [row for result in results for row in result]
     failures = [(row, failure) for row in rows for failure in row["failures"]]
     (arguments.output / "gpu_kernels.json").write_text(json.dumps({"jax": jax.__version__, "rows": rows}, indent=1))
     print(*table(rows), sep="\n")
     calls, compiled = sum(row.get("calls", 0) for row in rows), sum("report" in row for row in rows)
     print(
         f"\njax {jax.__version__}: {compiled} kernels compiled in {time.perf_counter() - started:.0f} s,"
-        f" {calls - compiled} more calls differ in numbers of rows only, {alike} in widths only; {len(failures)} failures"
+        f" {calls - compiled} more calls differ in numbers of rows only; {len(failures)} failures"
     )
     for row, failure in failures:
         print(f"FAILED {row['gpu']} {row['model']} {row['kernel']} {row.get('arrays', '')}: {failure}")

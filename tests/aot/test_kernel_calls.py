@@ -86,15 +86,3 @@ def test_calls_whose_code_differs_are_not_the_same(kwargs):
 
 def test_numbers_of_rows_that_are_in_the_code_make_a_difference():
     assert sameness(rows=512) != sameness(rows=64 * 2000)
-
-
-def test_calls_that_differ_in_widths_only_are_alike_and_those_with_other_tiles_are_not():
-    def call(*, columns=8, **kwargs):
-        x, weights = arrays()
-        weights = jax.ShapeDtypeStruct((4, columns, weights.shape[2]), weights.dtype)
-        (found,) = calls(lambda x, w: scale(x, w, **kwargs), x, weights)
-        return found
-
-    assert call().sameness() != call(columns=16).sameness()
-    assert call().likeness() == call(columns=16).likeness()
-    assert call().likeness() != call(tile=128).likeness()
