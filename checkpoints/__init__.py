@@ -7,11 +7,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint import Checkpoint, InMemoryCheckpoint
+    from .checkpoint import Checkpoint, InMemoryCheckpoint, describe
     from .conversion import ConversionReport, convert, write_converted
     from .errors import CheckpointError
     from .exporting import ExportReport, export
-    from .hub import resolve_source
+    from .hub import resolve_config, resolve_source
     from .mapping import fused_moe_make_expert_params_mapping, make_expert_params_mapping
     from .opening import open_checkpoint
     from .progress import Progress
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 _MODULES = {
     "Checkpoint": "checkpoint",
     "InMemoryCheckpoint": "checkpoint",
+    "describe": "checkpoint",
     "ConversionReport": "conversion",
     "convert": "conversion",
     "write_converted": "conversion",
     "CheckpointError": "errors",
     "ExportReport": "exporting",
     "export": "exporting",
+    "resolve_config": "hub",
     "resolve_source": "hub",
     "fused_moe_make_expert_params_mapping": "mapping",
     "make_expert_params_mapping": "mapping",
@@ -48,11 +50,13 @@ __all__ = [
     "Summary",
     "VerificationReport",
     "convert",
+    "describe",
     "export",
     "fused_moe_make_expert_params_mapping",
     "inspect",
     "make_expert_params_mapping",
     "open_checkpoint",
+    "resolve_config",
     "resolve_source",
     "verify",
     "write_converted",

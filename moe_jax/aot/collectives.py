@@ -74,6 +74,8 @@ class Collective:
     """Names of the computing instructions (see `COMPUTING`) that are scheduled between start and end."""
     op_name: str
     """Where it comes from in the traced function."""
+    forwards: str | None = None
+    """The kind of the collective whose result it hands on as it is; None if what it gives was computed."""
 
     @property
     def total_operand_bytes(self) -> int:
@@ -167,7 +169,18 @@ def _collective(
         is_async=started is not None and '"is_sync":true' not in started[1].attributes,
         meanwhile=between,
         op_name=instruction.op_name,
+        forwards=_origin(computation, instruction) if operands else None,
     )
+
+
+def _origin(computation: Computation, instruction: Instruction) -> str | None:
+    """The kind of the collective that the first operand comes from, behind other names and copies for it."""
+    instructions = computation.by_name()
+    source = instructions.get(instruction.operands[0])
+    while source is not None and source.opcode in ("bitcast", "copy", "get-tuple-element"):
+        source = instructions.get(source.operands[0])
+    kind = "" if source is None else source.opcode.removesuffix("-done")
+    return kind if kind in KINDS else None
 
 
 def _data_operands(instruction: Instruction, kind: str) -> tuple[str, ...]:

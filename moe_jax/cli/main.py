@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from moe_jax.cli import exit_codes
-from moe_jax.cli.commands import bench, convert, export, generate, inspect, verify
+from moe_jax.cli.commands import bench, compile, convert, export, generate, inspect, verify  # noqa: A004
 
 
 class Command(Protocol):
@@ -49,6 +49,7 @@ COMMANDS: dict[str, Command] = {
     "export": export,
     "verify": verify,
     "generate": generate,
+    "compile": compile,
     "bench": bench,
 }
 

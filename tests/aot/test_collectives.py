@@ -80,6 +80,15 @@ def test_what_runs_between_start_and_end_is_named():
     assert [kind for kind, collective in tpu.items() if collective.is_async] == ["collective-permute"]
 
 
+def test_a_ragged_exchange_between_gpu_hosts_is_seen_to_be_made_of_an_all_gather():
+    first, gathered, ragged = read("ragged_h200_2x8")
+    assert [first.kind, gathered.kind, ragged.kind] == ["all-to-all", "all-gather", "ragged-all-to-all"]
+    assert gathered.operand_bytes == 64 * 128 * 2
+    assert (gathered.forwards, ragged.forwards) == (None, "all-gather")
+    assert gathered.crosses(devices_per_host=8)
+    assert not ragged.crosses(devices_per_host=8)
+
+
 @pytest.mark.parametrize("name", ["loops_v6e_2x2", "loops_h200_1x4"])
 def test_layers_inside_a_loop_of_unknown_length_are_counted_per_turn(name):
     collectives = read(name)

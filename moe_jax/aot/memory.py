@@ -1,0 +1,64 @@
+"""Whether a compiled program fits into a device's memory, and what takes the room."""
+
+import dataclasses
+import re
+
+import jax
+
+_REFUSED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryUse:
+    """Bytes of one device's memory that a program takes while it runs."""
+
+    argument_bytes: int
+    """Weights, cache and inputs."""
+    output_bytes: int
+    """Results, those that take the place of arguments left out."""
+    temporary_bytes: int
+    """Everything between, at its peak."""
+    code_bytes: int
+    """The program itself."""
+
+    @classmethod
+    def of(cls, compiled: jax.stages.Compiled) -> "MemoryUse":
+        """As the compiler planned it."""
+        planned = compiled.memory_analysis()
+        return cls(
+            argument_bytes=planned.argument_size_in_bytes,
+            output_bytes=planned.output_size_in_bytes - planned.alias_size_in_bytes,
+            temporary_bytes=planned.temp_size_in_bytes,
+            code_bytes=planned.generated_code_size_in_bytes,
+        )
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.argument_bytes + self.output_bytes + self.temporary_bytes + self.code_bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OutOfMemory:
+    """A compiler's refusal: the program doesn't fit into a device's memory."""
+
+    needed_bytes: int
+    """What the program would take."""
+    available_bytes: int
+    """What the compiler has for programs."""
+
+
+def refusal(error: Exception) -> OutOfMemory | None:
+    """What the TPU compiler says about a program that is too large; None if `error` says anything else."""
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" not in text and "CompileTimeHbmOom" not in text:
+        return None
+    found = _REFUSED.search(text)
+    if found is None:
+        return None
+    needed, needed_unit, available, available_unit = found.groups()
+    return OutOfMemory(
+        needed_bytes=round(float(needed) * _UNITS[needed_unit.upper()]),
+        available_bytes=round(float(available) * _UNITS[available_unit.upper()]),
+    )

@@ -1,0 +1,216 @@
+"""The programs of a generation, compiled for devices that are not there, from a model's description alone.
+
+They are the very functions that `moe_jax.generation.generate` compiles, traced for the target's devices. No weight is allocated:
+the model is made of shapes, dtypes and shardings.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh
+
+from moe_jax.aot.memory import MemoryUse, OutOfMemory, refusal
+from moe_jax.aot.targets import Target
+from moe_jax.config import DispatchStrategy, ParallelConfig
+from moe_jax.families.decoder import Decoder
+from moe_jax.generation.programs import (
+    Signature,
+    bucket,
+    compiler_options,
+    lower_decode,
+    lower_prefill,
+    signature_of,
+)
+from moe_jax.models import CausalLM
+from moe_jax.models.parameter_sources import parameter_shardings
+from moe_jax.parallel import parallel_of
+
+ProgramName = Literal["prefill", "decode"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much a generation is asked to do."""
+
+    batch_size: int
+    """Prompts."""
+    prompt_length: int
+    """Tokens that each of them has at most."""
+    cache_length: int
+    """Tokens of a row, prompt and new ones."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.prompt_length < 1:
+            raise ValueError(
+                f"batch_size and prompt_length must be at least 1, got {self.batch_size} and {self.prompt_length}"
+            )
+        if self.cache_length <= self.prompt_length:
+            raise ValueError(
+                f"cache_length must exceed prompt_length={self.prompt_length}, for new tokens; got {self.cache_length}"
+            )
+
+    def padded(self) -> "Sizes":
+        """As `generate` compiles it: the prompt and the room for new tokens are padded to powers of two."""
+        prompt, room = bucket(self.prompt_length), bucket(self.cache_length - self.prompt_length)
+        return dataclasses.replace(self, prompt_length=prompt, cache_length=prompt + room)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompiledProgram:
+    """One compiled program, or why there is none."""
+
+    name: ProgramName
+    seconds: float
+    """How long tracing and compiling took."""
+    memory: MemoryUse | None
+    """Planned use of a device's memory; None if the compiler refused the program."""
+    refused: OutOfMemory | None
+    """Why the compiler refused it."""
+    text: str
+    """The compiled program; empty if the compiler refused it."""
+
+
+def abstract_model(
+    decoder: Decoder,
+    *,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    parallel: ParallelConfig | None = None,
+    implementation: str | None = None,
+) -> CausalLM:
+    """A model whose parameters are shapes, dtypes and shardings.
+
+    Args:
+        decoder: sizes and kinds of layers.
+        dtype: of computation and parameters.
+        mesh: devices that it is spread over.
+        parallel: how it is split over them.
+        implementation: implementation of the expert computation; None chooses by device and shape.
+
+    Raises:
+        ValueError: the mesh cannot split the model evenly.
+    """
+
+    def create() -> CausalLM:
+        return CausalLM(
+            decoder,
+            rngs=nnx.Rngs(0),
+            dtype=dtype,
+            param_dtype=dtype,
+            parallel=parallel,
+            mesh=mesh,
+            implementation=implementation,
+        )
+
+    model = nnx.eval_shape(create)
+    shardings = parameter_shardings(model)
+    graph, state = nnx.split(model)
+    placed = [
+        (path, variable.replace(jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=shardings[path])))
+        for path, variable in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(placed))
+
+
+def target_mesh(target: Target, sizes: Mapping[str, int]) -> Mesh:
+    """A mesh of the target's devices, with Auto axes of these names and sizes, laid out as `jax.make_mesh` does.
+
+    Raises:
+        UnfitEnvironmentError: this process cannot compile for the target.
+        ValueError: the sizes don't multiply to the number of devices.
+    """
+    devices = target.topology().devices
+    positions = math.prod(sizes.values())
+    if positions != len(devices):
+        written = ",".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(f"the mesh {written} has {positions} positions, but {target.name} has {len(devices)} devices")
+    types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+
+
+def parallel_for(mesh: Mesh, strategy: DispatchStrategy | None) -> ParallelConfig:
+    """How a model is split over the axes "data", "expert" and "tensor".
+
+    Args:
+        mesh: with these axes.
+        strategy: how tokens meet their experts. With one that moves tokens, the ranks that hold different experts hold different
+            rows of the batch too.
+    """
+    parallel = parallel_of(mesh)
+    if strategy is None:
+        return parallel
+    rows = "data" if strategy == "replicated" else ("data", "expert")
+    return dataclasses.replace(parallel, strategy=strategy, data_axis=rows)
+
+
+def compile_generation(
+    model: CausalLM, target: Target, sizes: Sizes, *, on_start: Callable[[ProgramName], None] | None = None
+) -> tuple[CompiledProgram, ...]:
+    """Compile prefill, then decode: greedy, with one end-of-sequence token.
+
+    Decode takes over what prefill delivers, so it isn't compiled if prefill doesn't fit.
+
+    Args:
+        model: an `abstract_model` on a `target_mesh` of `target`.
+        target: what to compile for.
+        sizes: of the generation.
+        on_start: called before each program is traced.
+    """
+    announce = on_start or _say_nothing
+    with target.lowering():
+        signature = _signature(model, sizes.padded())
+        announce("prefill")
+        started = time.perf_counter()
+        lowered = lower_prefill(signature)
+        compiled, prefill = _compile("prefill", lowered, signature, started)
+        if compiled is None:
+            return (prefill,)
+        announce("decode")
+        started = time.perf_counter()
+        _, decode = _compile("decode", lower_decode(signature, lowered, compiled), signature, started)
+    return prefill, decode
+
+
+def _say_nothing(name: ProgramName) -> None:
+    """Stands for no callback."""
+
+
+def _signature(model: CausalLM, sizes: Sizes) -> Signature:
+    signature, _ = signature_of(
+        model,
+        batch_size=sizes.batch_size,
+        prompt_length=sizes.prompt_length,
+        room=sizes.cache_length - sizes.prompt_length,
+        num_eos=1,
+        do_sample=False,
+        top_k=None,
+        use_top_p=False,
+        with_expert_load=False,
+    )
+    return signature
+
+
+def _compile(
+    name: ProgramName, lowered: jax.stages.Lowered, signature: Signature, started: float
+) -> tuple[jax.stages.Compiled | None, CompiledProgram]:
+    try:
+        compiled = lowered.compile(compiler_options(signature))
+    except jax.errors.JaxRuntimeError as error:
+        refused = refusal(error)
+        if refused is None:
+            raise
+        seconds = time.perf_counter() - started
+        return None, CompiledProgram(name=name, seconds=seconds, memory=None, refused=refused, text="")
+    program = CompiledProgram(
+        name=name,
+        seconds=time.perf_counter() - started,
+        memory=MemoryUse.of(compiled),
+        refused=None,
+        text=compiled.as_text() or "",
+    )
+    return compiled, program
