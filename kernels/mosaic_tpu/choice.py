@@ -1,7 +1,8 @@
 """Which tiles compute a grouped matmul on a TPU, and why: from static shapes alone.
 
 The tiles are those with the least estimated time, of all that fit into vector memory: the larger of the time for products and
-the time for copies, and what every visit and every pass over the columns costs besides.
+the time for copies, and what every visit and every pass over the columns costs besides. Of tiles that differ by less than the
+estimate can tell, it is those that copy least.
 """
 
 import dataclasses
@@ -21,6 +22,10 @@ STREAM_MOST_MEAN_ROWS = 32
 
 SECONDS_PER_VISIT = 0.4e-6
 """Estimate of what a visit costs besides products: some hundred instructions, in which nothing is multiplied."""
+
+
+INDISTINGUISHABLE = 0.02
+"""Estimated times that differ by this share are taken for the same."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +95,10 @@ def choose_row_tiles(problem: RowsProblem, device: TpuDevice) -> ChosenTiles:
     ]
     if not fitting:
         raise ValueError(row_too_long(problem, device))
-    tiles = min(fitting, key=lambda tiles: _estimated_seconds(tiles, problem, device))
+    seconds = {tiles: _estimated_seconds(tiles, problem, device) for tiles in fitting}
+    slowest = (1 + INDISTINGUISHABLE) * min(seconds.values())
+    fastest = [tiles for tiles in fitting if seconds[tiles] <= slowest]
+    tiles = min(fastest, key=lambda tiles: (_copy_seconds(tiles, problem, device), seconds[tiles]))
     used = _vmem_bytes(tiles, problem) / 2**20
     bound = "products" if _product_seconds(tiles, problem, device) > _copy_seconds(tiles, problem, device) else "copies"
     reason = (
