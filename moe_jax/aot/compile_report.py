@@ -53,7 +53,7 @@ class ProgramReport:
     fits: bool
     """Whether it fits into the memory of each device."""
     needed_bytes: int
-    """What it needs of it."""
+    """What it needs of it; if a compiler that refused the program doesn't say, weights and cache alone."""
     available_bytes: int
     """What there is: of a program that the compiler refused, what the compiler has for programs."""
     memory: MemoryUse | None
@@ -126,7 +126,12 @@ def _program_report(model: CausalLM, target: Target, sizes: Sizes, program: Comp
     work = work_per_device(model, step)
     collectives = _collectives(program)
     if program.refused is not None:
-        fits, needed, available = False, program.refused.needed_bytes, program.refused.available_bytes
+        held = parameters_per_device(model) + cache_per_device(
+            model, batch_size=sizes.batch_size, cache_length=sizes.cache_length
+        )
+        needed = program.refused.needed_bytes or held
+        available = program.refused.available_bytes or target.device.memory_bytes
+        fits = False
     elif program.memory is not None:
         needed, available = program.memory.total_bytes, target.device.memory_bytes
         fits = needed <= available
@@ -160,35 +165,26 @@ def _collectives(program: CompiledProgram) -> tuple[Collective, ...]:
 
 def collective_rows(collectives: Sequence[Collective], devices_per_host: int | None) -> tuple[CollectiveRow, ...]:
     """Alike collectives in one row each, those that move the most bytes first; those of one device left out."""
-    counts: dict[tuple, int] = {}
+    executions: dict[CollectiveRow, int] = {}
     for one in collectives:
         if one.group_size == 1:
             continue
-        between_hosts = devices_per_host is not None and one.crosses(devices_per_host)
-        alike = (one.kind, one.operand_types, one.group_size, one.operand_bytes, one.is_async, len(one.meanwhile))
-        key = (*alike, between_hosts, one.open_loops > 0)
-        counts[key] = counts.get(key, 0) + one.executions
-    rows = [
-        CollectiveRow(
-            kind=kind,
-            operands=operands,
-            group_size=group_size,
-            executions=executions,
-            operand_bytes=operand_bytes,
-            total_bytes=operand_bytes * executions,
-            is_async=is_async,
-            overlapped_by=overlapped_by,
-            between_hosts=between_hosts,
+        row = CollectiveRow(
+            kind=one.kind,
+            operands=one.operand_types,
+            group_size=one.group_size,
+            executions=0,
+            operand_bytes=one.operand_bytes,
+            total_bytes=0,
+            is_async=one.is_async,
+            overlapped_by=len(one.meanwhile),
+            between_hosts=devices_per_host is not None and one.crosses(devices_per_host),
+            in_loop=one.open_loops > 0,
         )
-        for (
-            kind,
-            operands,
-            group_size,
-            operand_bytes,
-            is_async,
-            overlapped_by,
-            between_hosts,
-        ), executions in counts.items()
+        executions[row] = executions.get(row, 0) + one.executions
+    rows = [
+        dataclasses.replace(row, executions=times, total_bytes=times * row.operand_bytes)
+        for row, times in executions.items()
     ]
     return tuple(sorted(rows, key=lambda row: -row.total_bytes))
 
@@ -208,7 +204,11 @@ def _warnings(
         )
     for program in reports:
         if not program.fits:
-            yield f"{program.name} does not fit into the memory of a device"
+            short = program.needed_bytes - program.available_bytes
+            yield (
+                f"{program.name} does not fit: it needs {program.needed_bytes:,} bytes of each device, "
+                f"{max(0, short):,} more than there are"
+            )
     if len(reports) == 1:
         yield "decode was not compiled, because it takes over what prefill delivers, which does not fit"
     if model.partitioning is not None:

@@ -5,7 +5,13 @@ import re
 
 import jax
 
-_REFUSED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
+_TOO_LARGE = "CompileTimeHbmOom"
+"""What the TPU compiler calls a program that needs more than the device memory, and nothing else."""
+_SIZE = r"([\d.]+)([KMGT]?)"
+_NEEDED_OF_AVAILABLE = (
+    re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)"),
+    re.compile(rf"Used {_SIZE} of {_SIZE} hbm"),
+)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -43,22 +49,22 @@ class MemoryUse:
 class OutOfMemory:
     """A compiler's refusal: the program doesn't fit into a device's memory."""
 
-    needed_bytes: int
-    """What the program would take."""
-    available_bytes: int
-    """What the compiler has for programs."""
+    needed_bytes: int | None
+    """What the program would take; None if the compiler doesn't say."""
+    available_bytes: int | None
+    """What the compiler has for programs; None if it doesn't say."""
 
 
 def refusal(error: Exception) -> OutOfMemory | None:
-    """What the TPU compiler says about a program that is too large; None if `error` says anything else."""
+    """What the TPU compiler says about a program that is too large for the device memory; None for any other error."""
     text = str(error)
-    if "RESOURCE_EXHAUSTED" not in text and "CompileTimeHbmOom" not in text:
+    if _TOO_LARGE not in text:
         return None
-    found = _REFUSED.search(text)
+    found = next((match for form in _NEEDED_OF_AVAILABLE if (match := form.search(text))), None)
     if found is None:
-        return None
+        return OutOfMemory(needed_bytes=None, available_bytes=None)
     needed, needed_unit, available, available_unit = found.groups()
     return OutOfMemory(
-        needed_bytes=round(float(needed) * _UNITS[needed_unit.upper()]),
-        available_bytes=round(float(available) * _UNITS[available_unit.upper()]),
+        needed_bytes=round(float(needed) * _UNITS[needed_unit]),
+        available_bytes=round(float(available) * _UNITS[available_unit]),
     )

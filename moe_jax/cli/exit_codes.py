@@ -2,7 +2,7 @@
 
 SUCCESS = 0
 CHECK_FAILED = 1
-"""The command ran and found what it looks for: `verify` found differences."""
+"""The command ran and found what it looks for: `verify` found differences, `compile` a program that does not fit."""
 BAD_INPUT = 2
 """Wrong usage, or files that cannot be used."""
 INTERRUPTED = 130
@@ -13,7 +13,7 @@ BROKEN_PIPE = 141
 HELP = """\
 exit status:
   0    success
-  1    a check failed (verify found differences)
+  1    a check failed (verify found differences, compile that it does not fit)
   2    wrong usage, or files that cannot be used
   130  interrupted with Ctrl-C
   141  the reader of the output went away

@@ -1,31 +1,24 @@
-"""Collectives are read from compiled programs as they run: kind, bytes, groups, number of executions, what runs beside them.
-
-`programs/` holds text of real programs, compiled ahead of time; layouts aside, nothing in it was changed. The first two are a
-scan of 5 layers over tokens `[8 * devices * experts, 128]` in bfloat16, split over ("data", "expert"), each layer with one
-collective of every kind; the other two are a loop of unknown length around a scan of 7 layers.
-"""
-
-from pathlib import Path
+"""Collectives are read from compiled programs as they run: kind, bytes, groups, number of executions, what runs beside them."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
+from support.compiled_programs import collective, recorded
 
-from moe_jax.aot.collectives import Collective, read_collectives
+from moe_jax.aot.collectives import read_collectives
 from moe_jax.aot.hlo import read_computations, short_type, type_bytes
 
-PROGRAMS = Path(__file__).parent / "programs"
 KINDS = ["all-gather", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all", "reduce-scatter"]
 
 
 def read(name):
-    return read_collectives((PROGRAMS / f"{name}.hlo").read_text())
+    return read_collectives(recorded(name))
 
 
 def named(collectives):
-    kinds = [collective.kind for collective in collectives]
+    kinds = [one.kind for one in collectives]
     assert sorted(kinds) == sorted(set(kinds)), "one of each kind was asked for"
     return dict(zip(kinds, collectives, strict=True))
 
@@ -36,14 +29,14 @@ def test_every_kind_is_read_with_the_bytes_that_one_device_gives(name, devices):
     assert sorted(collectives) == KINDS
     ranks = devices // 2
     shard = 8 * ranks * 128 * 2  # rows of one device, 128 bfloat16 features
-    for kind, collective in collectives.items():
+    for kind, found in collectives.items():
         given = {"reduce-scatter": ranks * shard}.get(kind, shard)
         if kind == "ragged-all-to-all" and "v6e" in name:
             given *= 2  # the TPU compiler widens its rows from 128 to 2 * 128 features
-        assert collective.operand_bytes == given, kind
-        assert collective.executions == 5, kind
-        assert collective.total_operand_bytes == 5 * given
-        assert collective.open_loops == 0
+        assert found.operand_bytes == given, kind
+        assert found.executions == 5, kind
+        assert found.total_operand_bytes == 5 * given
+        assert found.open_loops == 0
 
 
 @pytest.mark.parametrize(("name", "devices"), [("collectives_v6e_2x2", 4), ("collectives_h200_1x8", 8)])
@@ -54,10 +47,10 @@ def test_groups_are_the_rows_and_columns_of_the_mesh(name, devices):
     pairs = collectives.pop("collective-permute")
     assert set(pairs.groups) == {(row[i], row[(i + 1) % len(row)]) for row in rows for i in range(len(row))}
     assert pairs.group_size == 2
-    for kind, collective in collectives.items():
+    for kind, found in collectives.items():
         expected = columns if kind == "all-reduce" else rows
-        assert list(collective.groups) == expected, kind
-        assert collective.group_size == len(expected[0])
+        assert list(found.groups) == expected, kind
+        assert found.group_size == len(expected[0])
 
 
 def test_hosts_are_crossed_by_groups_that_have_devices_of_several():
@@ -77,7 +70,7 @@ def test_what_runs_between_start_and_end_is_named():
     assert gpu["all-gather"].meanwhile == ()
     assert not gpu["reduce-scatter"].is_async  # GPU programs mark what waits at once
     tpu = named(read("collectives_v6e_2x2"))
-    assert [kind for kind, collective in tpu.items() if collective.is_async] == ["collective-permute"]
+    assert [kind for kind, found in tpu.items() if found.is_async] == ["collective-permute"]
 
 
 def test_a_ragged_exchange_between_gpu_hosts_is_seen_to_be_made_of_an_all_gather():
@@ -92,10 +85,10 @@ def test_a_ragged_exchange_between_gpu_hosts_is_seen_to_be_made_of_an_all_gather
 @pytest.mark.parametrize("name", ["loops_v6e_2x2", "loops_h200_1x4"])
 def test_layers_inside_a_loop_of_unknown_length_are_counted_per_turn(name):
     collectives = read(name)
-    assert [collective.kind for collective in collectives].count("all-reduce") == 1
-    for collective in collectives:
-        assert collective.executions == 7
-        assert collective.open_loops == 1
+    assert [one.kind for one in collectives].count("all-reduce") == 1
+    for one in collectives:
+        assert one.executions == 7
+        assert one.open_loops == 1
     assert next(c for c in collectives if c.kind == "all-reduce").operand_bytes == 8 * 128 * 2
 
 
@@ -113,10 +106,10 @@ def test_counted_bytes_are_those_of_a_program_compiled_here():
         return jax.shard_map(local, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)(x)
 
     text = jax.jit(layers).lower(jnp.ones((6, 5))).compile().as_text()
-    (collective,) = read_collectives(text)
-    assert (collective.kind, collective.operand_types) == ("all-reduce", ("f32[3,5]",))
-    assert (collective.operand_bytes, collective.executions) == (3 * 5 * 4, 3)
-    assert [set(group) for group in collective.groups] == [{0, 1, 2, 3}, {4, 5, 6, 7}]
+    (found,) = read_collectives(text)
+    assert (found.kind, found.operand_types) == ("all-reduce", ("f32[3,5]",))
+    assert (found.operand_bytes, found.executions) == (3 * 5 * 4, 3)
+    assert [set(group) for group in found.groups] == [{0, 1, 2, 3}, {4, 5, 6, 7}]
 
 
 PROGRAM = """HloModule jit_f, is_scheduled=true, num_partitions=8
@@ -160,15 +153,15 @@ ENTRY %main (x: bf16[4,2]) -> bf16[4,2] {{
 )
 def test_every_way_to_write_groups_is_read(written, groups):
     collectives = read_collectives(PROGRAM.format(groups=written))
-    assert [collective.groups for collective in collectives] == [groups]
+    assert [one.groups for one in collectives] == [groups]
     assert collectives[0].group_size == (len(groups[0]) if groups else 8)
 
 
 def test_a_wrapped_collective_is_asynchronous_and_one_that_never_runs_is_left_out():
-    (collective,) = read_collectives(PROGRAM.format(groups="replica_groups={}"))
-    assert (collective.kind, collective.operand_bytes) == ("all-to-all", 16)
-    assert collective.is_async
-    assert collective.meanwhile == ("work", "more")
+    (found,) = read_collectives(PROGRAM.format(groups="replica_groups={}"))
+    assert (found.kind, found.operand_bytes) == ("all-to-all", 16)
+    assert found.is_async
+    assert found.meanwhile == ("work", "more")
 
 
 def test_groups_in_an_unknown_form_and_text_that_is_no_program_are_refused():
@@ -176,14 +169,6 @@ def test_groups_in_an_unknown_form_and_text_that_is_no_program_are_refused():
         read_collectives(PROGRAM.format(groups="replica_groups=somehow"))
     with pytest.raises(ValueError, match="ENTRY computation, got none"):
         read_collectives("module @jit_f {}")
-
-
-def collective(kind, **changes):
-    fields = dict(
-        kind=kind, name="c", computation="main", operand_types=(), operand_bytes=800, result_bytes=800, groups=(),
-        group_size=8, executions=1, open_loops=0, is_async=False, meanwhile=(), op_name="",
-    )  # fmt: skip
-    return Collective(**(fields | changes))
 
 
 @pytest.mark.parametrize(

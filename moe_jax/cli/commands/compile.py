@@ -42,6 +42,8 @@ ENVIRONMENT = {
 }
 """What jax and the compilers read when they are imported; see `moe_jax.aot.targets`. The last three keep them quiet."""
 
+_ADVICE = "\n--implementation xla compiles the model without kernels of its own."
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
@@ -98,10 +100,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compile; returns the exit status."""
-    for name, value in ENVIRONMENT.items():
-        os.environ[name] = value
+    os.environ.update(ENVIRONMENT)
 
     # What is slow to import, and reads the environment.
+    from jax.errors import JaxRuntimeError
+
     from moe_jax.aot.compile_report import report
     from moe_jax.aot.mesh_choice import choose_mesh, parse_mesh, written
     from moe_jax.aot.model_programs import Sizes, abstract_model, compile_generation, parallel_for, target_mesh
@@ -135,9 +138,13 @@ def run(arguments: argparse.Namespace) -> int:
             implementation=arguments.implementation,
         )
     remark(f"{devices} devices of {target.name} as {written(positions)}")
-    programs = compile_generation(
-        model, target, sizes, on_start=lambda name: remark(f"compiling {name}, which can take minutes")
-    )
+    try:
+        programs = compile_generation(
+            model, target, sizes, on_start=lambda name: remark(f"compiling {name}, which can take minutes")
+        )
+    except JaxRuntimeError as error:
+        reason = str(error).strip()
+        raise ValueError(f"the compiler of {target.name} refused the program: {reason}{_ADVICE}") from error
     result = report(model, target, sizes, positions, programs)
     if arguments.json:
         print_json({"model": arguments.model, **as_json(result)})
@@ -176,6 +183,8 @@ def print_report(model: str, result: "CompileReport") -> None:
     )
     print_table("Each device", ["", *map(_title, result.programs)], _program_rows(result.programs))
     for program in result.programs:
+        if program.memory is None:
+            continue
         print_table(f"Collectives of {_title(program)}", *_collective_table(program))
     if result.warnings:
         console = stdout_console()

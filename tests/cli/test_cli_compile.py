@@ -1,0 +1,134 @@
+"""`moe-jax compile`: arguments, the environment that it sets, what it prints; the compiling itself is part of `make aot`."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import jax.numpy as jnp
+import pytest
+from support.compiled_programs import GROUPED_QUERY, decoder_of, recorded
+
+from moe_jax.aot import targets
+from moe_jax.aot.compile_report import report
+from moe_jax.aot.memory import MemoryUse
+from moe_jax.aot.model_programs import CompiledProgram, Sizes, abstract_model
+from moe_jax.cli import main
+from moe_jax.cli.commands import compile as command
+from moe_jax.cli.commands.compile import ENVIRONMENT
+from moe_jax.config import DispatchStrategy
+from moe_jax.kernels.fused_moe.api import IMPLEMENTATIONS
+
+DEMO = Path(__file__).parent.parent.parent / "examples" / "demo_model"
+
+
+@pytest.fixture(autouse=True)
+def _environment_as_it_was(monkeypatch):
+    for name in ENVIRONMENT:
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+
+
+def test_choices_are_those_of_the_library():
+    assert get_args(DispatchStrategy) == command.STRATEGIES
+    assert {one.NAME for one in IMPLEMENTATIONS} - {"reference"} == set(command.IMPLEMENTATIONS)
+
+
+def test_the_environment_is_what_both_compilers_need():
+    assert targets.GPU_ENVIRONMENT.items() <= ENVIRONMENT.items()
+    assert targets.TPU_ENVIRONMENT.items() <= ENVIRONMENT.items()
+
+
+@pytest.mark.parametrize("target", ["h200:1x8", "v6e:2x2"])
+def test_without_the_compilers_the_extra_is_named(target, capsys, monkeypatch):
+    def not_installed(name):
+        raise targets.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(targets.metadata, "version", not_installed)
+    assert main(["compile", str(DEMO), "--target", target]) == 2
+    error = capsys.readouterr().err
+    assert "must be installed" in error
+    assert "pip install 'moe-jax[aot]'" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "h300:2x8"], "unknown target 'h300:2x8'"),
+        (["--target", "v6e:2x2", "--prompt-length", "64", "--cache-length", "64"], "must exceed prompt_length=64"),
+    ],
+)
+def test_wrong_arguments_are_one_message(arguments, message, capsys):
+    assert main(["compile", str(DEMO), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_is_a_folder_or_a_config_alone(capsys, tmp_path):
+    alone = tmp_path / "config.json"
+    alone.write_text(json.dumps({"model_type": "unheard_of"}))
+    for source in (tmp_path, alone):
+        assert main(["compile", str(source), "--target", "v6e:2x2"]) == 2
+        assert "model_type 'unheard_of' is not supported" in capsys.readouterr().err
+
+
+STANDING_IN = """
+import sys
+import jax
+from moe_jax.aot import model_programs, targets
+
+class Topology:
+    devices = jax.devices()
+
+targets.GpuTarget.topology = lambda self: Topology
+from moe_jax.cli import main
+sys.exit(main(["compile", *sys.argv[1:]]))
+"""
+"""Runs the command with the machine's own devices in place of the target's, for which they compile and plan memory."""
+
+
+QUICK = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+
+
+def run(*arguments):
+    environment = os.environ | {"XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+        [sys.executable, "-c", STANDING_IN, *arguments], capture_output=True, text=True, check=False, env=environment
+    )
+
+
+def test_a_model_is_compiled_and_reported_as_one_document(tmp_path):
+    config = json.loads((DEMO / "config.json").read_text()) | {"num_hidden_layers": 1, "vocab_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    common = [str(tmp_path), "--target", "h200:1x2", "--batch", "2", "--prompt-length", "16", "--implementation", "xla"]
+    finished = run(*common, "--json")
+    assert finished.returncode == 0, finished.stderr
+    document = json.loads(finished.stdout)
+    assert document["fits"] is True
+    assert document["mesh"] == {"data": 1, "expert": 2, "tensor": 1}
+    assert document["sizes"] == {"batch_size": 2, "prompt_length": 16, "cache_length": 32}
+    assert [program["name"] for program in document["programs"]] == ["prefill", "decode"]
+    for program in document["programs"]:
+        assert program["needed_bytes"] >= document["parameter_bytes"]
+        assert "all-reduce" in {row["kind"] for row in program["collectives"]}
+        assert program["roofline"]["seconds"] > 0
+    assert "2 devices of h200:1x2 as data=1,expert=2,tensor=1" in finished.stderr
+
+
+def test_a_report_is_printed_with_both_programs_side_by_side(capsys):
+    planned = MemoryUse(argument_bytes=3_000_000, output_bytes=0, temporary_bytes=500_000, code_bytes=0)
+    programs = [
+        CompiledProgram(name=name, seconds=1.0, memory=planned, refused=None, text=recorded("loops_h200_1x4"))
+        for name in ("prefill", "decode")
+    ]
+    model = abstract_model(decoder_of(GROUPED_QUERY), dtype=jnp.bfloat16)
+    sizes = Sizes(batch_size=2, prompt_length=16, cache_length=32)
+    result = report(model, targets.target_named("h200:1x4"), sizes, {"data": 1, "expert": 4, "tensor": 1}, programs)
+    command.print_report("MODEL", result)
+    text = capsys.readouterr().out
+    assert "MODEL on h200:1x4" in text
+    assert re.search(r"memory needed +3.50 MB +3.50 MB", text)
+    assert re.search(r"all-reduce +bf16\[8,128\] +4 +7 +14.34 kB +1 run +token", text)
+    assert "fits" in text
+    assert "Nothing was measured" in text
