@@ -111,8 +111,8 @@ class LayerAxes:
 
     @property
     def num_hosts(self) -> int:
-        """Processes to which the mesh's devices belong."""
-        return len({device.process_index for device in self.mesh.devices.flat})
+        """Hosts to which the mesh's devices belong: devices that fast links join, whatever the processes that run them."""
+        return len({getattr(device, "slice_index", device.process_index) for device in self.mesh.devices.flat})
 
     @property
     def _device(self) -> jax.Device:

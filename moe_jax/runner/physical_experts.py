@@ -1,12 +1,23 @@
-"""Which expert each slot of a layer holds: placement strategy and redundant experts, at the start."""
+"""Which expert each slot of a layer holds at the start: from mesh axes, placement strategy and redundant experts."""
 
 import numpy as np
+from jax.sharding import Mesh
 
 from moe_jax.config import MoEConfig
 from moe_jax.experts.replicas import ReplicaMap, initial_physical_to_logical
 from moe_jax.parallel import LayerAxes
 from moe_jax.parallel.choice import STRATEGIES
 from moe_jax.placement import ExpertMapManager, ParallelRanks
+
+
+def resolve_axes(config: MoEConfig, mesh: Mesh | None) -> LayerAxes | None:
+    """The layer's axes on `mesh`, or None without a mesh."""
+    if mesh is not None:
+        return LayerAxes.resolve(config.parallel, mesh)
+    parallel = config.parallel
+    if any((parallel.expert_axis, parallel.tensor_axis, parallel.data_axis, parallel.sequence_axis)):
+        raise ValueError(f"a layer with parallel axes needs mesh=, got None with {parallel}")
+    return None
 
 
 def expert_map_manager(config: MoEConfig, axes: LayerAxes | None, ep_rank: int = 0) -> ExpertMapManager:

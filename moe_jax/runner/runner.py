@@ -1,7 +1,6 @@
 """The Mixture-of-Experts layer."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,8 +31,9 @@ from moe_jax.placement import ExpertMapManager
 from moe_jax.routing import Router, split_zero_experts
 from moe_jax.runner.aux import MoEAux, count_expert_load
 from moe_jax.runner.interface import MoERunnerInterface
-from moe_jax.runner.physical_experts import expert_map_manager, initial_replicas
+from moe_jax.runner.physical_experts import expert_map_manager, initial_replicas, resolve_axes
 from moe_jax.runner.plans import ReductionPlan, ScalingPlan
+from moe_jax.runner.token_order import TokenOrder
 
 Transform = Callable[[Array], Any]
 """`f(x [T, H])` -> `[T, H']`, or a tuple whose first element is that (an `nnx.Module` or a function)."""
@@ -91,7 +91,7 @@ class MoERunner(MoERunnerInterface):
         """
         parts = {"router": router, "routed_experts": routed_experts, "shared_experts": shared_experts}
         self.config = config
-        self.axes = _resolve_axes(config, mesh)
+        self.axes = resolve_axes(config, mesh)
         self.router = Router(config, rngs=rngs) if router is None else router
         self.routed_experts = RoutedExperts(config, rngs=rngs) if routed_experts is None else routed_experts
         if shared_experts is None and config.shared_experts is not None:
@@ -100,7 +100,7 @@ class MoERunner(MoERunnerInterface):
         self.replicas = nnx.data(initial_replicas(config, self.axes))
         self.routed_input_transform = _as_part(routed_input_transform)
         self.routed_output_transform = _as_part(routed_output_transform)
-        self._check_parts()
+        self.check_parts()
         if self.axes is not None:
             self._place_on(self.axes.mesh, [name for name, given in parts.items() if given is None])
 
@@ -205,35 +205,35 @@ class MoERunner(MoERunnerInterface):
     ) -> Array | tuple[Array, MoEAux]:
         if router_logits is None and not self.is_internal_router:
             raise ValueError("the router has no weight of its own: router_logits must be given, got None")
-        leading = hidden_states.shape[:-1]
-        tokens = _flatten("hidden_states", self._in_computation_dtype(hidden_states), leading, 1)
+        order = TokenOrder.of(hidden_states.shape[:-1], self.axes)
+        tokens = order.flatten("hidden_states", self._in_computation_dtype(hidden_states), 1)
 
         if shared_experts_input is None:
             shared_input = tokens
             routed_input = _first(self.routed_input_transform(tokens)) if self.routed_input_transform else tokens
         else:
             shared_input = self._in_computation_dtype(shared_experts_input)
-            shared_input = _flatten("shared_experts_input", shared_input, leading, 1)
+            shared_input = order.flatten("shared_experts_input", shared_input, 1)
             routed_input = tokens
 
         topk_weights, topk_ids, logits = self.router(
             routed_input,
-            router_logits=_flatten("router_logits", router_logits, leading, 1),
-            input_ids=_flatten("input_ids", input_ids, leading, 0),
-            forced_ids=_flatten("forced_ids", forced_ids, leading, 1),
+            router_logits=order.flatten("router_logits", router_logits, 1),
+            input_ids=order.flatten("input_ids", input_ids, 0),
+            forced_ids=order.flatten("forced_ids", forced_ids, 1),
             key=key,
         )
         if token_mask is not None:
-            is_routed = _flatten("token_mask", token_mask, leading, 0)[:, None] != 0
+            is_routed = order.flatten("token_mask", token_mask, 0)[:, None] != 0
             topk_weights, topk_ids = jnp.where(is_routed, topk_weights, 0), jnp.where(is_routed, topk_ids, -1)
         output, physical_ids, counts = self._run_experts(routed_input, shared_input, topk_weights, topk_ids)
-        output = _unflatten(output, leading)
+        output = order.unflatten(output)
         if not with_aux:
             return output
         aux = MoEAux(
-            topk_ids=_unflatten(topk_ids, leading),
-            topk_weights=_unflatten(topk_weights, leading),
-            router_logits=_unflatten(logits, leading),
+            topk_ids=order.unflatten(topk_ids),
+            topk_weights=order.unflatten(topk_weights),
+            router_logits=order.unflatten(logits),
             expert_load=count_expert_load(topk_ids, self.config.num_experts),
             physical_load=count_expert_load(physical_ids, self.config.num_physical_experts),
             dropped_rows=counts.dropped_rows,
@@ -348,7 +348,7 @@ class MoERunner(MoERunnerInterface):
             if part is not None:
                 nnx.update(part, nnx.map_state(place, nnx.state(part)))
 
-    def _check_parts(self) -> None:
+    def check_parts(self) -> None:
         """Raise ValueError unless the plans can be kept with the parts that are there."""
         manager = getattr(self.routed_experts, "expert_map_manager", None)
         if manager is not None and manager.expert_map is not None:
@@ -388,33 +388,9 @@ class MoERunner(MoERunnerInterface):
             yield reprlib.Attr("dispatch_strategy", self.config.parallel.strategy or "chosen by number of tokens")
 
 
-def _resolve_axes(config: MoEConfig, mesh: Mesh | None) -> LayerAxes | None:
-    """The layer's axes on `mesh`, or None without a mesh."""
-    if mesh is not None:
-        return LayerAxes.resolve(config.parallel, mesh)
-    parallel = config.parallel
-    if any((parallel.expert_axis, parallel.tensor_axis, parallel.data_axis, parallel.sequence_axis)):
-        raise ValueError(f"a layer with parallel axes needs mesh=, got None with {parallel}")
-    return None
-
-
 def _as_part(part: Any) -> Any:
     """`part` as an attribute that may later change between a module and None; functions stay static."""
     return nnx.data(part) if part is None or isinstance(part, nnx.Module) else part
-
-
-def _flatten(name: str, array: Array | None, leading: tuple[int, ...], trailing_dims: int) -> Any:
-    """`[..., *trailing]` -> `[T, *trailing]`; None stays None."""
-    if array is None:
-        return None
-    if array.ndim != len(leading) + trailing_dims or array.shape[: len(leading)] != leading:
-        raise ValueError(f"{name} must have the leading dimensions {leading} of hidden_states, got shape {array.shape}")
-    return array.reshape(math.prod(leading), *array.shape[len(leading) :])
-
-
-def _unflatten(array: Array, leading: tuple[int, ...]) -> Array:
-    """`[*before, T, D]` -> `[*before, *leading, D]`."""
-    return array.reshape(*array.shape[:-2], *leading, array.shape[-1])
 
 
 def _first(result: Any) -> Array:

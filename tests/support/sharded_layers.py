@@ -31,11 +31,16 @@ def make_mesh(data, expert, tensor, kind=AxisType.Auto):
     return jax.make_mesh((data, expert, tensor), AXES, axis_types=(kind,) * 3, devices=devices)
 
 
+def sharded_like(single, mesh, parallel=PARALLEL, **parts):
+    """The layer `single` with the same parameters, on a mesh."""
+    settings = dataclasses.replace(single.config, parallel=parallel)
+    return random_layer(None, settings, values=nnx.state(single), mesh=mesh, **parts)
+
+
 def layer_pair(rng, settings, mesh, parallel=PARALLEL, **parts):
     """The same layer without and with a mesh."""
     single = random_layer(rng, settings, **parts)
-    changed = dataclasses.replace(settings, parallel=parallel)
-    return single, random_layer(rng, changed, values=nnx.state(single), mesh=mesh, **parts)
+    return single, sharded_like(single, mesh, parallel, **parts)
 
 
 def transforms():
@@ -58,11 +63,16 @@ def value_and_gradients(layer, x, direction):
 
 
 def assert_equal_forward_and_backward(single, sharded, x, rng, context=contextlib.nullcontext):
-    """Output, routing, loads and every gradient; not the rows sent, which only a mesh has. Returns the aux of `sharded`."""
+    """Output, routing, loads and every gradient. Returns the aux of `sharded`."""
     direction = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
-    expected = jax.tree.map(np.asarray, value_and_gradients(single, x, direction))
+    expected = value_and_gradients(single, x, direction)
     with context():
-        actual = jax.tree.map(np.asarray, value_and_gradients(sharded, x, direction))
+        return assert_equal_results(expected, value_and_gradients(sharded, x, direction))
+
+
+def assert_equal_results(expected, actual):
+    """Two results of `value_and_gradients`, but for the rows sent, which only a mesh has. Returns the second aux."""
+    expected, actual = (jax.tree.map(np.asarray, results) for results in (expected, actual))
     aux = actual[1]
     actual = (actual[0], dataclasses.replace(aux, sent_rows=expected[1].sent_rows), actual[2])
     flat, _ = jax.tree.flatten_with_path(expected)
