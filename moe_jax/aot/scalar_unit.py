@@ -247,7 +247,7 @@ def _identity(value: int, *_: int) -> int:
     return value
 
 
-_UNKNOWN = frozenset({"spop.sfrf", "spop.drf"})
+_UNKNOWN = frozenset({"spop", "spop.sfrf", "spop.drf"})
 _DECIDED_BY = {"por": True, "pnor": True, "pand": False, "pnand": False}
 """What one operand has to be for the result not to depend on the other, which need not be known then."""
 _OPERATIONS: dict[str, Callable[..., Any]] = {

@@ -53,10 +53,11 @@ def test_what_a_loop_executes_follows_from_the_tables_that_it_reads():
     assert execution.written_bytes == {}
 
 
-def test_a_branch_on_an_unknown_value_and_missing_scalars_are_errors():
+@pytest.mark.parametrize("source", ["spop.sfrf", "spop"])
+def test_a_branch_on_an_unknown_value_and_missing_scalars_are_errors(source):
     with pytest.raises(ValueError, match="scalars are not given"):
         execute(dump(LOOP), {0: 4})
-    unknown = LOOP.replace("sld [smem:[#allocation4 + %s30_s7]]", "spop.sfrf %123")
+    unknown = LOOP.replace("sld [smem:[#allocation4 + %s30_s7]]", f"{source} %123")
     with pytest.raises(ValueError, match="depends on %p9_p0, which is not known"):
         execute(dump(unknown), {0: 4, 1: [3, 0, 5, -1]})
 

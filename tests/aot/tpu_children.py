@@ -25,7 +25,7 @@ CHILD_OPTION = "--child"
 def rows_of_children(script: str, jobs: Iterable[Job], *, processes: int, minutes: float, verbose: bool) -> list[Row]:
     """What `script`, started with `CHILD_OPTION`, makes of all jobs.
 
-    A job whose process dies has a row with "failure"; so has one that would be started after `minutes`, with "left_out".
+    A job whose process dies has a row with "failure"; one that needs to compile after `minutes` has one with "left_out".
     """
     ordered = sorted(jobs, key=lambda job: job["tpu"])
     by_tpu = [list(group) for _, group in itertools.groupby(ordered, key=lambda job: job["tpu"])]
@@ -71,19 +71,21 @@ def _rows_of_one_tpu(script: str, jobs: list[Job], deadline: float, verbose: boo
         jobs = jobs[done + 1 :]
 
 
-def run_as_child(arguments: list[str], rows_of: Callable[[Job, Path], Iterable[Row]]) -> None:
+def run_as_child(arguments: list[str], rows_of: Callable[[Job, Path, float], Iterable[Row]]) -> None:
     """Print the rows of the jobs that are read as JSON: the other side of `rows_of_children`.
 
     Args:
         arguments: what follows `CHILD_OPTION`.
-        rows_of: compiles a job, with the folder into which the compiler dumps.
+        rows_of: compiles a job, with the folder into which the compiler dumps, and the time from which on it must not;
+            raises TimeoutError then.
     """
     folder, deadline = Path(arguments[0]), float(arguments[1])
     for job in json.load(sys.stdin):
         try:
-            found = [{"left_out": True}] if time.time() > deadline else rows_of(job, folder)
-            for row in found:
+            for row in rows_of(job, folder, deadline):
                 print("ROW", json.dumps({**job, **row}), flush=True)
+        except TimeoutError:
+            print("ROW", json.dumps({**job, "left_out": True}), flush=True)
         except Exception as error:  # noqa: BLE001 - whatever jax or the compiler raises is a finding, listed with the others
             print("ROW", json.dumps({**job, "failure": f"{type(error).__name__}: {str(error)[:600]}"}), flush=True)
         print("DONE", flush=True)

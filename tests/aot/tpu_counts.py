@@ -25,7 +25,13 @@ def versions() -> dict[str, str]:
 
 
 def counted(
-    target: TpuTarget, calls: Mapping[str, TpuKernelCall], useful: Mapping[str, float], dumps: Path, kept: Path
+    target: TpuTarget,
+    calls: Mapping[str, TpuKernelCall],
+    useful: Mapping[str, float],
+    *,
+    dumps: Path,
+    kept: Path,
+    deadline: float,
 ) -> Figures:
     """The figures of one kernel, for scalars under several names, and of its code.
 
@@ -35,10 +41,14 @@ def counted(
         useful: multiplications of numbers that rows of experts need, for each of `calls`.
         dumps: see `TpuKernelCall.compile_alone`.
         kept: folder of figures; those of the same kernel, scalars and versions are not counted again.
+        deadline: time from which on nothing more is compiled.
 
     Returns:
         "code_bundles", "vmem_bytes", "seconds" to compile, and for each of `calls` its figures: of the slower core, but bytes
         of all cores. Instead of these "not_counted", if what is executed depends on more than scalars.
+
+    Raises:
+        TimeoutError: the kernel would have to be compiled, and the deadline is over.
     """
     call = next(iter(calls.values()))
     scalars = [sorted(each.scalars.items()) for each in calls.values()]
@@ -46,6 +56,8 @@ def counted(
     file = kept / f"{hashlib.sha256(described.encode() + _READERS).hexdigest()}.json"
     if file.exists():
         return json.loads(file.read_text())
+    if time.time() > deadline:
+        raise TimeoutError("no time is left to compile it")
     started = time.perf_counter()
     schedule = call.compile_alone(target, dumps)
     found: Figures = {

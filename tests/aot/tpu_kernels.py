@@ -29,7 +29,7 @@ from moe_jax.aot.targets import TPU_TOPOLOGIES, TpuTarget
 OUTPUT = Path("build/aot")
 
 
-def rows_of(job: Job, dumps: Path) -> Iterator[dict[str, Any]]:
+def rows_of(job: Job, dumps: Path, deadline: float) -> Iterator[dict[str, Any]]:
     """A row for each kernel of a program."""
     target, model, tokens = TpuTarget.named(job["tpu"]), job["model"], job["tokens"]
     by_routing = experts_calls(target, model, tokens, job["program"])
@@ -40,7 +40,7 @@ def rows_of(job: Job, dumps: Path) -> Iterator[dict[str, Any]]:
         seen.add(calls[0].sameness())
         named = dict(zip(by_routing, calls, strict=True))
         useful = {routing: useful_multiplies(model, tokens, routing, call) for routing, call in named.items()}
-        found = counted(target, named, useful, dumps, Path(job["kept"]))
+        found = counted(target, named, useful, dumps=dumps, kept=Path(job["kept"]), deadline=deadline)
         yield {"kernel": calls[0].name, "arrays": calls[0].arrays(), **found}
 
 

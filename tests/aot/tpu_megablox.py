@@ -51,7 +51,7 @@ def megablox_vmem_bytes(tiling: Tiling) -> int:
     return 2 * 2 * (rows * depth + depth * columns + rows * columns) + 4 * rows * columns
 
 
-def rows_of(job: Job, dumps: Path) -> Iterator[dict[str, Any]]:
+def rows_of(job: Job, dumps: Path, deadline: float) -> Iterator[dict[str, Any]]:
     """A row for the grouped matmul."""
     target = TpuTarget.named(job["tpu"])
     model, program, tiling = job["model"], job["program"], job["tiling"]
@@ -67,7 +67,7 @@ def rows_of(job: Job, dumps: Path) -> Iterator[dict[str, Any]]:
         limit = vmem_limit_bytes(target.device)
         calls = {name: call.with_vmem_limit(limit) for name, call in calls.items()}
     useful = {name: useful_multiplies(model, int(name.split()[1]), name.split()[0], calls[name]) for name in calls}
-    yield counted(target, calls, useful, dumps, Path(job["kept"]))
+    yield counted(target, calls, useful, dumps=dumps, kept=Path(job["kept"]), deadline=deadline)
 
 
 def jobs(arguments: argparse.Namespace) -> Iterator[Job]:

@@ -26,11 +26,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tpu_counts import versions
 
 from moe_jax import MoEConfig, MoERunner
+from moe_jax.aot.model_programs import abstract_model
 from moe_jax.aot.targets import TPU_ENVIRONMENT, TpuTarget
 from moe_jax.config import ParallelConfig
 from moe_jax.families import get_family
-from moe_jax.models import CausalLM
-from moe_jax.models.parameter_sources import parameter_shardings
 
 SLICES = ("v6e:2x2", "v6e:16x16")
 PROGRAMS = ("layer", "model")
@@ -69,8 +68,9 @@ def mesh_of(target: TpuTarget) -> Mesh:
     return Mesh(devices.reshape(-1, min(devices.size, MOST_EXPERT_RANKS)), ("data", "expert"))
 
 
-def on_mesh(mesh: Mesh, array: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, spec))
+def on_mesh(mesh: Mesh, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+    """An argument that is split over a mesh."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
 
 def lowered_layer(mesh: Mesh) -> Any:
@@ -87,24 +87,22 @@ def lowered_layer(mesh: Mesh) -> Any:
     )
     layer = nnx.eval_shape(lambda: MoERunner(config, rngs=nnx.Rngs(0), mesh=mesh))
     graph, state = nnx.split(layer)
-    arguments = jax.tree.map(lambda array, spec: on_mesh(mesh, array, spec), state, layer.partition_specs())
-    tokens = jax.ShapeDtypeStruct((mesh.size * TOKENS, config.hidden_size), jnp.bfloat16)
-    tokens = on_mesh(mesh, tokens, PartitionSpec("data"))
-    return jax.jit(lambda state, x: nnx.merge(graph, state)(x)).lower(arguments, tokens)
+    specs = dict(nnx.to_flat_state(layer.partition_specs()))
+    arguments = [
+        (path, variable.replace(on_mesh(mesh, variable.shape, variable.dtype, specs[path])))
+        for path, variable in nnx.to_flat_state(state)
+    ]
+    tokens = on_mesh(mesh, (mesh.size * TOKENS, config.hidden_size), jnp.bfloat16, PartitionSpec("data"))
+    return jax.jit(lambda state, x: nnx.merge(graph, state)(x)).lower(nnx.from_flat_state(arguments), tokens)
 
 
 def lowered_model(mesh: Mesh) -> Any:
     """A model on one sequence of `TOKENS` tokens for each device."""
     decoder = get_family(QWEN3_MOE).build_decoder(QWEN3_MOE)
-    options = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, implementation="pallas_tpu")
-    model = nnx.eval_shape(lambda: CausalLM(decoder, parallel=PARALLEL, mesh=mesh, rngs=nnx.Rngs(0), **options))
-    shardings = parameter_shardings(model)
+    model = abstract_model(decoder, dtype=jnp.bfloat16, mesh=mesh, parallel=PARALLEL, implementation="pallas_tpu")
     graph, state = nnx.split(model)
-    arguments = nnx.map_state(
-        lambda path, array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=shardings[path]), state
-    )
-    ids = on_mesh(mesh, jax.ShapeDtypeStruct((mesh.size, TOKENS), jnp.int32), PartitionSpec("data"))
-    return jax.jit(lambda state, ids: nnx.merge(graph, state)(ids)).lower(arguments, ids)
+    ids = on_mesh(mesh, (mesh.size, TOKENS), jnp.int32, PartitionSpec("data"))
+    return jax.jit(lambda state, ids: nnx.merge(graph, state)(ids)).lower(state, ids)
 
 
 def compiled(slice_name: str, program: str) -> dict[str, Any]:
