@@ -98,8 +98,9 @@ class Checkpoint(Protocol):
     def read_region(self, path: str, region: Region, dtype: Any = None) -> np.ndarray:
         """A part of a parameter; of a file, hardly more than its bytes are read where the stored form allows it.
 
-        Along `sliced_axis(path)` every form does. Along other axes it takes a folder that was converted for as many
-        hosts as read it (`convert(..., shards=)`); elsewhere the rest of what is read is thrown away.
+        Along `sliced_axis(path)` Hugging Face folders do, and for experts all. Otherwise it takes a folder that was
+        converted for the devices that share it (`convert(..., shards=)`); elsewhere the rest of what is read is thrown
+        away.
         """
         ...
 

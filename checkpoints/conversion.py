@@ -27,7 +27,7 @@ from .checkpoint import Checkpoint
 from .dtypes import weight_dtype
 from .errors import CheckpointError
 from .hub import resolve_source
-from .manifest import MANIFEST_NAME, PARTS_FOLDER, Manifest, plan_conversion
+from .manifest import MANIFEST_NAME, PARTS_FOLDER, Chunk, Manifest, plan_conversion
 from .opening import open_checkpoint
 from .parts import Part, Slice
 from .progress import Progress, ProgressCallback
@@ -89,6 +89,7 @@ def convert(
     output: str | os.PathLike[str],
     *,
     dtype: Any = None,
+    shards: int = 1,
     overwrite: bool = False,
     expert_group_bytes: int = DEFAULT_PART_BYTES,
     progress: ProgressCallback | None = None,
@@ -100,6 +101,9 @@ def convert(
         output: The folder to create.
         dtype: Dtype of the parameters (bfloat16, float16, float32), except those that must stay float32; None: the
             source's.
+        shards: How many devices will split the model. Parts of experts then end where a device's share ends, and what
+            devices split by heads, features or vocabulary is stored in as many chunks, so that every host reads exactly
+            its share. Any other number of devices can load it too, but hosts may have to read more.
         overwrite: Replace `output` if it exists, and discard what an interrupted conversion with another source or
             other options has left.
         expert_group_bytes: Size of a part, at most, unless a single expert's weights are larger.
@@ -109,8 +113,9 @@ def convert(
         What was converted, and which tensors were left out on purpose.
 
     Raises:
-        CheckpointError: The source isn't whole (every problem is listed, nothing is written), the output exists, there
-            is no space left, or an interrupted conversion of something else is in the way.
+        CheckpointError: `shards` isn't positive, the source isn't whole (every problem is listed, nothing
+            is written), the output exists, there is no space left, or an interrupted conversion of something else is in
+            the way.
     """
     folder = resolve_source(source)
     if folder.resolve() == Path(output).resolve():
@@ -120,6 +125,7 @@ def convert(
         open_checkpoint(folder),
         output,
         dtype=dtype,
+        shards=shards,
         overwrite=overwrite,
         expert_group_bytes=expert_group_bytes,
         progress=progress,
@@ -131,6 +137,7 @@ def write_converted(
     output: str | os.PathLike[str],
     *,
     dtype: Any = None,
+    shards: int = 1,
     overwrite: bool = False,
     expert_group_bytes: int = DEFAULT_PART_BYTES,
     progress: ProgressCallback | None = None,
@@ -142,7 +149,7 @@ def write_converted(
     started = time.monotonic()
     output = Path(output).absolute()
     check_output(output, overwrite)
-    manifest = plan_conversion(reader, None if dtype is None else weight_dtype(dtype), expert_group_bytes)
+    manifest = plan_conversion(reader, None if dtype is None else weight_dtype(dtype), expert_group_bytes, shards)
     work = incomplete_folder(output)
     with write_errors(work), exclusive(work):
         _prepare(work, manifest, overwrite)
@@ -168,6 +175,18 @@ def write_converted(
         dropped=manifest.dropped,
         seconds=time.monotonic() - started,
     )
+
+
+def read_as_written(reader: Checkpoint) -> None:
+    """Read everything as `write_converted(reader, ...)` does, in the same order, and drop it.
+
+    Where reading takes several processes, because their devices hold the values together, one writes and the others do
+    this.
+    """
+    manifest = plan_conversion(reader, None, DEFAULT_PART_BYTES)
+    for part in manifest.parts:
+        for s in _divide(reader, manifest, part)[1]:
+            reader.read_slice(s.path, s.start, s.stop, manifest.leaves[s.path].dtype)
 
 
 def _prepare(work: Path, manifest: Manifest, overwrite: bool) -> None:
@@ -239,7 +258,8 @@ def _write_parts(
             settle(_PARTS_IN_FLIGHT - 1, max(0, _MEMORY_BYTES - held))
             for s in computed:
                 slices[s.path] = reader.read_slice(s.path, s.start, s.stop, manifest.leaves[s.path].dtype)
-            in_flight[pool.submit(_write_part, writers, work, part.name, slices)] = (part, held)
+            chunks = {s.path: manifest.chunk_of(s) for s in part.slices}
+            in_flight[pool.submit(_write_part, writers, work, part.name, slices, chunks)] = (part, held)
             del slices
         settle(0, 0)
 
@@ -254,7 +274,9 @@ def _divide(
     computed: list[Slice] = []
     for s in part.slices:
         leaf = manifest.leaves[s.path]
-        ranges = reader.file_ranges(s.path, s.start, s.stop, leaf.dtype)
+        chunk = manifest.chunk_of(s)
+        in_order = chunk is None or chunk.axis == 0  # one chunk's bytes lie after the other's
+        ranges = reader.file_ranges(s.path, s.start, s.stop, leaf.dtype) if in_order else None
         if ranges is None:
             computed.append(s)
         else:
@@ -263,12 +285,16 @@ def _divide(
 
 
 def _write_part(
-    writers: "SimpleQueue[PartWriter]", work: Path, name: str, slices: Mapping[str, "np.ndarray | FilesArray"]
+    writers: "SimpleQueue[PartWriter]",
+    work: Path,
+    name: str,
+    slices: Mapping[str, "np.ndarray | FilesArray"],
+    chunks: Mapping[str, Chunk | None],
 ) -> None:
     pending = work / PENDING_FOLDER / name
     writer = writers.get()
     try:
-        writer.write(pending, slices)
+        writer.write(pending, slices, chunks)
         sync_tree(pending)
         os.rename(pending, work / PARTS_FOLDER / name)
         sync(work / PARTS_FOLDER)

@@ -2,19 +2,31 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from moe_jax.families.parameter_splits import split_of
+
 from .checkpoint import Checkpoint, target_dtype
 from .errors import CheckpointError
 from .layout import Shape
 from .parts import Part, Slice, plan_parts
+from .tensor_plan import is_expert_leaf
 
 MANIFEST_NAME = "moe_jax.json"
 FORMAT_VERSION = 1
 PARTS_FOLDER = "parts"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """What is read from the disk at a time: a run of `length` along `axis`, whole along the others."""
+
+    axis: int
+    length: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +69,8 @@ class Manifest:
     """Tensors of the source left out on purpose -> why."""
     dtype: str | None
     """Dtype asked for, None if each parameter kept its own."""
+    shards: int
+    """How many devices, each with an equal share, parts and chunks are laid out for."""
     leaves: Mapping[str, Leaf]
     parts: tuple[Part, ...]
 
@@ -68,6 +82,18 @@ class Manifest:
     def part_bytes(self, part: Part) -> int:
         """Bytes of the parameters in one part."""
         return sum((s.stop - s.start) * self.leaves[s.path].slice_bytes for s in part.slices)
+
+    def chunk_of(self, piece: Slice) -> Chunk | None:
+        """How a slice of a parameter is chunked on disk; None: as a whole."""
+        leaf = self.leaves[piece.path]
+        if is_expert_leaf(piece.path):
+            return Chunk(axis=0, length=1)
+        split = split_of(piece.path)
+        if split is None or self.shards == 1:
+            return None
+        share = share_length(leaf.shape[split.dimension], self.shards)
+        length = piece.stop - piece.start if split.dimension == leaf.axis else leaf.shape[split.dimension]
+        return Chunk(axis=split.dimension, length=min(share, length))
 
     def to_json(self) -> str:
         """The file's text."""
@@ -81,6 +107,7 @@ class Manifest:
                 "dropped": dict(self.dropped),
             },
             "dtype": self.dtype,
+            "shards": self.shards,
             "leaves": {
                 path: {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "axis": leaf.axis}
                 for path, leaf in self.leaves.items()
@@ -104,6 +131,7 @@ class Manifest:
                 quantization=source["quantization"],
                 dropped=source["dropped"],
                 dtype=content["dtype"],
+                shards=content.get("shards", 1),
                 leaves={
                     path: Leaf(shape=tuple(leaf["shape"]), dtype=np.dtype(leaf["dtype"]), axis=leaf["axis"])
                     for path, leaf in content["leaves"].items()
@@ -119,13 +147,24 @@ class Manifest:
             ) from error
 
 
-def plan_conversion(reader: Checkpoint, dtype: Any, group_bytes: int) -> Manifest:
-    """What converting `reader` will write."""
+def plan_conversion(reader: Checkpoint, dtype: Any, group_bytes: int, shards: int = 1) -> Manifest:
+    """What converting `reader` will write.
+
+    Raises:
+        CheckpointError: `shards` isn't positive.
+    """
     leaves = {
         path: Leaf(shape=shape, dtype=target_dtype(path, reader.dtype_of(path), dtype), axis=reader.sliced_axis(path))
         for path, shape in reader.shapes.items()
     }
+    if shards < 1:
+        raise CheckpointError(f"shards must be positive, got {shards}")
     sizes = {path: (leaf.shape[leaf.axis], leaf.slice_bytes) for path, leaf in leaves.items()}
+    shares = {}
+    for path, leaf in leaves.items():
+        split = split_of(path)
+        if split is not None and split.dimension == leaf.axis:
+            shares[path] = share_length(leaf.shape[leaf.axis], shards)
     return Manifest(
         family=reader.family.model_type,
         form=reader.form,
@@ -133,6 +172,12 @@ def plan_conversion(reader: Checkpoint, dtype: Any, group_bytes: int) -> Manifes
         quantization=reader.quantization,
         dropped=reader.dropped,
         dtype=None if dtype is None else np.dtype(dtype).name,
+        shards=shards,
         leaves=leaves,
-        parts=plan_parts(sizes, group_bytes),
+        parts=plan_parts(sizes, group_bytes, shares),
     )
+
+
+def share_length(length: int, shards: int) -> int:
+    """What one of `shards` devices holds of a dimension that they split; more where they don't divide it evenly."""
+    return length // math.gcd(length, shards)

@@ -1,8 +1,9 @@
 """One part on disk: an ordinary Orbax checkpoint, written with Orbax's stable API and readable with it.
 
-Arrays are stored without compression (measured five times faster than zstd) and without OCDBT, in one chunk per expert,
-so that a host that needs some of the experts reads exactly their bytes. Reading goes through TensorStore, Orbax's own
-storage layer, because Orbax restores whole arrays where no sharding is given.
+Arrays are stored without compression (measured five times faster than zstd) and without OCDBT. Expert weights are in one
+chunk per expert, and the manifest says what else is in several, so that a host that needs some of them reads exactly
+their bytes. Reading goes through TensorStore, Orbax's own storage layer, because Orbax restores whole arrays where no
+sharding is given.
 """
 
 import contextlib
@@ -14,14 +15,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from .errors import CheckpointError
 from .layout import Shape
+from .manifest import Chunk
 from .safetensors_file import FileRange
-from .tensor_plan import is_expert_leaf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,59 +42,69 @@ class PartWriter:
     def __init__(self) -> None:
         # Nobody else touches the arrays while they are written, so Orbax need not copy them first.
         arrays = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+        # A part is written by one process; of a job with several, Orbax would let it wait for the others.
+        this = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
         registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, arrays))
         with _without_expected_warnings():
             handler = ocp.PyTreeCheckpointHandler(
-                use_ocdbt=False, use_compression=False, type_handler_registry=registry
+                use_ocdbt=False,
+                use_compression=False,
+                type_handler_registry=registry,
+                multiprocessing_options=alone,
             )
-        self._checkpointer = ocp.Checkpointer(handler)
+        self._checkpointer = ocp.Checkpointer(handler, multiprocessing_options=alone)
 
-    def write(self, folder: Path, slices: Mapping[str, np.ndarray | FilesArray]) -> None:
+    def write(
+        self, folder: Path, slices: Mapping[str, np.ndarray | FilesArray], chunks: Mapping[str, Chunk | None]
+    ) -> None:
         """Save `slices` (path -> values) as the Orbax checkpoint `folder`, nested by the components of the paths.
 
         Values that lie in files go from there straight into chunks; Orbax saves a placeholder of one element for each,
-        and with it everything that makes the folder a checkpoint.
+        and with it everything that makes the folder a checkpoint. So it does for arrays in chunks, whose size Orbax
+        would round to what it finds best.
         """
-        arrays = {path: _placeholder(s) if isinstance(s, FilesArray) else s for path, s in slices.items()}
-        save_args = {path: _save_args(path, array) for path, array in arrays.items()}
+        own = {path: s for path, s in slices.items() if isinstance(s, FilesArray) or chunks[path] is not None}
+        arrays = {path: _placeholder(s) if path in own else s for path, s in slices.items()}
+        save_args = {path: ocp.SaveArgs() for path in arrays}
         with _without_expected_warnings():
             self._checkpointer.save(
                 folder.absolute(), args=ocp.args.PyTreeSave(_nested(arrays), save_args=_nested(save_args))
             )
-        for path, values in slices.items():
-            if isinstance(values, FilesArray):
-                _replace_placeholder(folder / path, values, is_expert_leaf(path))
+        for path, values in own.items():
+            _replace_placeholder(folder / path, values, chunks[path])
 
     def close(self) -> None:
         """Release Orbax's threads."""
         self._checkpointer.close()
 
 
-def _save_args(path: str, array: np.ndarray) -> ocp.SaveArgs:
-    if is_expert_leaf(path) and array.size:
-        return ocp.SaveArgs(chunk_byte_size=array.nbytes // len(array), shard_axes=(0,))
-    return ocp.SaveArgs()
-
-
-def _placeholder(values: FilesArray) -> np.ndarray:
+def _placeholder(values: np.ndarray | FilesArray) -> np.ndarray:
     return np.zeros((1,) * len(values.shape), values.dtype)
 
 
-def _replace_placeholder(folder: Path, values: FilesArray, chunk_per_row: bool) -> None:
+def _replace_placeholder(folder: Path, values: np.ndarray | FilesArray, chunk: Chunk | None) -> None:
     """Give the zarr array in `folder` its true shape and its bytes: a chunk is a file of uncompressed numbers."""
     description = folder / ".zarray"
     metadata = json.loads(description.read_text())
     if any(metadata[key] != value for key, value in _PLAIN_CHUNKS.items()):
         raise RuntimeError(f"Orbax was asked for plain zarr chunks, but wrote {metadata}")
-    metadata["shape"] = list(values.shape)
-    metadata["chunks"] = [1, *values.shape[1:]] if chunk_per_row else list(values.shape)
+    chunk = Chunk(axis=0, length=values.shape[0]) if chunk is None else chunk
+    chunk_shape = [*values.shape[: chunk.axis], chunk.length, *values.shape[chunk.axis + 1 :]]
+    metadata["shape"], metadata["chunks"] = list(values.shape), chunk_shape
     description.write_text(json.dumps(metadata))
-    chunk_bytes = math.prod(metadata["chunks"]) * values.dtype.itemsize
-    remaining = list(reversed(values.ranges))
-    for number in range(values.shape[0] if chunk_per_row else 1):
-        with open(folder / ".".join([str(number), *["0"] * (len(values.shape) - 1)]), "wb", buffering=0) as chunk:
-            for piece in _take(remaining, chunk_bytes):
-                piece.copy_to(chunk.fileno())
+    remaining = list(reversed(values.ranges)) if isinstance(values, FilesArray) else []
+    for number in range(values.shape[chunk.axis] // chunk.length):
+        position = ["0"] * len(values.shape)
+        position[chunk.axis] = str(number)
+        with open(folder / ".".join(position), "wb", buffering=0) as file:
+            if isinstance(values, FilesArray):
+                for piece in _take(remaining, math.prod(chunk_shape) * values.dtype.itemsize):
+                    piece.copy_to(file.fileno())
+            else:
+                window = slice(number * chunk.length, (number + 1) * chunk.length)
+                part = np.ascontiguousarray(values[(slice(None),) * chunk.axis + (window,)])
+                part.view(np.uint8).tofile(file)
 
 
 def _take(remaining: list[FileRange], nbytes: int) -> Iterator[FileRange]:

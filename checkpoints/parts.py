@@ -30,12 +30,19 @@ class Part:
     slices: tuple[Slice, ...]
 
 
-def plan_parts(sizes: Sizes, part_bytes: int) -> tuple[Part, ...]:
+def plan_parts(sizes: Sizes, part_bytes: int, share_lengths: Mapping[str, int] | None = None) -> tuple[Part, ...]:
     """Parts that together hold every parameter once, in the order of `sizes`; each of about `part_bytes` at most.
+
+    Args:
+        sizes: what to split.
+        part_bytes: size of a part, unless one step along a sliced axis is larger.
+        share_lengths: parameter -> how many steps along its sliced axis one device holds. A group of experts never
+            reaches over a multiple of that, and a larger parameter is split at such multiples.
 
     Raises:
         ValueError: `part_bytes` isn't positive.
     """
+    share_lengths = {} if share_lengths is None else share_lengths
     if part_bytes < 1:
         raise ValueError(f"the size of a part must be positive, got {part_bytes}")
     sections: dict[tuple[int | None, bool], list[str]] = {}
@@ -45,18 +52,18 @@ def plan_parts(sizes: Sizes, part_bytes: int) -> tuple[Part, ...]:
     for (layer, of_experts), paths in sections.items():
         name = "model" if layer is None else f"layers.{layer:05d}"
         section = {path: sizes[path] for path in paths}
-        parts += _expert_parts(name, section, part_bytes) if of_experts else _other_parts(name, section, part_bytes)
+        plan = _expert_parts if of_experts else _other_parts
+        parts += plan(name, section, part_bytes, share_lengths)
     return tuple(parts)
 
 
-def _expert_parts(name: str, sizes: Sizes, part_bytes: int) -> Iterator[Part]:
+def _expert_parts(name: str, sizes: Sizes, part_bytes: int, share_lengths: Mapping[str, int]) -> Iterator[Part]:
     """Groups of consecutive experts, as even as possible; an expert larger than a part is split by parameter."""
-    num_experts = next(iter(sizes.values()))[0]
+    first, (num_experts, _) = next(iter(sizes.items()))
     expert_bytes = sum(step for _, step in sizes.values())
-    groups = -(-num_experts // max(1, part_bytes // max(expert_bytes, 1)))
-    per_group = -(-num_experts // groups)
-    for start in range(0, num_experts, per_group):
-        stop = min(start + per_group, num_experts)
+    share = share_lengths.get(first, num_experts)
+    groups = -(-share // max(1, part_bytes // max(expert_bytes, 1)))
+    for start, stop in _runs(num_experts, share, -(-share // groups)):
         part_name = f"{name}.experts.{start:05d}-{stop - 1:05d}"
         slices = tuple(Slice(path, start, stop) for path in sizes)
         if expert_bytes <= part_bytes:
@@ -65,11 +72,11 @@ def _expert_parts(name: str, sizes: Sizes, part_bytes: int) -> Iterator[Part]:
             yield from (Part(f"{part_name}.{s.path.rpartition('.')[2]}", (s,)) for s in slices)
 
 
-def _other_parts(name: str, sizes: Sizes, part_bytes: int) -> Iterator[Part]:
+def _other_parts(name: str, sizes: Sizes, part_bytes: int, share_lengths: Mapping[str, int]) -> Iterator[Part]:
     pending: list[Slice] = []
     pending_bytes = 0
     number = 0
-    for piece, nbytes in _pieces(sizes, part_bytes):
+    for piece, nbytes in _pieces(sizes, part_bytes, share_lengths):
         # A part holds at most one slice of a parameter: its tree has one leaf per parameter.
         if pending and (pending_bytes + nbytes > part_bytes or pending[-1].path == piece.path):
             yield Part(f"{name}.{number:03d}", tuple(pending))
@@ -80,9 +87,18 @@ def _other_parts(name: str, sizes: Sizes, part_bytes: int) -> Iterator[Part]:
         yield Part(f"{name}.{number:03d}", tuple(pending))
 
 
-def _pieces(sizes: Sizes, part_bytes: int) -> Iterator[tuple[Slice, int]]:
+def _pieces(sizes: Sizes, part_bytes: int, share_lengths: Mapping[str, int]) -> Iterator[tuple[Slice, int]]:
     for path, (length, step_bytes) in sizes.items():
         per_piece = max(1, part_bytes // max(step_bytes, 1))
-        for start in range(0, length, per_piece):
-            stop = min(start + per_piece, length)
+        for start, stop in _runs(length, share_lengths.get(path, length), per_piece):
             yield Slice(path, start, stop), (stop - start) * step_bytes
+
+
+def _runs(length: int, share: int, longest: int) -> Iterator[tuple[int, int]]:
+    """Starts and stops of runs of at most `longest`: of whole shares if those fit, else each within one share."""
+    if share:
+        whole = max(share, longest - longest % share)
+        for begin in range(0, length, whole):
+            end = min(begin + whole, length)
+            for start in range(begin, end, longest):
+                yield start, min(start + longest, end)

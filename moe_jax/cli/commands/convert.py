@@ -15,6 +15,7 @@ on where it was; until it is done, the work is in OUT.incomplete.
 EXAMPLES = """\
   moe-jax convert Qwen3-30B-A3B/ converted/
   moe-jax convert Qwen/Qwen3-30B-A3B converted/ --dtype bfloat16
+  moe-jax convert DeepSeek-V3/ converted/ --shards 16
   moe-jax convert Mixtral-8x7B/ converted/ --overwrite
 """
 
@@ -24,6 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="a Hugging Face folder or a hub id (owner/name)")
     parser.add_argument("output", metavar="OUT", help="the folder to create")
     shared.add_dtype(parser)
+    parser.add_argument(
+        "--shards",
+        type=shared.positive_int,
+        default=1,
+        metavar="N",
+        help="lay the output out for N devices that split the model, so that hosts read only their share (default: 1)",
+    )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace OUT, or what another conversion left unfinished"
     )
@@ -42,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
                 arguments.source,
                 arguments.output,
                 dtype=shared.dtype_named(arguments.dtype),
+                shards=arguments.shards,
                 overwrite=arguments.overwrite,
                 progress=progress,
             )
