@@ -19,6 +19,9 @@ Index = tuple[slice, ...]
 Bounds = tuple[tuple[int, int], ...]
 """Start and stop per axis."""
 
+DevicesOf = dict[Bounds, list[Any]]
+"""Bounds of a shard -> the devices that hold it."""
+
 
 def assemble(
     shape: tuple[int, ...],
@@ -40,16 +43,39 @@ def assemble(
             Otherwise a shard is read as a whole.
         block_bytes: most bytes to read at once.
     """
-    devices_of: dict[Bounds, list[Any]] = {}
+    devices_of: DevicesOf = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
         devices_of.setdefault(bounds, []).append(device)
 
     shards = []
-    for bounds, devices in devices_of.items():
+    for bounds, together in _read_together(devices_of, stacked=stacked):
         blocks = list(split_into_blocks(bounds, dtype.itemsize, block_bytes)) if stacked else [bounds]
-        shards += _fill(bounds, blocks, devices, dtype, read)
+        shards += _fill(blocks, together, dtype, read)
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def _read_together(devices_of: DevicesOf, *, stacked: bool) -> Iterator[tuple[Bounds, DevicesOf]]:
+    """Groups of shards to read at once, each with the bounds that it fills without a gap.
+
+    Shards of a stacked array that are slices of the same rows go together: a file holds whole rows, and would otherwise
+    be read once for each of them.
+    """
+    groups: dict[Bounds, DevicesOf] = {}
+    for bounds, devices in devices_of.items():
+        groups.setdefault(bounds[:2] if stacked else bounds, {})[bounds] = devices
+    for group in groups.values():
+        union = tuple(
+            (min(start for start, _ in axis), max(stop for _, stop in axis)) for axis in zip(*group, strict=True)
+        )
+        if sum(map(_size, group)) == _size(union):
+            yield union, group
+        else:
+            yield from ((bounds, {bounds: devices}) for bounds, devices in group.items())
+
+
+def _size(bounds: Bounds) -> int:
+    return math.prod(stop - start for start, stop in bounds)
 
 
 def split_into_blocks(bounds: Bounds, itemsize: int, block_bytes: int) -> Iterator[Bounds]:
@@ -69,23 +95,30 @@ def split_into_blocks(bounds: Bounds, itemsize: int, block_bytes: int) -> Iterat
 
 
 def _fill(
-    bounds: Bounds,
-    blocks: list[Bounds],
-    devices: list[Any],
-    dtype: np.dtype,
-    read: Callable[[Index], np.ndarray],
+    blocks: list[Bounds], devices_of: DevicesOf, dtype: np.dtype, read: Callable[[Index], np.ndarray]
 ) -> list[jax.Array]:
-    """One shard on each of `devices`, with equal values."""
-    if blocks == [bounds]:
-        values = read(_index(bounds))
-        return [jax.device_put(values, device) for device in devices]
-    shape = tuple(stop - start for start, stop in bounds)
-    shards = [jnp.zeros(shape, dtype, device=device) for device in devices]
+    """A shard on every device; `blocks` hold all the values of all of them."""
+    shards: dict[Any, jax.Array] = {}
     for block in blocks:
         values = read(_index(block))
-        offsets = tuple(start - first for (start, _), (first, _) in zip(block, bounds, strict=True))
-        shards = [_write(shard, values, offsets) for shard in shards]
-    return shards
+        for bounds, devices in devices_of.items():
+            common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(block, bounds, strict=True))
+            part = values[_index(_relative(common, block))]
+            for device in devices:
+                if common == bounds:
+                    shards[device] = jax.device_put(part, device)
+                    continue
+                if device not in shards:
+                    shape = tuple(stop - start for start, stop in bounds)
+                    shards[device] = jnp.zeros(shape, dtype, device=device)
+                offsets = tuple(start for start, _ in _relative(common, bounds))
+                shards[device] = _write(shards[device], part, offsets)
+    return list(shards.values())
+
+
+def _relative(bounds: Bounds, to: Bounds) -> Bounds:
+    """The same bounds, counted from the starts of `to`."""
+    return tuple((start - first, stop - first) for (start, stop), (first, _) in zip(bounds, to, strict=True))
 
 
 def _index(bounds: Bounds) -> Index:

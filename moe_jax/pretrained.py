@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, Sharding
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from moe_jax.assembly import Index, assemble
-from moe_jax.checkpoints import Checkpoint, InMemoryCheckpoint, open_checkpoint, resolve_source, write_converted
+from moe_jax.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    InMemoryCheckpoint,
+    open_checkpoint,
+    resolve_source,
+    write_converted,
+)
+from moe_jax.checkpoints.conversion import read_as_written
+from moe_jax.checkpoints.staging import check_output
 from moe_jax.config import ParallelConfig
+from moe_jax.experts.replicas import ReplicaMap
 from moe_jax.families.parameters import FLOAT32_PARAMETERS
 from moe_jax.models import CausalLM
-from moe_jax.models.parameter_sources import parameter_shardings, parameter_sources
+from moe_jax.models.parameter_sources import (
+    StatePath,
+    expert_placements,
+    parameter_shardings,
+    parameter_sources,
+)
 from moe_jax.parallel import parallel_of
+from moe_jax.runner.physical_experts import initial_replicas
 
 EMBEDDING = "embedder.embedding"
 """The parameter whose dtype a model computes in, unless it is told another."""
@@ -31,6 +48,7 @@ def from_pretrained(
     dtype: Any = None,
     mesh: Mesh | None = None,
     parallel: ParallelConfig | None = None,
+    num_redundant_experts: int = 0,
     implementation: str | None = None,
 ) -> CausalLM:
     """Load a model.
@@ -46,6 +64,7 @@ def from_pretrained(
             computes with Auto ones, see `CausalLM`.
         parallel: how `mesh` splits the model, see `CausalLM`; None: as its axes' names "data", "expert" and "tensor" say,
             and if it has none of those, experts are split over all its axes.
+        num_redundant_experts: extra slots in every MoE layer, filled with copies of experts, for load balancing.
         implementation: implementation of the expert computation; None chooses by device and shape.
 
     Raises:
@@ -65,6 +84,7 @@ def from_pretrained(
         dtype=reader.dtype_of(EMBEDDING) if dtype is None else dtype,
         parallel=parallel,
         mesh=mesh,
+        num_redundant_experts=num_redundant_experts,
         implementation=implementation,
         hf_config=reader.config,
         source_folder=reader.folder,
@@ -72,18 +92,39 @@ def from_pretrained(
 
     model = nnx.eval_shape(lambda: create(rngs=nnx.Rngs(0)))
     sources, shardings = parameter_sources(model), parameter_shardings(model)
+    values, slots = _initial_placements(model, shardings)
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        if path in sources:
+            experts = slots.get(path[:5]) if "routed_experts" in path else None
+            values[path] = _load(reader, sources[path], variable.shape, shardings[path], dtype, experts)
     graph, state = nnx.split(model)
-    loaded = [
-        (path, variable.replace(_load(reader, sources[path], variable.shape, shardings[path], dtype)))
-        for path, variable in nnx.to_flat_state(state)
-    ]
+    loaded = [(path, variable.replace(values[path])) for path, variable in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(loaded))
+
+
+def _initial_placements(
+    model: CausalLM, shardings: Mapping[StatePath, Sharding]
+) -> tuple[dict[StatePath, jax.Array], dict[StatePath, np.ndarray]]:
+    """Tables of the expert placement by their path, and per stack of MoE layers which expert each slot holds."""
+    tables, slots = {}, {}
+    for path in expert_placements(model):
+        _, stack, _, position, _ = path
+        mixture: Any = model.stacks[stack].blocks[position].feed_forward
+        initial: Any = initial_replicas(mixture.config, mixture.axes)
+        slots[path] = np.asarray(initial.physical_to_logical[...])
+        for rest, variable in nnx.to_flat_state(nnx.state(initial)):
+            table = np.asarray(variable[...])
+            stacked = np.broadcast_to(table, (model.stacks[stack].segment.repeats, *table.shape))
+            whole = (*path, "replicas", *rest)
+            tables[whole] = jax.device_put(stacked, shardings[whole])
+    return tables, slots
 
 
 def save_pretrained(model: CausalLM, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write a model as a converted folder, which `from_pretrained` and `moe-jax export` read.
 
-    Tokenizer and generation settings are copied from the folder that the model was loaded from.
+    Tokenizer and generation settings are copied from the folder that the model was loaded from. Of several processes,
+    all must call this: they bring the parameters together, a part at a time, and process 0 writes them.
 
     Args:
         model: a model that knows its `config.json` (`hf_config`), as those of `from_pretrained` do.
@@ -98,55 +139,130 @@ def save_pretrained(model: CausalLM, folder: str | os.PathLike[str], *, overwrit
         raise ValueError("the model has no hf_config: build it with hf_config= to say what its config.json holds")
     source_folder = None if model.source_folder is None else Path(model.source_folder)
     reader = InMemoryCheckpoint(config=model.hf_config, leaves=_leaves(model), folder=source_folder)
-    write_converted(reader, folder, overwrite=overwrite)
+    if jax.process_count() == 1:
+        write_converted(reader, folder, overwrite=overwrite)
+    else:
+        _write_together(reader, folder, overwrite)
+
+
+def _write_together(reader: Checkpoint, folder: str | os.PathLike[str], overwrite: bool) -> None:
+    """Every process reads all parameters in the same order, which gathers them; process 0 also writes them."""
+    writes, problem = jax.process_index() == 0, None
+    if writes:
+        try:
+            check_output(Path(folder).absolute(), overwrite)
+        except CheckpointError as error:
+            problem = error
+    if multihost_utils.broadcast_one_to_all(np.array(problem is not None)):
+        raise problem or CheckpointError(f"{folder}: process 0 cannot write it")
+    if writes:
+        write_converted(reader, folder, overwrite=overwrite)
+    else:
+        read_as_written(reader)
+    multihost_utils.sync_global_devices(f"saved {os.fspath(folder)}")
 
 
 @dataclasses.dataclass(frozen=True)
-class _StackedLeaf:
-    """One layer's parameter inside a stacked array; its values leave the device only when a part of it is asked for."""
+class _Leaf:
+    """One layer's parameter, perhaps inside a stacked array; values leave the devices when a part of it is asked for."""
 
-    stacked: jax.Array
-    layer: int
+    array: jax.Array
+    layer: int | None = None
+    """Index into the first axis of a stacked array."""
+    slots: np.ndarray | None = None
+    """Of expert weights: the slot of each expert; None: they are in order."""
 
     @property
     def dtype(self) -> np.dtype:
-        return self.stacked.dtype
+        return self.array.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.stacked.shape[1:]
+        shape = self.array.shape if self.layer is None else self.array.shape[1:]
+        return shape if self.slots is None else (len(self.slots), *shape[1:])
 
-    def __getitem__(self, index: tuple[slice, ...]) -> jax.Array:
-        return self.stacked[(self.layer, *index)]
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        if self.slots is None:
+            return self._on_host(index)
+        return np.concatenate([self._on_host((run, *index[1:])) for run in _runs(self.slots[index[0]])])
+
+    def _on_host(self, index: tuple[slice, ...]) -> np.ndarray:
+        layer = () if self.layer is None else (slice(self.layer, self.layer + 1),)
+        bounds = [part.indices(size) for part, size in zip((*layer, *index), self.array.shape, strict=False)]
+        bounds += [(0, size, 1) for size in self.array.shape[len(bounds) :]]
+        sharding = self.array.sharding
+        everywhere = None
+        if not self.array.is_fully_addressable and isinstance(sharding, NamedSharding):
+            everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+        starts, sizes = [start for start, _, _ in bounds], tuple(stop - start for start, stop, _ in bounds)
+        part = np.asarray(_window(everywhere)(self.array, starts, sizes))
+        return part if self.layer is None else part[0]
 
 
-def _leaves(model: CausalLM) -> Mapping[str, jax.Array | _StackedLeaf]:
+@functools.cache
+def _window(sharding: Sharding | None) -> Callable[..., jax.Array]:
+    """`f(array, starts, sizes)`: a part of an array with this sharding, compiled once for all layers of a stack."""
+    return jax.jit(jax.lax.dynamic_slice, static_argnums=2, out_shardings=sharding)
+
+
+def _leaves(model: CausalLM) -> Mapping[str, _Leaf]:
     """The parameters of single layers, by their path in `parameter_shapes`."""
+    placements = {path: _slots_of_experts(tables) for path, tables in expert_placements(model).items()}
     sources, leaves = parameter_sources(model), {}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
+        if path not in sources:
+            continue
         source, array = sources[path], variable[...]
+        slots = placements.get(path[:5]) if "routed_experts" in path else None
         if isinstance(source, str):
-            leaves[source] = array
+            leaves[source] = _Leaf(array)
         else:
-            leaves |= {name: _StackedLeaf(array, layer) for layer, name in enumerate(source)}
+            leaves |= {
+                name: _Leaf(array, layer, None if slots is None else slots[layer]) for layer, name in enumerate(source)
+            }
     return leaves
 
 
+def _slots_of_experts(tables: ReplicaMap) -> np.ndarray:
+    """`[layers, E]`: of each layer's experts the first slot that holds a copy."""
+    return np.asarray(tables.logical_to_physical[...])[..., 0]
+
+
 def _load(
-    reader: Checkpoint, source: str | tuple[str, ...], shape: tuple[int, ...], sharding: Sharding, dtype: Any
+    reader: Checkpoint,
+    source: str | tuple[str, ...],
+    shape: tuple[int, ...],
+    sharding: Sharding,
+    dtype: Any,
+    experts: np.ndarray | None,
 ) -> jax.Array:
-    """One parameter of the model, stacked from `source` if that names several layers."""
+    """One parameter of the model, stacked from `source` if that names several layers.
+
+    `experts` says which expert each slot of expert weights holds; None: they are in order.
+    """
     if isinstance(source, str):
         dtype = _dtype_in_memory(reader, (source,), dtype)
         read_whole = functools.partial(reader.read_region, source, dtype=dtype)
         return assemble(shape, sharding, dtype, read_whole, stacked=False)
     dtype = _dtype_in_memory(reader, source, dtype)
 
+    def read_layer(name: str, index: Index) -> np.ndarray:
+        if experts is None:
+            return reader.read_region(name, index, dtype)
+        slots, *rest = index
+        return np.concatenate([reader.read_region(name, (run, *rest), dtype) for run in _runs(experts[slots])])
+
     def read(index: Index) -> np.ndarray:
         layers, *rest = index
-        return np.stack([reader.read_region(name, tuple(rest), dtype) for name in source[layers]])
+        return np.stack([read_layer(name, tuple(rest)) for name in source[layers]])
 
     return assemble(shape, sharding, dtype, read, stacked=True)
+
+
+def _runs(numbers: np.ndarray) -> Iterator[slice]:
+    """`numbers` as slices of consecutive ones, in their order."""
+    for run in np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1):
+        yield slice(int(run[0]), int(run[-1]) + 1)
 
 
 def _dtype_in_memory(reader: Checkpoint, names: tuple[str, ...], dtype: Any) -> np.dtype:

@@ -91,13 +91,33 @@ class LayerCache:
 
     def store(self, *new: Float[Array, "B S *features"], slots: Int[Array, "B S"]) -> "LayerCache":
         """The cache with new tokens in their slots; those whose slot is outside of it are dropped."""
-        rows = jnp.arange(slots.shape[0])[:, None]
+        layer = jnp.broadcast_to(self.layer, slots.shape)
+        where = jnp.stack([layer, slots], axis=-1)
         arrays = tuple(
-            held.at[self.layer, rows, slots].set(values.astype(held.dtype), mode="drop")
-            for held, values in zip(self.arrays, new, strict=True)
+            _store_rows(held, values.astype(held.dtype), where) for held, values in zip(self.arrays, new, strict=True)
         )
         return LayerCache(arrays, self.layer)
 
     def read(self, dtype: Any) -> tuple[Float[Array, "B slots *features"], ...]:
         """All slots of this layer, in `dtype`."""
         return tuple(held[self.layer].astype(dtype) for held in self.arrays)
+
+
+def _store_rows(
+    held: Float[Array, "repeats B slots *features"],
+    values: Float[Array, "B S *features"],
+    where: Int[Array, "B S 2"],
+) -> Float[Array, "repeats B slots *features"]:
+    """`held` with `values[b, s]` at `held[layer, b, slot]`, `where[b, s]` being `(layer, slot)`.
+
+    The rows are a batch dimension of the scatter, not an index: so the compiler sees that a batch split over devices
+    needs no values of other devices.
+    """
+    dimensions = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(2, values.ndim)),
+        inserted_window_dims=(0, 2),
+        scatter_dims_to_operand_dims=(0, 2),
+        operand_batching_dims=(1,),
+        scatter_indices_batching_dims=(0,),
+    )
+    return jax.lax.scatter(held, where, values, dimensions, mode=jax.lax.GatherScatterMode.FILL_OR_DROP)

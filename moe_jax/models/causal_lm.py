@@ -49,6 +49,7 @@ class CausalLM(nnx.Module):
         param_dtype: Any = jnp.float32,
         parallel: ParallelConfig | None = None,
         mesh: Mesh | None = None,
+        num_redundant_experts: int = 0,
         implementation: str | None = None,
         hf_config: Mapping[str, Any] | None = None,
         source_folder: str | os.PathLike[str] | None = None,
@@ -66,6 +67,8 @@ class CausalLM(nnx.Module):
             mesh: devices of `parallel`'s axes. The model computes on these devices with Auto axes, whatever their type
                 in `mesh`. While `jax.set_mesh` makes Explicit axes current, enter `jax.set_mesh(model.mesh)` first, or
                 call the model in a `jax.sharding.auto_axes`.
+            num_redundant_experts: extra slots of every MoE layer, which hold copies of experts (see
+                `moe_jax.load_balancing`).
             implementation: implementation of the expert computation; None chooses by device and shape.
             hf_config: the `config.json` that `decoder` was made from, kept for `save_pretrained`.
             source_folder: where its tokenizer and generation settings are.
@@ -83,6 +86,7 @@ class CausalLM(nnx.Module):
             parallel=parallel,
             mesh=self.mesh,
             partitioning=self.partitioning,
+            num_redundant_experts=num_redundant_experts,
             implementation=implementation,
         )
         dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -104,6 +108,11 @@ class CausalLM(nnx.Module):
         if self.partitioning is not None:
             shardings = parameter_shardings(self)
             nnx.update(self, nnx.map_state(lambda path, value: jax.device_put(value, shardings[path]), nnx.state(self)))
+
+    @property
+    def partitioning_remarks(self) -> tuple[str, ...]:
+        """What the ranks of `mesh` that hold the same tokens cannot split evenly among all of them, in sentences."""
+        return () if self.partitioning is None else self.partitioning.remarks(self.decoder)
 
     @property
     def hf_config(self) -> dict[str, Any] | None:

@@ -34,6 +34,8 @@ class BuildOptions:
     """Devices of `parallel`'s axes."""
     partitioning: Partitioning | None = None
     """How the batch and everything outside the MoE layers are split over `mesh`."""
+    num_redundant_experts: int = 0
+    """Extra physical experts of every MoE layer, which hold copies of logical ones."""
     implementation: str | None = None
     """Implementation of the expert computation; None chooses by device and shape."""
 
@@ -60,6 +62,7 @@ class DecoderLayer(nnx.Module):
                 dtype=options.dtype,
                 param_dtype=options.param_dtype,
                 parallel=options.parallel,
+                num_redundant_experts=options.num_redundant_experts,
                 implementation=options.implementation,
             )
             self.feed_forward = MoERunner(config, mesh=options.mesh, rngs=rngs)

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from moe_jax.config import MoEConfig
+from moe_jax.experts.replicas import PlacementTable, ReplicaMap
 from moe_jax.models.partitioning import Partitioning
 
 if TYPE_CHECKING:
@@ -18,8 +19,22 @@ StatePath = tuple[Any, ...]
 
 
 def parameter_sources(model: "CausalLM") -> Mapping[StatePath, str | tuple[str, ...]]:
-    """Path of every parameter in the model -> its path in our tree, or one path per layer that is stacked in it."""
-    return {path: _source(model, path) for path, _ in nnx.to_flat_state(nnx.state(model))}
+    """Path of every parameter in the model -> its path in our tree, or one path per layer that is stacked in it.
+
+    Tables of the expert placement are no parameters: see `expert_placements`.
+    """
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {path: _source(model, path) for path, variable in flat if not isinstance(variable, PlacementTable)}
+
+
+def expert_placements(model: "CausalLM") -> Mapping[StatePath, ReplicaMap]:
+    """Path of each stack of MoE layers whose slots are not simply their experts in order -> its placement tables."""
+    return {
+        ("stacks", index, "blocks", position, "feed_forward"): mixture.replicas
+        for index, stack in enumerate(model.stacks)
+        for position in stack.moe_positions
+        if (mixture := stack.blocks[position].feed_forward).replicas is not None
+    }
 
 
 def parameter_shardings(model: "CausalLM") -> Mapping[StatePath, Sharding]:

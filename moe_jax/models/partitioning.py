@@ -4,8 +4,8 @@ Ranks that hold the same tokens share the work on them: they split attention by 
 features, embedding and output head by vocabulary. These are the ranks of the tensor axes, and those of the expert axes
 that do not split tokens as well. The MoE layers decide for themselves (`MoERunner.partition_specs`).
 
-What does not divide evenly stays whole: units are split over as many of those axes as divide them, tensor axes first,
-and `Partitioning.remarks` says what is left. The compiler moves the data (GSPMD); arrays are constrained at few places.
+What does not divide evenly stays whole: units are split over as many of those axes as divide them, outer ones first, and
+`Partitioning.remarks` says what is left. The compiler moves the data (GSPMD); arrays are constrained at few places.
 """
 
 import dataclasses
@@ -31,21 +31,25 @@ class Partitioning:
     batch: tuple[str, ...]
     """Axes that split the batch of token rows."""
     shared: tuple[str, ...]
-    """Axes whose ranks hold the same tokens and so split the work on them."""
+    """Axes whose ranks hold the same tokens and so split the work on them, in the order of the mesh: its outer axes join
+    hosts, so what a host holds lies together."""
 
     @classmethod
     def of(cls, parallel: ParallelConfig, mesh: Mesh) -> Self:
         """The axes that `parallel` names."""
         batch = axis_tuple(parallel.data_axis)
-        sharing = axis_tuple(parallel.tensor_axis) + axis_tuple(parallel.expert_axis)
-        return cls(mesh=mesh, batch=batch, shared=tuple(axis for axis in sharing if axis not in batch))
+        sharing = set(axis_tuple(parallel.tensor_axis) + axis_tuple(parallel.expert_axis)) - set(batch)
+        return cls(mesh=mesh, batch=batch, shared=tuple(axis for axis in mesh.axis_names if axis in sharing))
 
     def size(self, axes: tuple[str, ...]) -> int:
         """Ranks along `axes`."""
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
     def axes_for(self, count: int) -> tuple[str, ...]:
-        """The axes over which `count` units are split: as many of `shared`, from the first on, as divide them evenly."""
+        """The axes over which `count` units are split: as many of `shared`, from the first on, as divide them evenly.
+
+        From the first on, so that fewer key/value heads than query heads end up with the query heads that they belong to.
+        """
         chosen: tuple[str, ...] = ()
         for axis in self.shared:
             if count % self.size((*chosen, axis)):

@@ -26,7 +26,7 @@ ALLOWED = {
     "experts": {"config", "kernels", "placement"},
     "parallel": {"config", "kernels", "experts"},
     "runner": {"config", "kernels", "routing", "experts", "placement", "parallel"},
-    "models": {"config", "kernels", "families", "parallel", "runner"},
+    "models": {"config", "kernels", "families", "experts", "parallel", "runner"},
     "load_balancing": {"config", "experts", "placement", "parallel", "models", "runner"},
     "checkpoints": {"config", "kernels", "families", "json_files"},
 }

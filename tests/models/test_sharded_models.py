@@ -1,0 +1,208 @@
+"""Whole models on eight fake devices: logits, shares of parameters and cache, and what the compiled programs move."""
+
+import dataclasses
+import itertools
+import math
+import re
+
+import golden_cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from golden_models import QUICK_TO_COMPILE, TOLERANCE, golden_model, relative_error
+from jax.sharding import PartitionSpec
+
+from moe_jax import ParallelConfig, from_pretrained, save_pretrained
+from moe_jax.checkpoints import open_checkpoint
+from moe_jax.generation import GenerationSettings, generate
+from moe_jax.generation.programs import bucket, compile_programs, signature_of
+from moe_jax.models import CausalLM
+from moe_jax.models.parameter_sources import parameter_shardings, parameter_sources
+from moe_jax.models.partitioning import Partitioning
+from moe_jax.parallel import create_mesh
+
+ALL_AXES = {"data": 2, "expert": 2, "tensor": 2}
+QWEN = golden_cases.golden_case(
+    "qwen3_moe", "raw_probabilities"
+)  # 12 experts, a dense layer, 4 query and 2 key/value heads
+LATENT = golden_cases.golden_case("deepseek_v3", "negative_bias")  # 12 experts, latent attention, shared experts
+SINKS = golden_cases.golden_case("gpt_oss", "bfloat16")  # 12 experts, attention sinks and biases
+
+# The ranks that share tokens must divide experts and the width of shared experts.
+MESHES = {
+    12: ({"expert": 4}, ALL_AXES, {"tensor": 2, "expert": 2}),
+    9: ({"tensor": 2}, {"data": 2, "tensor": 2}, {"data": 4}),
+}
+
+
+def load(case, sizes):
+    return from_pretrained(case.folder(case.forms[0]), dtype=np.float32, mesh=create_mesh(sizes))
+
+
+def logits_of(model, ids):
+    graph, state = nnx.split(model)
+    forward = jax.jit(lambda state, ids: nnx.merge(graph, state)(ids), compiler_options=QUICK_TO_COMPILE)
+    return np.asarray(forward(state, jnp.asarray(ids)))
+
+
+def one_mesh_per_case():
+    turn = {experts: itertools.cycle(meshes) for experts, meshes in MESHES.items()}
+    for case in golden_cases.golden_cases():
+        config = case.config()
+        experts = next(config[key] for key in ("num_experts", "num_local_experts", "n_routed_experts") if key in config)
+        yield case, next(turn[experts])
+
+
+IN_EVERY_RUN = [(QWEN, ALL_AXES), (SINKS, {"tensor": 2})]
+SLOW = [pytest.param(*pair, marks=pytest.mark.slow) for pair in one_mesh_per_case() if pair not in IN_EVERY_RUN]
+
+
+@pytest.mark.parametrize(("case", "sizes"), [*IN_EVERY_RUN, *SLOW], ids=str)
+def test_logits_on_a_mesh_are_those_of_transformers(case, sizes):
+    expected = case.expected()
+    assert relative_error(logits_of(load(case, sizes), expected.input_ids), expected.logits) < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load(QWEN, ALL_AXES)
+
+
+def test_logits_on_a_mesh_are_those_of_one_device(model):
+    ids = QWEN.expected().left_input_ids[:1, :13]  # one row, which two data ranks cannot split
+    assert relative_error(logits_of(model, ids), logits_of(golden_model(QWEN), ids)) < 1e-5
+
+
+def number_of_parts(model):
+    """Path of a parameter (of the first layer, if several are stacked) -> how many parts it is split into."""
+    found, variables = {}, dict(nnx.to_flat_state(nnx.state(model)))
+    for path, source in parameter_sources(model).items():
+        array = variables[path][...]
+        part = array.sharding.shard_shape(array.shape)
+        found[source if isinstance(source, str) else source[0]] = array.size // math.prod(part)
+    return found
+
+
+def test_ranks_that_hold_the_same_tokens_split_every_matrix(model):
+    parts = number_of_parts(model)  # two expert and two tensor ranks hold the same tokens
+    assert {path: count for path, count in parts.items() if "layers.0." in path or "layers" not in path} == {
+        "embedder.embedding": 4,
+        "final_norm.scale": 1,
+        "layers.0.attention_norm.scale": 1,
+        "layers.0.feed_forward_norm.scale": 1,
+        "layers.0.attention.q_proj.kernel": 4,
+        "layers.0.attention.q_proj.bias": 4,
+        "layers.0.attention.k_proj.kernel": 2,
+        "layers.0.attention.k_proj.bias": 2,
+        "layers.0.attention.v_proj.kernel": 2,
+        "layers.0.attention.v_proj.bias": 2,
+        "layers.0.attention.o_proj.kernel": 4,
+        "layers.0.attention.o_proj.bias": 1,
+        "layers.0.attention.q_norm.scale": 1,
+        "layers.0.attention.k_norm.scale": 1,
+        "layers.0.feed_forward.gate_proj.kernel": 4,
+        "layers.0.feed_forward.up_proj.kernel": 4,
+        "layers.0.feed_forward.down_proj.kernel": 4,
+    }
+    assert parts["layers.1.feed_forward.routed_experts.gate_up_proj"] == 4
+    assert parts["layers.1.feed_forward.router.weight"] == 1
+
+
+def test_slots_with_copies_of_experts_are_filled_and_left_out_when_saved(tmp_path):
+    """Also latent attention, which is split by query heads."""
+    mesh = create_mesh({"expert": 4})
+    model = from_pretrained(LATENT.folder("fused"), dtype=np.float32, mesh=mesh, num_redundant_experts=4)
+    mixture = model.stacks[0].blocks[0].feed_forward
+    assert mixture.routed_experts.gate_up_proj.shape[1] == 16
+    parts = number_of_parts(model)
+    split = {
+        path.removeprefix("layers.0.attention.") for path, count in parts.items() if count == 4 and ".0.att" in path
+    }
+    assert split == {"q_proj.kernel", "kv_b_proj.kernel", "o_proj.kernel"}
+
+    expected = LATENT.expected()
+    assert relative_error(logits_of(model, expected.input_ids), expected.logits) < TOLERANCE
+    save_pretrained(model, tmp_path / "saved")
+    saved, original = open_checkpoint(tmp_path / "saved"), open_checkpoint(LATENT.folder("fused"))
+    assert saved.shapes == original.shapes
+    for path in original.shapes:
+        np.testing.assert_array_equal(saved.read(path), original.read(path), err_msg=path)
+
+
+def test_what_does_not_divide_stays_whole_and_is_said(model):
+    assert model.partitioning_remarks == (
+        "2 key/value heads cannot be split over the 4 ranks of ('expert', 'tensor'): split 2 ways (over expert)",
+    )
+    partitioning = Partitioning.of(ParallelConfig(tensor_axis="tensor"), create_mesh({"tensor": 3}))
+    assert partitioning.axes_for(4) == ()
+    assert partitioning.axes_for(9) == ("tensor",)
+    assert "4 query heads cannot be split over the 3 ranks of ('tensor',): held whole by each rank" in (
+        partitioning.remarks(model.decoder)
+    )
+
+
+def test_axes_that_split_the_batch_split_no_dense_part():
+    mesh = create_mesh({"data": 2, "tensor": 2})
+    parallel = ParallelConfig(expert_axis=("data", "tensor"), data_axis="data")
+    partitioning = Partitioning.of(parallel, mesh)
+    assert (partitioning.batch, partitioning.shared) == (("data",), ("tensor",))
+    assert partitioning.batch_axes_for(6) == ("data",)
+    assert partitioning.batch_axes_for(3) == ()
+
+
+@pytest.mark.slow
+def test_a_model_created_on_a_mesh_is_split_like_a_loaded_one():
+    decoder = golden_model(QWEN).decoder
+    created = CausalLM(
+        dataclasses.replace(decoder, layers=decoder.layers[:1]),
+        rngs=nnx.Rngs(0),
+        mesh=create_mesh({"tensor": 2}),
+        parallel=ParallelConfig(tensor_axis="tensor"),
+    )
+    shardings = parameter_shardings(created)
+    for path, variable in nnx.to_flat_state(nnx.state(created)):
+        assert variable[...].sharding.is_equivalent_to(shardings[path], variable[...].ndim), path
+    assert not created.embedder.embedding[...].sharding.is_fully_replicated
+
+
+COLLECTIVE = re.compile(
+    r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\("
+)
+
+
+def test_generating_on_a_mesh_gives_the_tokens_of_transformers_and_moves_only_tokens(model):
+    """Nothing of the size of a cache or an embedding table goes over the mesh."""
+    expected = QWEN.expected()
+    prompts, settings = expected.prompts()[:2], GenerationSettings(max_new_tokens=6)
+    result = generate(model, prompts, settings)
+    np.testing.assert_array_equal(result.tokens, expected.greedy_tokens[:2, :6])
+
+    sizes = dict(batch_size=2, prompt_length=bucket(max(map(len, prompts))), room=bucket(6), num_eos=0, do_sample=False)
+    signature, _ = signature_of(model, **sizes, top_k=None, use_top_p=False, with_expert_load=False)
+    programs = compile_programs(signature)  # those that have just run
+    cache = programs.prefill.output_shardings[0].cache
+    assert {sharding.spec for sharding in jax.tree.leaves(cache.segments)} == {
+        PartitionSpec(None, "data", None, "expert")
+    }
+    moved = [
+        math.prod(map(int, filter(None, dims.split(",")))) for dims in COLLECTIVE.findall(programs.decode.as_text())
+    ]
+    assert moved
+    assert max(moved) <= 4 * 2 * model.decoder.hidden_size  # rows of two tokens, from at most four ranks
+
+
+@pytest.mark.slow
+def test_what_is_drawn_does_not_depend_on_the_mesh(model):
+    prompts = QWEN.expected().prompts()[:2]
+    settings = GenerationSettings(max_new_tokens=6, do_sample=True, temperature=0.5)
+    on_mesh, alone = (generate(each, prompts, settings, seed=5).tokens for each in (model, golden_model(QWEN)))
+    np.testing.assert_array_equal(on_mesh, alone)
+
+
+def test_a_model_on_a_mesh_is_saved_as_it_is(model, tmp_path):
+    save_pretrained(model, tmp_path / "saved")
+    saved, original = open_checkpoint(tmp_path / "saved"), open_checkpoint(QWEN.folder("fused"))
+    for path in original.shapes:
+        np.testing.assert_array_equal(saved.read(path), original.read(path), err_msg=path)
