@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_jax.cli import arguments as shared
-from moe_jax.cli import exit_codes
+from moe_jax.cli import exit_codes, processes
 
 if TYPE_CHECKING:
     from moe_jax.generation import Generation, GenerationSettings, Timing
@@ -21,6 +21,9 @@ Continue one or several prompts. Without --prompt, every line of standard input 
 How tokens are chosen is up to the checkpoint's generation_config.json; --greedy, --temperature, --top-k and --top-p
 replace what it says. One prompt is printed as it is written; several run as one batch. Remarks and speed go to
 standard error.
+
+--mesh spreads the model over several devices. On several hosts, start the same command with --distributed on each;
+docs/multihost.md has complete job files.
 """
 EXAMPLES = """\
   moe-jax generate examples/demo_model --prompt "At dawn the crew" --max-new-tokens 40
@@ -29,6 +32,8 @@ EXAMPLES = """\
   moe-jax generate MODEL --prompt "Hello" --stats expert_load.png
   cat questions.txt | moe-jax generate MODEL --chat --json > answers.json
   moe-jax generate MODEL --prompt - < story.txt
+  moe-jax generate MODEL --prompt "Once" --mesh expert=4,data=2
+  srun moe-jax generate MODEL --prompt "Once" --mesh expert=8,tensor=2 --distributed
 """
 
 
@@ -64,12 +69,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stats", type=Path, metavar="FILE", help="write the expert load per layer: .png, .svg, .pdf, .json or .csv"
     )
+    processes.add_arguments(parser)
     shared.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Generate; returns the exit status."""
     overrides = settings_of(arguments)
+    if arguments.distributed and (arguments.prompt is None or "-" in arguments.prompt):
+        raise ValueError("--distributed needs --prompt TEXT: standard input does not reach every process")
     prompts = read_prompts(arguments.prompt)
     if arguments.system is not None and not arguments.chat:
         raise ValueError("--system needs --chat")
@@ -85,15 +93,22 @@ def run(arguments: argparse.Namespace) -> int:
     from moe_jax.pretrained import from_pretrained
     from moe_jax.tokenization import Tokenizer
 
+    mesh = processes.join(arguments)
     folder = resolve_source(arguments.model)
     settings = read_generation_settings(folder, **overrides)
     tokenizer = Tokenizer.from_folder(folder)
     prompt_ids = [encode(tokenizer, prompt, arguments) for prompt in prompts]
-    model = from_pretrained(folder, dtype=shared.dtype_named(arguments.dtype))
+    processes.check_agreement(prompt_ids, settings, arguments.seed)
+    model = from_pretrained(folder, dtype=shared.dtype_named(arguments.dtype), mesh=mesh)
+    prints = processes.is_first()
+    if prints and mesh is not None:
+        for remark in model.partitioning_remarks:
+            print(remark, file=sys.stderr)
 
     printer = None
     if len(prompts) == 1 and not arguments.json:
-        printer = StreamPrinter(tokenizer, prompt_ids[0], None if arguments.chat else prompts[0])
+        shown = None if arguments.chat else prompts[0]
+        printer = StreamPrinter(tokenizer, prompt_ids[0], shown, silent=not prints)
     result = generate(
         model,
         prompt_ids,
@@ -103,6 +118,8 @@ def run(arguments: argparse.Namespace) -> int:
         with_expert_load=write_stats is not None,
     )
 
+    if not prints:
+        return exit_codes.SUCCESS
     texts = [tokenizer.continuation(ids, result.row(row)) for row, ids in enumerate(prompt_ids)]
     if arguments.json:
         from moe_jax.cli.output import print_json
@@ -156,12 +173,18 @@ def encode(tokenizer: "Tokenizer", prompt: str, arguments: argparse.Namespace) -
 class StreamPrinter:
     """Prints one row's text on standard output while it is generated."""
 
-    def __init__(self, tokenizer: "Tokenizer", prompt_ids: Sequence[int], shown_prompt: str | None):
-        """Show `shown_prompt`, if there is one, when the first token arrives."""
+    def __init__(
+        self, tokenizer: "Tokenizer", prompt_ids: Sequence[int], shown_prompt: str | None, *, silent: bool = False
+    ):
+        """Show `shown_prompt`, if there is one, when the first token arrives.
+
+        A silent printer prints nothing: all processes of a job must generate token by token if one of them does.
+        """
         from moe_jax.tokenization import TextStream
 
         self._stream = TextStream(tokenizer, prompt_ids)
         self._pending = "" if shown_prompt is None else emphasized(shown_prompt)
+        self._silent = silent
 
     def add(self, row: int, token: int) -> None:
         """Print what this token completes."""
@@ -173,10 +196,10 @@ class StreamPrinter:
         """Print what is left, and end the line."""
         self._write(self._stream.finish() + "\n")
 
-    @staticmethod
-    def _write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+    def _write(self, text: str) -> None:
+        if not self._silent:
+            sys.stdout.write(text)
+            sys.stdout.flush()
 
 
 def emphasized(prompt: str) -> str:

@@ -1,0 +1,88 @@
+"""Commands that run on several devices, and as several processes: their arguments, and what the processes agree on."""
+
+import argparse
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--mesh`, `--distributed` and what goes with it."""
+    group = parser.add_argument_group("several devices, several hosts")
+    group.add_argument(
+        "--mesh",
+        type=mesh_sizes,
+        metavar="AXIS=N,...",
+        help="spread the model over devices: expert=N splits the experts, tensor=N every matrix, data=N the prompts",
+    )
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="this is one of several processes with the same command; SLURM, Open MPI, Kubernetes jobs and TPU pods are "
+        "recognised, elsewhere give the three options below; process 0 prints",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    group.add_argument("--num-processes", type=int, metavar="N", help="how many processes there are")
+    group.add_argument("--process-id", type=int, metavar="I", help="number of this process, from 0")
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """The axes of `--mesh`, in their order, for `type=`."""
+    from moe_jax.parallel import AXIS_ROLES
+
+    sizes: dict[str, int] = {}
+    for axis in text.split(","):
+        name, equals, size = axis.partition("=")
+        if name not in AXIS_ROLES or not equals or not size.isdecimal() or int(size) < 1:
+            raise argparse.ArgumentTypeError(
+                f"must be like expert=4,data=2, with axes from {', '.join(AXIS_ROLES)} and positive sizes; got {text!r}"
+            )
+        if name in sizes:
+            raise argparse.ArgumentTypeError(f"names {name} twice: {text!r}")
+        sizes[name] = int(size)
+    return sizes
+
+
+def join(arguments: argparse.Namespace) -> "Mesh | None":
+    """Join the other processes if there are any, and make the mesh of `--mesh`; before anything uses a device.
+
+    Raises:
+        ValueError: options that don't go together, or devices that don't make up the mesh.
+    """
+    manual = (arguments.coordinator, arguments.num_processes, arguments.process_id)
+    if any(value is not None for value in manual) and not arguments.distributed:
+        raise ValueError("--coordinator, --num-processes and --process-id need --distributed")
+    if arguments.distributed and arguments.mesh is None:
+        raise ValueError("--distributed needs --mesh, which says how the devices of all processes share the model")
+    if arguments.mesh is None:
+        return None
+    from moe_jax.parallel import create_mesh, initialize_distributed
+
+    if arguments.distributed:
+        initialize_distributed(*manual)
+    return create_mesh(arguments.mesh)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def check_agreement(*values: Any) -> None:
+    """ValueError on every process unless all were given the same `values` (anything with a meaningful `repr`)."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return
+    digest = np.frombuffer(hashlib.sha256(repr(values).encode()).digest(), np.uint8)
+    digests = np.asarray(multihost_utils.process_allgather(digest))
+    if different := [number for number, other in enumerate(digests) if not np.array_equal(other, digests[0])]:
+        raise ValueError(
+            "all processes must be given the same prompts, settings and seed; "
+            f"those of process {', '.join(map(str, different))} differ from those of process 0"
+        )

@@ -1,0 +1,51 @@
+"""What `initialize_distributed` and `create_mesh` refuse."""
+
+import re
+
+import jax
+import pytest
+
+from moe_jax import ParallelConfig
+from moe_jax.parallel import create_mesh, initialize_distributed, parallel_of
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(num_processes=2), "go together; missing: coordinator_address, process_id"),
+        (dict(coordinator_address="a:1", num_processes=2, process_id=2), r"in \[0, num_processes=2\), got 2"),
+        (dict(coordinator_address="a", num_processes=2, process_id=0), "must be host:port, got 'a'"),
+    ],
+    ids=str,
+)
+def test_processes_that_cannot_be_joined_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        initialize_distributed(**given)
+
+
+def test_a_mesh_has_the_axes_and_sizes_asked_for():
+    mesh = create_mesh({"data": 2, "expert": 3})
+    assert dict(mesh.shape) == {"data": 2, "expert": 3}
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"expert": 0}, "must be positive, got expert=0"),
+        ({"expert": 4, "data": 4}, "the mesh expert=4,data=4 has 16 positions, but there are 8 devices"),
+    ],
+    ids=str,
+)
+def test_a_mesh_that_the_devices_cannot_make_is_refused(sizes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        create_mesh(sizes)
+
+
+def test_names_of_axes_say_what_they_split():
+    named = parallel_of(create_mesh({"data": 2, "tensor": 2}))
+    assert named == ParallelConfig(data_axis="data", tensor_axis="tensor")
+    unnamed = parallel_of(create_mesh({"x": 2, "y": 2}))
+    assert unnamed == ParallelConfig(expert_axis=("x", "y"))
+    with pytest.raises(ValueError, match="got 'x' beside 'data'"):
+        parallel_of(create_mesh({"data": 2, "x": 2}))

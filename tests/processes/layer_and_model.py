@@ -1,0 +1,104 @@
+"""What each process of a job does in `test_processes.py`: a layer and a model over the devices of all, as JSON on stdout.
+
+python layer_and_model.py COORDINATOR COUNT NUMBER CHECKPOINT CONVERTED SAVED
+"""
+
+import json
+import sys
+import time
+
+import golden_cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorstore as ts
+from flax import nnx
+from golden_models import QUICK_TO_COMPILE, relative_error
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+from support.sharded_layers import SHARED, layer_pair, small_config
+
+from moe_jax import from_pretrained, save_pretrained
+from moe_jax.config import ParallelConfig
+from moe_jax.generation import GenerationSettings, generate
+from moe_jax.parallel import create_mesh, initialize_distributed
+
+CASE = golden_cases.golden_case("qwen3_moe", "raw_probabilities")  # 12 experts
+STRATEGIES = ("replicated", "allgather_reducescatter", "padded_all_to_all", "ragged_all_to_all")
+
+
+def gathered(array):
+    """All of a global array, on every process."""
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def layer_error(mesh, strategy):
+    """Largest difference of a layer's output over all processes from that on one device, both with random weights."""
+    rng = np.random.default_rng(7)  # the same numbers in every process
+    parallel = ParallelConfig(expert_axis="expert", tensor_axis="tensor", strategy=strategy)
+    single, sharded = layer_pair(rng, small_config(shared_experts=SHARED), mesh, parallel)
+    x = np.asarray(rng.normal(size=(6, 6)), np.float32)
+    expected = np.asarray(jax.jit(lambda layer, x: layer(x))(single, x))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    result = jax.jit(lambda layer, x: layer(x), out_shardings=everywhere)(sharded, x)
+    return float(np.abs(np.asarray(result) - expected).max())
+
+
+def bytes_read():
+    """Bytes that this process has read from converted folders so far."""
+    metrics = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return sum(value["value"] for metric in metrics for value in metric["values"])
+
+
+def bytes_held(model):
+    """Bytes of the parameters on this process's devices, those on several counted once."""
+    total = 0
+    for array in jax.tree.leaves(nnx.state(model)):
+        shards = {str(shard.index): shard.data.nbytes for shard in array.addressable_shards}
+        total += sum(shards.values())
+    return total
+
+
+def stage(name):
+    """Says on standard error how far this process is, for whoever looks for one that hangs."""
+    print(f"{time.monotonic():.1f} {name}", file=sys.stderr, flush=True)
+
+
+def main():
+    coordinator, count, number, checkpoint, converted, saved = sys.argv[1:]
+    initialize_distributed(coordinator, int(count), int(number))
+    mesh = create_mesh({"expert": 2, "tensor": jax.device_count() // 2})
+    report = {"processes": jax.process_count(), "devices": jax.device_count()}
+    stage("layer")
+    report["layer_errors"] = {strategy: layer_error(mesh, strategy) for strategy in STRATEGIES}
+
+    stage("load")
+    before = bytes_read()
+    model = from_pretrained(converted, dtype=np.float32, mesh=mesh)
+    report |= {"bytes_read": bytes_read() - before, "bytes_held": bytes_held(model)}
+    stage("logits")
+    expected = CASE.expected()
+    graph, state = nnx.split(model)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    forward = jax.jit(
+        lambda state, ids: nnx.merge(graph, state)(ids), out_shardings=everywhere, compiler_options=QUICK_TO_COMPILE
+    )
+    report["logits_error"] = relative_error(forward(state, np.asarray(expected.input_ids)), expected.logits)
+    stage("safetensors")
+    from_safetensors = nnx.state(from_pretrained(checkpoint, dtype=np.float32, mesh=mesh))
+    same = jax.tree.map(lambda a, b: jnp.array_equal(a, b), state, from_safetensors)
+    report["same_from_safetensors"] = all(bool(leaf) for leaf in jax.tree.leaves(same))
+
+    stage("generate")
+    prompts = expected.prompts()[:2]
+    cold, warm = (GenerationSettings(max_new_tokens=6, do_sample=True, temperature=t) for t in (1e-4, 1.0))
+    report["coldest"] = generate(model, prompts, cold).tokens.tolist()  # as good as greedy, in the programs of `warm`
+    report["drawn"] = generate(model, prompts, warm, seed=3).tokens.tolist()
+    stage("save")
+    save_pretrained(model, saved)
+    stage("done")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
