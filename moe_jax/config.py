@@ -193,7 +193,7 @@ class ParallelConfig:
     sequence_axis: AxisNames = None
     """The tokens of each data position are split again over this axis: the second to last dimension of the hidden states."""
     strategy: DispatchStrategy | None = None
-    """How tokens meet their experts; None: what moves the fewest rows (`MoERunner.explain_dispatch` says which, and why)."""
+    """How tokens meet their experts; None chooses by mesh, tokens and platform (`MoERunner.explain_dispatch` says why)."""
     placement_strategy: Literal["linear", "round_robin"] = "linear"
     """How experts are dealt out to the ranks of `expert_axis`, see `ExpertMapManager`."""
     capacity_factor: float | None = None

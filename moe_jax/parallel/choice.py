@@ -9,43 +9,40 @@ STRATEGIES: tuple[Strategy, ...] = (replicated, allgather_reducescatter, ragged_
 
 
 def choose_strategy(request: DispatchRequest) -> tuple[Strategy, Choice]:
-    """The strategy that was asked for by name, or of those that can do what is asked the one that moves the fewest rows.
+    """The strategy that was asked for by name, or one that can do what is asked.
 
-    Rows are those that a rank is expected to send if all experts are equally likely, whatever the links between ranks are like:
-    nothing is measured.
+    Of these it is `replicated` if that can run: as upstream, tokens that are on all ranks of their experts stay there. Otherwise
+    it is the one that moves the fewest rows: those that a rank is expected to send if all experts are equally likely, whatever the
+    links between ranks are like. Nothing is measured.
 
     Raises:
         NotImplementedError: the named strategy, or every one, cannot run; the message carries the reasons.
     """
     asked = request.parallel.strategy
     reasons = {strategy.NAME: strategy.unsupported(request) for strategy in STRATEGIES}
+    able = [strategy for strategy in STRATEGIES if reasons[strategy.NAME] is None]
+    sent = {strategy.NAME: f"is expected to send {strategy.rows_moved(request):.1f} rows per rank" for strategy in able}
     if asked is not None:
         chosen = next(strategy for strategy in STRATEGIES if asked == strategy.NAME)
         if reasons[asked] is not None:
             raise NotImplementedError(f"dispatch strategy {asked!r} cannot run: {reasons[asked]}")
         why = "it was asked for by name"
-        passed_over = dict.fromkeys(reasons, f"{asked} was asked for by name")
+    elif not able:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise NotImplementedError(f"no dispatch strategy can run: {listed}")
+    elif replicated in able:
+        chosen, why = replicated, "every token is on all ranks that hold its experts"
     else:
-        able = [strategy for strategy in STRATEGIES if reasons[strategy.NAME] is None]
-        if not able:
-            listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-            raise NotImplementedError(f"no dispatch strategy can run: {listed}")
-        rows = {strategy.NAME: strategy.rows_moved(request) for strategy in able}
-        chosen = min(able, key=lambda strategy: rows[strategy.NAME])
+        chosen = min(able, key=lambda strategy: strategy.rows_moved(request))
         why = "it is expected to send the fewest rows"
-        passed_over = {name: f"it is expected to send {_rows(count)} per rank" for name, count in rows.items()}
     choice = Choice(
         op="dispatch",
         implementation=chosen.NAME,
-        formulation=f"{request.num_tokens} tokens over {_ranks(request)}, {_rows(chosen.rows_moved(request))} sent per rank",
+        formulation=f"{request.num_tokens} tokens over {_ranks(request)}; it {sent[chosen.NAME]}",
         reason=why,
-        rejected=tuple((name, reason or passed_over[name]) for name, reason in reasons.items() if name != chosen.NAME),
+        rejected=tuple((name, reason or f"it {sent[name]}") for name, reason in reasons.items() if name != chosen.NAME),
     )
     return chosen, choice
-
-
-def _rows(count: float) -> str:
-    return f"{count:.1f} rows"
 
 
 def _ranks(request: DispatchRequest) -> str:

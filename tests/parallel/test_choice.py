@@ -85,11 +85,11 @@ EP = dict(expert_axis="ep", data_axis="ep")
 @pytest.mark.parametrize(
     ("mesh", "parallel", "chosen"),
     [
-        # Tokens on every rank: a sum moves 2 rows per token, and needs nothing else.
-        (fake_mesh(ep=8), dict(expert_axis="ep"), "replicated"),
+        # Tokens on every rank stay there, as upstream, unless an option asks for rows to travel.
+        (fake_mesh(ep=64), dict(expert_axis="ep"), "replicated"),
         (fake_mesh(tp=8), dict(tensor_axis="tp"), "replicated"),
-        # Many ranks with the same tokens: they divide them.
-        (fake_mesh(ep=64), dict(expert_axis="ep"), "ragged_all_to_all"),
+        (fake_mesh(ep=8), dict(expert_axis="ep", one_row_per_rank=True), "ragged_all_to_all"),
+        (fake_mesh(ep=64), dict(expert_axis="ep", micro_batches=2), "ragged_all_to_all"),
         # Two ranks: sending all tokens to the other one moves fewer rows than one for each expert.
         (fake_mesh(ep=2), EP, "allgather_reducescatter"),
         (fake_mesh(ep=64), EP, "ragged_all_to_all"),
@@ -103,7 +103,7 @@ EP = dict(expert_axis="ep", data_axis="ep")
         (fake_mesh(dp=2), dict(tensor_axis="dp", data_axis="dp"), "allgather_reducescatter"),
     ],
 )
-def test_the_strategy_that_moves_the_fewest_rows_is_chosen(mesh, parallel, chosen):
+def test_tokens_stay_or_move_as_few_rows_as_possible(mesh, parallel, chosen):
     assert choice(mesh, **parallel).implementation == chosen
 
 
@@ -111,7 +111,7 @@ def test_the_choice_says_what_each_strategy_would_send_or_why_it_cannot_run():
     # 512 tokens per rank, 8 choices, 8 ranks: 7/8 of 4096 rows there and back, or 512 * 7 tokens there and back.
     assert str(choice(fake_mesh(ep=8), **EP)).splitlines() == [
         "dispatch: allgather_reducescatter, 4096 tokens over 8 expert positions, 1 tensor positions, 8 token positions "
-        "of tpu, 7168.0 rows sent per rank",
+        "of tpu; it is expected to send 7168.0 rows per rank",
         "  because it is expected to send the fewest rows",
         "  not replicated: it needs every token on all ranks among which the experts are split, so tokens must not be "
         "split over an axis that splits experts, got 'ep'",
