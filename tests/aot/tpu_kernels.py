@@ -45,7 +45,7 @@ def rows_of(job: Job, dumps: Path, deadline: float) -> Iterator[dict[str, Any]]:
 
 
 def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
-    """All programs, or a sample: every model for one generation and number of tokens, every other one backward too.
+    """All programs, or a sample: every model for one generation and number of tokens, every third one backward too.
 
     In an order of which the beginning is a sample already.
     """
@@ -53,7 +53,7 @@ def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
     for turn, program, number in itertools.product(
         range(len(tokens) * len(tpus) if arguments.all else 1), arguments.programs, range(len(models))
     ):
-        if not arguments.all and program != arguments.programs[number % len(arguments.programs)]:
+        if not arguments.all and program != arguments.programs[-1 if number % 3 == 0 else 0]:
             continue
         shift = number + number // len(tpus) + turn % len(tokens)
         yield {
