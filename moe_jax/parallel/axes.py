@@ -107,16 +107,13 @@ class LayerAxes:
     @property
     def platform(self) -> str:
         """Platform of the mesh's devices: "cpu", "gpu" or "tpu"."""
-        return {"cuda": "gpu", "rocm": "gpu"}.get(self._device.platform, self._device.platform)
+        platform = str(self.mesh.devices.flat[0].platform)
+        return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
 
     @property
     def num_hosts(self) -> int:
         """Hosts to which the mesh's devices belong: devices that fast links join, whatever the processes that run them."""
         return len({getattr(device, "slice_index", device.process_index) for device in self.mesh.devices.flat})
-
-    @property
-    def _device(self) -> jax.Device:
-        return self.mesh.devices.flat[0]
 
     def validate(self, config: MoEConfig) -> None:
         """Raise ValueError unless the layer divides evenly over the ranks, as upstream requires (spec 1.3)."""

@@ -6,6 +6,7 @@ tokens, so the order in which they are scaled, added and summed stays the runner
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,8 +89,8 @@ def routed_partials(
     """Dispatch tokens, run the experts where they are, and bring the results back. Ids are physical ones."""
     axes, layout, strategy, settings = dispatch.axes, dispatch.layout, dispatch.strategy, dispatch.settings
 
-    def of_some_tokens(x, topk_weights, topk_ids, weights):
-        received, sent = strategy.dispatch(settings, x, topk_weights, topk_ids)
+    def of_some_tokens(tokens, weights):
+        received, sent = strategy.dispatch(settings, *tokens)
         first_expert = axes.position(axes.expert) * weights.gate_up_proj.shape[0] if axes.expert else None
         results = compute(received.x, received.topk_weights, received.topk_ids, weights, first_expert)
         return strategy.combine(settings, results, sent), received
@@ -100,16 +101,16 @@ def routed_partials(
             weights = weights._replace(down_bias=jnp.where(axes.is_first(axes.tensor), weights.down_bias, 0))
         # The halves don't depend on each other, which leaves the compiler free to overlap them.
         halves = zip(*(jnp.split(array, dispatch.micro_batches) for array in (x, topk_weights, topk_ids)), strict=True)
-        results, received = zip(*(of_some_tokens(*half, weights) for half in halves), strict=True)
+        results, received = zip(*(of_some_tokens(half, weights) for half in halves), strict=True)
         sent_rows, dropped_rows = _counts(layout, received)
         return RoutedResult(jnp.concatenate(results)[None], sent_rows, dropped_rows)
 
     rows = axes.spec(layout.tokens, ())
     given = zip(weights, expert_weight_specs(axes), strict=True)
     specs = ExpertWeights._make(None if array is None else spec for array, spec in given)
-    out_specs = RoutedResult(_partial_spec(axes, layout), axes.spec(), axes.spec())
+    result_specs: Any = (_partial_spec(axes, layout), axes.spec(), axes.spec())  # specs stand where arrays will
     arrays = dispatch.pad_tokens(x), dispatch.pad_tokens(topk_weights), dispatch.pad_tokens(topk_ids, fill=-1)
-    return axes.shard_map(on_rank, (rows, rows, rows, specs), out_specs)(*arrays, weights)
+    return axes.shard_map(on_rank, (rows, rows, rows, specs), RoutedResult(*result_specs))(*arrays, weights)
 
 
 def _counts(layout: TokenLayout, received: tuple[ReceivedRows, ...]) -> tuple[Array, Array]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -47,7 +48,8 @@ def parallel_of(mesh: Mesh) -> ParallelConfig:
             f"mesh axes must be named {', '.join(AXIS_ROLES)}, or parallel= must say what they split; "
             f"got {', '.join(map(repr, unknown))} beside {', '.join(map(repr, known))}"
         )
-    return ParallelConfig(**{f"{name}_axis": name for name in known})
+    fields: dict[str, Any] = {f"{name}_axis": name for name in known}
+    return ParallelConfig(**fields)
 
 
 def _written(sizes: Mapping[str, int]) -> str:

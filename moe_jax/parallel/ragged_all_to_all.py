@@ -55,8 +55,9 @@ def rows_moved(request: DispatchRequest) -> float:
     if request.axes.platform == "cpu":  # the emulation gathers operands
         forth = (ranks - 1) * _most_sent(settings, tokens, request.top_k)
         back = (ranks - 1) * ranks * settings.most_rows(tokens, request.top_k)
-    elif request.axes.platform == "gpu" and request.axes.num_hosts > 1:  # so does XLA's decomposition across hosts
-        forth = back = (ranks - 1) * _most_sent(settings, tokens, request.top_k)
+    elif request.axes.platform == "gpu" and (hosts := request.axes.num_hosts) > 1:
+        # XLA first swaps all rows, whatever their experts, between hosts, and then sends them where they belong.
+        forth = back = _most_sent(settings, tokens, request.top_k) * (hosts - 1 + 1 - hosts / ranks)
     return forth + back + request.rows_around_exchange()
 
 

@@ -121,8 +121,9 @@ class MoERunner(MoERunnerInterface):
         Where `config.parallel.strategy` is None, of a strategy that leaves tokens on the ranks that hold them; one that
         divides them may be chosen for many tokens, and gives the same results.
         """
-        strategy = self.config.parallel.strategy
-        return self._reduction_plan(None if self.axes is None or strategy is None else self._dispatch(1))
+        if self.axes is None or self.config.parallel.strategy is None:
+            return self._reduction_plan(None)
+        return self._reduction_plan(self._dispatch(self.axes, num_tokens=1))
 
     def _reduction_plan(self, dispatch: RoutedDispatch | None) -> ReductionPlan:
         axes = self.axes
@@ -250,7 +251,7 @@ class MoERunner(MoERunnerInterface):
     ) -> tuple[Float[Array, "T D"] | Float[Array, "ranks T D"], Int[Array, "T K"], RoutedResult]:
         """Everything after routing: spec 1.4 steps 5 to 11. Also returns the physical ids, and what dispatch counted."""
         num_tokens = routed_input.shape[0]
-        dispatch = None if self.axes is None else self._dispatch(num_tokens)
+        dispatch = None if self.axes is None else self._dispatch(self.axes, num_tokens)
         plan = self._reduction_plan(dispatch)
         routed_factor, shared_factor = self.scaling_plan.output_factors(routed_input.dtype)
         split = split_zero_experts(topk_weights, topk_ids, num_experts=self.config.num_experts)
@@ -258,10 +259,10 @@ class MoERunner(MoERunnerInterface):
 
         result = self._run_routed(dispatch, routed_input, split.topk_weights, physical_ids)
         routed = result.partials
-        if dispatch is None or self.axes.size(dispatch.layout.partial) == 1:
+        if dispatch is None or dispatch.axes.size(dispatch.layout.partial) == 1:
             routed = routed[0, :num_tokens]
         elif plan.routed_before_transform:
-            routed = sum_over_ranks(self.axes, routed, dispatch.layout, dispatch.layout, num_tokens)
+            routed = sum_over_ranks(dispatch.axes, routed, dispatch.layout, dispatch.layout, num_tokens)
         output = routed if routed_factor == 1.0 else routed * routed_factor
         if self.routed_output_transform is not None:
             output = _first(self.routed_output_transform(output))
@@ -272,7 +273,7 @@ class MoERunner(MoERunnerInterface):
 
         if dispatch is not None:
             if plan.final:
-                output = sum_over_ranks(self.axes, output, dispatch.layout, dispatch.layout, num_tokens)
+                output = sum_over_ranks(dispatch.axes, output, dispatch.layout, dispatch.layout, num_tokens)
             if plan.result_is_partial:
                 output = output[:, :num_tokens]
             else:
@@ -296,9 +297,9 @@ class MoERunner(MoERunnerInterface):
             num_experts=config.num_physical_experts,
         )
 
-    def _dispatch(self, num_tokens: int) -> RoutedDispatch:
+    def _dispatch(self, axes: LayerAxes, num_tokens: int) -> RoutedDispatch:
         """How `num_tokens` tokens meet their experts."""
-        request = self._dispatch_request(self.axes, num_tokens)
+        request = self._dispatch_request(axes, num_tokens)
         strategy, _ = choose_strategy(request)
         settings = dataclasses.replace(request.settings, weights_on_input=self.config.apply_router_weight_on_input)
         return RoutedDispatch(strategy, settings, self.config.parallel.micro_batches)
