@@ -71,6 +71,23 @@ def test_every_partial_result_is_summed_once_or_left_to_the_caller(
     assert plan.routed_before_transform == transform  # the transform may be non-linear
 
 
+@pytest.mark.parametrize(("shared", "transform", "routed_ranks"), list(itertools.product(BOOLEANS, BOOLEANS, [1, 2])))
+def test_routed_output_that_comes_back_summed_leaves_the_shared_one_to_be_summed_alone(shared, transform, routed_ranks):
+    plan = ReductionPlan.of(
+        num_ranks=4,
+        routed_ranks=routed_ranks,
+        reduce_results=True,
+        has_shared_experts=shared,
+        has_output_transform=transform,
+        has_zero_experts=False,
+    )
+    assert plan.routed_before_transform == (routed_ranks > 1)
+    assert plan.routed_comes_summed == (routed_ranks == 1)
+    assert plan.shared_alone == shared
+    assert not plan.final
+    assert not plan.result_is_partial
+
+
 # reduce_results, shared, transform -> routed before the transform, shared alone, sum at the end (spec 1.4)
 UPSTREAM_TABLE = {
     (False, False, False): (False, False, False),
