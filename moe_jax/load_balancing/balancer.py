@@ -123,7 +123,7 @@ class ExpertLoadBalancer:
         new = rebalance_experts(
             logical, self.num_physical, self.num_groups, self._num_nodes, self.num_ranks, old
         ).physical_to_logical
-        moves, *others = self.place(model, new, *others)
+        moves, *moved = self.place(model, new, *others)
         report = Rearrangement(
             num_ranks=self.num_ranks,
             logical_load=logical,
@@ -133,7 +133,7 @@ class ExpertLoadBalancer:
             sent=moves.sent,
             copied=moves.copied,
         )
-        return after_rearrangement(state), report, *others
+        return after_rearrangement(state), report, *moved
 
     def place(self, model: nnx.Module, physical_to_logical: Int[np.ndarray, "L P"], *others: Any) -> tuple[Any, ...]:
         """Move the experts of `model` and `others` to a given placement; see `rearrange`.
@@ -160,14 +160,14 @@ class ExpertLoadBalancer:
             return tree
         leaves, structure = jax.tree.flatten(tree)
         found = list(find_expert_arrays(tree, self.layers, self.num_physical))
-        arrays = tuple(leaves[entry.index] for entry in found)
+        arrays = tuple(leaves[entry.leaf] for entry in found)
         shardings = tuple(
             ExpertSharding.of(array, is_stacked=entry.layers.is_stacked)
             for array, entry in zip(arrays, found, strict=True)
         )
         sources = tuple(moves.source[list(entry.layers.rows)] for entry in found)
         for entry, array in zip(found, move_in_place(arrays, sources, shardings=shardings), strict=True):
-            leaves[entry.index] = array
+            leaves[entry.leaf] = array
         return jax.tree.unflatten(structure, leaves)
 
 

@@ -31,8 +31,8 @@ def sum_replica_gradients(model: nnx.Module, gradients: Any, layers: tuple[Balan
     for arrays in list(find_expert_arrays(gradients, layers, num_physical_experts(model, layers))):
         replicas = placement_of(model, arrays.layers)
         tables = (replicas.logical_to_physical[...], replicas.replica_count[...])
-        leaves[arrays.index] = sum_over_copies(
-            leaves[arrays.index],
+        leaves[arrays.leaf] = sum_over_copies(
+            leaves[arrays.leaf],
             *(stacked_rows(table, arrays.layers) for table in tables),
             sharding=partition_of(model, arrays),
         )

@@ -45,7 +45,8 @@ def find_layers(model: nnx.Module) -> tuple[BalancedLayers, ...]:
         ValueError: there is none.
     """
     found: list[BalancedLayers] = []
-    stacks = [(path, module) for path, module in nnx.iter_modules(model) if isinstance(module, LayerStack)]
+    modules: list[tuple[Any, Any]] = list(nnx.iter_modules(model))
+    stacks = [(path, module) for path, module in modules if isinstance(module, LayerStack)]
     count = 0
     for path, stack in sorted(stacks, key=lambda entry: entry[0]):
         per_group = len(stack.moe_positions)
@@ -54,7 +55,7 @@ def find_layers(model: nnx.Module) -> tuple[BalancedLayers, ...]:
             found.append(BalancedLayers((*path, "blocks", position, "feed_forward"), rows, is_stacked=True))
         count += stack.num_moe_layers
     known = {layers.path for layers in found}
-    for path, module in nnx.iter_modules(model):
+    for path, module in modules:
         if isinstance(module, MoERunner) and path not in known:
             found.append(BalancedLayers(path, (count,), is_stacked=False))
             count += 1
@@ -66,8 +67,8 @@ def find_layers(model: nnx.Module) -> tuple[BalancedLayers, ...]:
 class ExpertArrays(NamedTuple):
     """A leaf of a tree that has one entry for each physical expert of `layers`."""
 
-    index: int
-    """Which leaf of the flattened tree."""
+    leaf: int
+    """Its number among the leaves of the flattened tree."""
     layers: BalancedLayers
     name: str
     """Field of `ExpertWeights` that it is, or belongs to."""

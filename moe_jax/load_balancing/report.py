@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -71,7 +72,7 @@ def write_balance_picture(path: str | Path, rearrangement: Rearrangement, title:
     figure.suptitle(title)
     top = max(share.max(initial=1) for share in shares)
     panels = figure.subplots(1, 2, sharey=True)
-    image = None
+    image: Any = None
     for axes, share, when, statistics in zip(
         panels, shares, ("before", "after"), (rearrangement.before, rearrangement.after), strict=True
     ):

@@ -92,7 +92,7 @@ def _rebalance_hierarchically(
     node_weight = np.take_along_axis(weight, expert_of_node_order, axis=1)
     node_weight = node_weight.reshape(num_layers * num_nodes, num_experts // num_nodes)
     copies = replicate_experts(node_weight, num_replicas // num_nodes)
-    weight_per_copy = np.take_along_axis(node_weight / copies.count.astype(np.float32), copies.expert, axis=1)
+    weight_per_copy = np.take_along_axis(node_weight / copies.replica_count.astype(np.float32), copies.expert, axis=1)
     rank, slot = balanced_packing(weight_per_copy, num_ranks // num_nodes)
     copy_in_slot = _inverse(rank * (num_replicas // num_ranks) + slot)
 

@@ -13,7 +13,7 @@ class Replication(NamedTuple):
     """The expert of each copy."""
     replica: Int[np.ndarray, "L P"]
     """Its number among the copies of that expert."""
-    count: Int[np.ndarray, "L E"]
+    replica_count: Int[np.ndarray, "L E"]
     """Copies of each expert."""
 
 

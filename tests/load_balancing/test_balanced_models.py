@@ -1,0 +1,77 @@
+"""Balancing the scanned layers of a causal language model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from oracles.layers_under_test import random_like
+from published_configs import CONFIGS
+from support.balanced_layers import make_mesh
+
+from moe_jax import ParallelConfig
+from moe_jax.families import get_family
+from moe_jax.load_balancing import EplbConfig, ExpertLoadBalancer
+from moe_jax.models import CausalLM
+from moe_jax.models.parameter_sources import parameter_shardings
+from moe_jax.placement import logical_load
+
+EXPERTS, REDUNDANT = 4, 2
+
+
+def alternating_model(rng, mesh):
+    """gpt-oss with four layers of two alternating kinds, so that a stack scans groups of two."""
+    sizes = {"hidden_size": 8, "vocab_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 4}
+    experts = {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": 4}
+    hf_config = {**CONFIGS["gpt_oss"], **sizes, **experts, "num_hidden_layers": 4, "layer_types": None}
+    decoder = get_family(hf_config).build_decoder(hf_config)
+    parallel = ParallelConfig(expert_axis="expert")
+
+    def create():
+        return CausalLM(
+            decoder,
+            rngs=nnx.Rngs(0),
+            parallel=parallel,
+            mesh=mesh,
+            num_redundant_experts=REDUNDANT,
+            implementation="reference",
+        )
+
+    model = nnx.eval_shape(create)
+    shardings = parameter_shardings(model)
+    slots = np.array([0, 1, 2, 3, 0, 1])
+
+    def value(path, leaf):
+        if path[-2] == "replicas":
+            table = {"physical_to_logical": slots, "replica_count": [2, 2, 1, 1]}.get(path[-1])
+            table = [[0, 4, -1], [1, 5, -1], [2, -1, -1], [3, -1, -1]] if table is None else table
+            drawn = jnp.broadcast_to(jnp.array(table, jnp.int32), leaf.shape)
+        else:
+            drawn = random_like(rng, leaf)
+            drawn = drawn[:, slots] if path[-2] == "routed_experts" else drawn
+        return jax.device_put(drawn, shardings[path])
+
+    nnx.update(model, nnx.map_state(value, nnx.state(model)))
+    return model
+
+
+@pytest.mark.slow
+def test_scanned_layers_are_rearranged_each_for_its_own_load(rng):
+    model = alternating_model(rng, make_mesh(2))
+    balancer = ExpertLoadBalancer(model, EplbConfig(window_size=2))
+    assert [layers.rows for layers in balancer.layers] == [(0, 2), (1, 3)]
+    assert (balancer.num_layers, balancer.num_physical, balancer.num_ranks) == (4, EXPERTS + REDUNDANT, 2)
+    run = nnx.jit(lambda model, ids: model(ids, with_aux=True))
+    ids = jnp.asarray(rng.integers(16, size=(3, 7)))
+    before, aux = run(model, ids)
+    state = balancer.record(balancer.init(), aux.physical_load)
+    _, report = balancer.rearrange(model, state)
+    np.testing.assert_array_equal(report.logical_load, aux.expert_load)
+    for placement in (report.new_physical_to_logical, rng.permuted(report.new_physical_to_logical, axis=1)):
+        balancer.place(model, placement)
+        np.testing.assert_array_equal(balancer.physical_to_logical(model), placement)
+        after, moved = run(model, ids)
+        np.testing.assert_allclose(after, before, rtol=0, atol=1e-5 * np.abs(before).max())
+        # Every layer's slots hold what its own row of the placement says.
+        counted = logical_load(np.asarray(moved.physical_load), placement, EXPERTS)
+        np.testing.assert_array_equal(counted, aux.expert_load)
