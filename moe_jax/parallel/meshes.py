@@ -1,10 +1,11 @@
 """Meshes by the names of their axes: "data", "expert" and "tensor" say what they split."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from moe_jax.config import ParallelConfig
@@ -30,8 +31,22 @@ def create_mesh(sizes: Mapping[str, int]) -> Mesh:
             f"the mesh {_written(sizes)} has {needed} positions, but there are {present} devices"
             + (f" on {jax.process_count()} processes, which must all be used" if jax.process_count() > 1 else "")
         )
-    types = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=jax.devices()[:needed])
+    return arrange_mesh(sizes, jax.devices()[:needed])
+
+
+def arrange_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh of just these devices with Auto axes, each on neighbours as far as the devices' own links allow it.
+
+    Args:
+        sizes: axis name -> positions along it, which multiply to the number of devices.
+        devices: of this machine, or of a topology.
+    """
+    shape, names, types = tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes)
+    try:
+        return jax.make_mesh(shape, names, axis_types=types, devices=devices)
+    except NotImplementedError:  # on TPUs, an axis that is a part of a physical one: 128 x 2 positions on 16 x 16 chips
+        arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(arranged, names, axis_types=types)
 
 
 def parallel_of(mesh: Mesh) -> ParallelConfig:
