@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import jax
 from flax import nnx
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from moe_jax.aot.memory import MemoryUse, OutOfMemory, refusal
 from moe_jax.aot.targets import Target
@@ -28,7 +28,7 @@ from moe_jax.generation.programs import (
 )
 from moe_jax.models import CausalLM
 from moe_jax.models.parameter_sources import parameter_shardings
-from moe_jax.parallel import parallel_of
+from moe_jax.parallel import arrange_mesh, parallel_of
 
 ProgramName = Literal["prefill", "decode"]
 
@@ -118,7 +118,7 @@ def abstract_model(
 
 
 def target_mesh(target: Target, sizes: Mapping[str, int]) -> Mesh:
-    """A mesh of the target's devices, with Auto axes of these names and sizes, laid out as `jax.make_mesh` does.
+    """A mesh of the target's devices, with Auto axes of these names and sizes, laid out as those of `create_mesh`.
 
     Raises:
         UnfitEnvironmentError: this process cannot compile for the target.
@@ -129,8 +129,7 @@ def target_mesh(target: Target, sizes: Mapping[str, int]) -> Mesh:
     if positions != len(devices):
         written = ",".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(f"the mesh {written} has {positions} positions, but {target.name} has {len(devices)} devices")
-    types = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+    return arrange_mesh(sizes, devices)
 
 
 def parallel_for(mesh: Mesh, strategy: DispatchStrategy | None) -> ParallelConfig:
