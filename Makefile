@@ -61,7 +61,7 @@ golden: $(GOLDEN_VENV)/.installed  ## Write the golden files of tests/golden ane
 check-transformers: $(VENV)/.installed-test $(GOLDEN_VENV)/.installed  ## Run the checks that need transformers itself
 	$(BIN)/python -m pytest -m transformers $(PYTEST_ARGS) tests/transformers
 
-aot: aot-gpu aot-tpu aot-parallel  ## Compile the kernels of published models for GPUs and TPUs that are not there, and check the code
+aot: aot-gpu aot-tpu aot-parallel aot-models  ## Compile the kernels of published models for GPUs and TPUs that are not there, and check the code
 
 aot-gpu: $(AOT_VENV)/.installed  ## Of these, every kernel for GPUs (AOT_ARGS for options)
 	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/gpu_kernels.py --output build/aot $(AOT_ARGS)
@@ -74,6 +74,9 @@ aot-tpu: $(AOT_VENV)/.installed  ## Of these, a sample of kernels for TPUs (AOT_
 
 aot-parallel: $(AOT_VENV)/.installed  ## Of these, an expert-parallel layer: what it moves between devices, and what it computes meanwhile
 	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/expert_parallel_layer.py --output build/aot/expert_parallel_layer.json
+
+aot-models: $(AOT_VENV)/.installed  ## Of these, a tiny and a huge model for both, with moe-jax compile
+	$(AOT_VENV)/bin/python tests/aot/compile_command.py
 
 aot-megablox: $(AOT_VENV)/.installed  ## Compare the TPU kernels with megablox, statically (an hour)
 	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/tpu_megablox.py --output build/aot $(AOT_TPU_ARGS)
@@ -141,5 +144,5 @@ $(GOLDEN_VENV)/.installed: tests/golden/requirements.txt
 	@$(GOLDEN_VENV)/bin/python $(PIP_INSTALL) -r tests/golden/requirements.txt
 	@touch $@
 
-.PHONY: demo test help test-slow test-all lint style format types golden-env golden check-transformers aot aot-gpu aot-tpu aot-parallel aot-megablox test-oldest bench \
+.PHONY: demo test help test-slow test-all lint style format types golden-env golden check-transformers aot aot-gpu aot-tpu aot-models aot-parallel aot-megablox test-oldest bench \
 	constraints clean
