@@ -174,6 +174,18 @@ def sum_over_ranks(
     return axes.shard_map(on_rank, (_partial_spec(axes, given),), axes.spec(wanted.tokens, ()))(partials)[:num_tokens]
 
 
+def slice_tokens(dispatch: RoutedDispatch, rows: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    """The same rows, divided among ranks that hold the same tokens if the strategy is going to do that, and evenly.
+
+    Routing and transforms then happen on one rank for each token, too.
+    """
+    axes, layout = dispatch.axes, dispatch.layout
+    if not dispatch.strategy.SLICES_TOKENS or not axes.sliced or rows.shape[0] % axes.size(layout.tokens):
+        return rows
+    split = axes.spec(layout.tokens, ())
+    return axes.shard_map(lambda rows: rows, (split,), split)(rows)
+
+
 @functools.partial(jax.jit, static_argnames=("dispatch",))
 def gather_slices(dispatch: RoutedDispatch, rows: Float[Array, "T D"]) -> Float[Array, "T D"]:
     """Tokens that ranks have divided among them, gathered on each of them again."""

@@ -24,6 +24,7 @@ from moe_jax.parallel.layer_parts import (
     gather_slices,
     routed_partials,
     shared_partials,
+    slice_tokens,
     sum_over_ranks,
 )
 from moe_jax.parallel.sharding import expert_weight_specs, shared_expert_spec
@@ -208,14 +209,16 @@ class MoERunner(MoERunnerInterface):
             raise ValueError("the router has no weight of its own: router_logits must be given, got None")
         order = TokenOrder.of(hidden_states.shape[:-1], self.axes)
         tokens = order.flatten("hidden_states", self._in_computation_dtype(hidden_states), 1)
+        dispatch = None if self.axes is None else self._dispatch(self.axes, tokens.shape[0])
 
+        routed_input = tokens if dispatch is None else slice_tokens(dispatch, tokens)
         if shared_experts_input is None:
             shared_input = tokens
-            routed_input = _first(self.routed_input_transform(tokens)) if self.routed_input_transform else tokens
+            if self.routed_input_transform is not None:
+                routed_input = _first(self.routed_input_transform(routed_input))
         else:
             shared_input = self._in_computation_dtype(shared_experts_input)
             shared_input = order.flatten("shared_experts_input", shared_input, 1)
-            routed_input = tokens
 
         topk_weights, topk_ids, logits = self.router(
             routed_input,
@@ -227,7 +230,7 @@ class MoERunner(MoERunnerInterface):
         if token_mask is not None:
             is_routed = order.flatten("token_mask", token_mask, 0)[:, None] != 0
             topk_weights, topk_ids = jnp.where(is_routed, topk_weights, 0), jnp.where(is_routed, topk_ids, -1)
-        output, physical_ids, counts = self._run_experts(routed_input, shared_input, topk_weights, topk_ids)
+        output, physical_ids, counts = self._run_experts(dispatch, routed_input, shared_input, topk_weights, topk_ids)
         output = order.unflatten(output)
         if not with_aux:
             return output
@@ -244,6 +247,7 @@ class MoERunner(MoERunnerInterface):
 
     def _run_experts(
         self,
+        dispatch: RoutedDispatch | None,
         routed_input: Float[Array, "T H"],
         shared_input: Float[Array, "T S"],
         topk_weights: Float[Array, "T K"],
@@ -251,7 +255,6 @@ class MoERunner(MoERunnerInterface):
     ) -> tuple[Float[Array, "T D"] | Float[Array, "ranks T D"], Int[Array, "T K"], RoutedResult]:
         """Everything after routing: spec 1.4 steps 5 to 11. Also returns the physical ids, and what dispatch counted."""
         num_tokens = routed_input.shape[0]
-        dispatch = None if self.axes is None else self._dispatch(self.axes, num_tokens)
         plan = self._reduction_plan(dispatch)
         routed_factor, shared_factor = self.scaling_plan.output_factors(routed_input.dtype)
         split = split_zero_experts(topk_weights, topk_ids, num_experts=self.config.num_experts)

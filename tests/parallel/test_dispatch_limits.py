@@ -1,5 +1,7 @@
 """Dispatch at its limits: no tokens, one hot expert, no room, repeated choices, other kinds of meshes."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -181,3 +183,13 @@ def test_round_robin_that_upstream_would_not_honour_is_refused(changes, tokens, 
     axes = LayerAxes.resolve(parallel, make_mesh(1, 4, 1))
     with pytest.raises(ValueError, match=message):
         initial_placement(small_config(parallel=parallel, **changes), axes)
+
+
+def test_ranks_with_the_same_tokens_divide_routing_too(rng):
+    parallel = ParallelConfig(strategy="padded_all_to_all", expert_axis="expert", tensor_axis="tensor")
+    single, sharded = layer_pair(rng, small_config(num_experts=24), make_mesh(1, 4, 1), parallel)
+    x = jnp.asarray(rng.normal(size=(16, 6)), jnp.float32)
+    program = jax.jit(lambda x: sharded(x)).lower(x).compile()
+    np.testing.assert_allclose(program(x), call(single, x), rtol=1e-5, atol=1e-5)
+    rows_of_logits = re.findall(r"= f32\[(\d+),24\]\S* dot\(", program.as_text())
+    assert rows_of_logits == ["4"]
