@@ -1,5 +1,6 @@
 """The load balancer of a model: record in the step, rearrange between steps."""
 
+import warnings
 from typing import Any
 
 import jax
@@ -36,6 +37,7 @@ class ExpertLoadBalancer:
         config: when to rearrange.
         layers: the layers that are balanced; `BalancedLayers.rows` is their order in loads.
         num_layers, num_experts, num_physical, num_ranks, num_groups: sizes, the same for all layers.
+        num_nodes: machines; 1, with a warning, where `config.num_nodes` doesn't divide the ranks (spec 5.6).
     """
 
     def __init__(self, model: nnx.Module, config: EplbConfig | None = None):
@@ -58,6 +60,14 @@ class ExpertLoadBalancer:
                 f"routing groups), got {', '.join(map(str, sorted(sizes)))}"
             )
         self.num_experts, self.num_physical, self.num_ranks, self.num_groups = sizes.pop()
+        self.num_nodes = self.config.num_nodes
+        if self.num_ranks % self.num_nodes:
+            warnings.warn(
+                f"num_nodes={self.num_nodes} doesn't divide the {self.num_ranks} ranks of the experts, so placements take "
+                "them for ranks of one machine",
+                stacklevel=2,
+            )
+            self.num_nodes = 1
         for layers in self.layers:
             layer = layers.module(model)
             if layer.replicas is None:
@@ -121,7 +131,7 @@ class ExpertLoadBalancer:
         measured = np.asarray(window_load(state), np.float64)
         logical = logical_load(measured, old, self.num_experts)
         new = rebalance_experts(
-            logical, self.num_physical, self.num_groups, self._num_nodes, self.num_ranks, old
+            logical, self.num_physical, self.num_groups, self.num_nodes, self.num_ranks, old
         ).physical_to_logical
         moves, *moved = self.place(model, new, *others)
         report = Rearrangement(
@@ -147,11 +157,6 @@ class ExpertLoadBalancer:
             table = physical_to_logical[list(layers.rows)]
             placement_of(model, layers).replace(table if layers.is_stacked else table[0])
         return moves, *moved[1:]
-
-    @property
-    def _num_nodes(self) -> int:
-        """Machines, or 1 where the ranks cannot be split over them, as upstream takes it."""
-        return self.config.num_nodes if self.num_ranks % self.config.num_nodes == 0 else 1
 
     def _move(self, tree: Any, moves: Moves) -> Any:
         """`tree` with its expert arrays moved: a new tree, or the same module."""

@@ -11,7 +11,7 @@ from flax import nnx
 from oracles.layers_under_test import random_layer
 from support.balanced_layers import config, logical_experts, make_mesh, plain_and_balanced
 
-from moe_jax import MoEConfig, ParallelConfig, RoutedExperts
+from moe_jax import MoEConfig, MoERunner, ParallelConfig, RoutedExperts
 from moe_jax.load_balancing import EplbConfig, ExpertLoadBalancer, write_balance_picture
 from moe_jax.placement import load_statistics, rank_load
 
@@ -48,13 +48,28 @@ def hot_ids(rng, num_tokens, top_k, num_experts=8):
     return jnp.asarray(np.argsort(-scores, axis=1)[:, :top_k], jnp.int32)
 
 
+def dispatched(strategy):
+    """Tokens split over the ranks that the experts are split over."""
+    return ParallelConfig(expert_axis="expert", data_axis="expert", strategy=strategy)
+
+
+REPLICATED = ParallelConfig(expert_axis="expert")
+
+
 @pytest.mark.parametrize(
-    ("ranks", "top_k", "redundant", "tolerance"),
-    [(8, 1, 8, 0), pytest.param(8, 2, 8, 1e-6, marks=pytest.mark.slow), (4, 2, 0, 1e-6)],
+    ("parallel", "ranks", "top_k", "redundant", "tolerance"),
+    [
+        pytest.param(REPLICATED, 8, 1, 8, 0, id="one expert per token"),
+        pytest.param(REPLICATED, 4, 2, 0, 1e-6, id="no redundant experts"),
+        *(
+            pytest.param(dispatched(strategy), 4, 2, 8, 1e-6, id=strategy, marks=pytest.mark.slow)
+            for strategy in ("allgather_reducescatter", "padded_all_to_all", "ragged_all_to_all")
+        ),
+    ],
 )
-def test_outputs_stay_and_load_evens_out_when_experts_move(ranks, top_k, redundant, tolerance, rng):
-    """Each token has one expert in the first case, so there is nothing to be summed in another order."""
-    plain, layer = plain_and_balanced(rng, make_mesh(ranks), top_k=top_k, redundant=redundant)
+def test_outputs_stay_and_load_evens_out_when_experts_move(parallel, ranks, top_k, redundant, tolerance, rng):
+    """Where each token has one expert, there is nothing to be summed in another order: the bits stay."""
+    plain, layer = plain_and_balanced(rng, make_mesh(ranks), parallel, top_k=top_k, redundant=redundant)
     balancer = ExpertLoadBalancer(layer, EplbConfig(window_size=4, step_interval=4))
     x, ids = tokens(rng, 65, 6), hot_ids(rng, 65, top_k)
     before, aux = run(layer, x, ids)
@@ -176,6 +191,12 @@ def test_balance_is_drawn(rng, tmp_path):
     assert str(report).startswith(f"balancedness {before.balancedness:.3f} -> {report.after.balancedness:.3f}")
     write_balance_picture(tmp_path / "balance.png", report)
     assert (tmp_path / "balance.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_machines_that_do_not_divide_the_ranks_are_taken_for_one():
+    layer = nnx.eval_shape(lambda: MoERunner(config(num_redundant_experts=2), rngs=nnx.Rngs(0)))
+    with pytest.warns(UserWarning, match="num_nodes=2 doesn't divide the 1 ranks"):
+        assert ExpertLoadBalancer(layer, EplbConfig(num_nodes=2)).num_nodes == 1
 
 
 class TwoLayers(nnx.Module):
