@@ -26,6 +26,7 @@ from ..device import TpuDevice
 from ..varying import shape_varying_like
 from .epilogue import activate, column_of
 from .limits import LANES, check_row_tiles, rows_vmem_bytes, vmem_limit_bytes
+from .rounding import round_up
 from .schedule import ROW_ALIGNMENT, VisitTable
 from .shared_rows import aligned, mask_ends, whole_rows
 from .tiles import RowTiles
@@ -34,6 +35,10 @@ Ref = Any
 STRIP = 256
 """Columns that are multiplied, activated and stored at once, if a tile's are a multiple of it: the scheduler then activates one
 strip while the next is multiplied, and holds no more than a strip's projections."""
+MOST_PANEL_ELEMENTS = 2**22
+"""Of weights that are multiplied by code of their own; a tile with more is a loop over panels of its columns. So large that the
+ends of the loop's turns, at which nothing is multiplied, take a few per cent of the time, and so small that the compiler takes
+seconds for the code."""
 
 
 def multiply_rows(
@@ -158,6 +163,13 @@ class _Problem:
     activation: Activation | None
     depth: int
     padded_out: int
+
+    @property
+    def panel(self) -> int:
+        """Columns of a panel; the last one of a tile may have fewer."""
+        columns = self.tiles.columns
+        panels = pl.cdiv(self.projections * self.depth * columns, MOST_PANEL_ELEMENTS)
+        return columns if panels == 1 else round_up(pl.cdiv(columns, panels), STRIP)
 
     @property
     def last_columns(self) -> int:
@@ -311,8 +323,31 @@ def _multiply(problem: _Problem, operands: _Operands, buffer: Ref, last: Array) 
 
 
 def _multiply_at_once(problem: _Problem, operands: _Operands, buffer: Ref, first_row: Array, size: int) -> None:
-    """The results of `size` rows from `first_row` on, strip by strip of columns."""
-    columns = problem.tiles.columns
+    """The results of `size` rows from `first_row` on, panel by panel of columns."""
+    columns, panel = problem.tiles.columns, problem.panel
+    if panel >= columns:
+        _multiply_panel(problem, operands, buffer, first_row, size, 0, columns)
+        return
+
+    @pl.loop(0, columns // panel)
+    def _(index):
+        first_column = pl.multiple_of(index * panel, LANES)
+        _multiply_panel(problem, operands, buffer, first_row, size, first_column, panel)
+
+    if rest := columns % panel:
+        _multiply_panel(problem, operands, buffer, first_row, size, columns - rest, rest)
+
+
+def _multiply_panel(
+    problem: _Problem,
+    operands: _Operands,
+    buffer: Ref,
+    first_row: Array,
+    size: int,
+    first_column: Array | int,
+    columns: int,
+) -> None:
+    """The results of `size` rows and `columns` columns, strip by strip."""
     own_rows = pl.ds(first_row, size)
     rows = operands.rows[own_rows, : problem.depth]
     scale = None if operands.scale is None else operands.scale(first_row, size)
@@ -320,7 +355,7 @@ def _multiply_at_once(problem: _Problem, operands: _Operands, buffer: Ref, first
     # One pass of a matrix unit rounds float32 operands to bfloat16.
     precision = lax.Precision.HIGHEST if rows.dtype == jnp.float32 else lax.Precision.DEFAULT
     for start in range(0, columns, strip):
-        own_columns = pl.ds(start, strip)
+        own_columns = _columns(first_column, start, strip)
         projected = []
         for projection in range(problem.projections):
             if problem.contract == "in":
@@ -362,3 +397,8 @@ def _scale_of(row_scale: Ref, buffer: Ref, row: Array, last: Array) -> Callable[
         buffer[pl.ds(pl.multiple_of(line * LANES, LANES), LANES), :] = turned
 
     return lambda first_row, size: buffer[aligned(shift + first_row, size), :]
+
+
+def _columns(first: Array | int, start: int, size: int) -> Any:
+    """The slice of `size` columns, `start` after `first`, both multiples of 128."""
+    return pl.ds(first + start if isinstance(first, int) else pl.multiple_of(first + start, LANES), size)

@@ -141,6 +141,18 @@ def test_every_remainder_of_a_group_is_multiplied(sizes, rng):
     assert_close(multiply(problem)[0], problem.result)
 
 
+@pytest.mark.parametrize("contract", ["in", "out"])
+def test_tiles_of_many_columns_are_multiplied_panel_by_panel(contract, rng, monkeypatch):
+    """Two panels of two strips, and one strip after them."""
+    options = dict(projections=2, activation=Activation("silu"), bias=True) if contract == "in" else {}
+    problem = draw(rng, (130, 0, 17), width_in=16, width_out=1250, contract=contract, row_scale=True, **options)
+    projections = options.get("projections", 1)
+    monkeypatch.setattr(rows_kernel, "MOST_PANEL_ELEMENTS", projections * 16 * 512)
+    tiles = dataclasses.replace(TILES, columns=1280)
+    result, _ = multiply(problem, tiles=tiles)
+    assert_close(result, problem.result)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("least", [64, 128, 256])
 @pytest.mark.parametrize("chunk", [128, 256])
