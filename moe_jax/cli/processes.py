@@ -2,10 +2,13 @@
 
 import argparse
 import hashlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`--mesh`, `--distributed` and what goes with it."""
@@ -61,7 +64,16 @@ def join(arguments: argparse.Namespace) -> "Mesh | None":
 
     if arguments.distributed:
         initialize_distributed(*manual)
+        keep_stdout_for_results()
     return create_mesh(arguments.mesh)
+
+
+def keep_stdout_for_results() -> None:
+    """Send what libraries write to standard output, as gloo does, to standard error; what Python prints stays."""
+    sys.stdout.flush()
+    results = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    sys.stdout = open(results, "w", encoding=sys.stdout.encoding, errors="replace", buffering=1)  # noqa: SIM115
 
 
 def is_first() -> bool:
