@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 
 from moe_jax.aot.collectives import Collective, read_collectives
 from moe_jax.aot.memory import MemoryUse
-from moe_jax.aot.model_programs import CompiledProgram, ProgramName, Sizes
+from moe_jax.aot.model_programs import CompiledProgram, ProgramName
 from moe_jax.aot.roofline import Roofline, roofline
+from moe_jax.aot.sizes import Sizes
 from moe_jax.aot.targets import GpuTarget, Target
 from moe_jax.aot.work import Step, Work, cache_per_device, model_flops, parameters_per_device, work_per_device
 from moe_jax.models import CausalLM

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 
@@ -30,8 +31,14 @@ class MemoryUse:
 
     @classmethod
     def of(cls, compiled: jax.stages.Compiled) -> "MemoryUse":
-        """As the compiler planned it."""
-        planned = compiled.memory_analysis()
+        """As the compiler planned it.
+
+        Raises:
+            ValueError: the compiler doesn't plan memory.
+        """
+        planned: Any = compiled.memory_analysis()
+        if planned is None:
+            raise ValueError("the compiler has no plan of the program's memory")
         return cls(
             argument_bytes=planned.argument_size_in_bytes,
             output_bytes=planned.output_size_in_bytes - planned.alias_size_in_bytes,

@@ -1,31 +1,94 @@
 """A mesh for a model on a number of devices: how many positions split data, experts and the width of experts."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
-from moe_jax.config import MoEConfig
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+from moe_jax.aot.sizes import Sizes
+from moe_jax.config import DispatchStrategy, MoEConfig, ParallelConfig
 from moe_jax.families.decoder import Decoder
+from moe_jax.families.parameters import parameter_shapes
+from moe_jax.models.cache import cached_features
+from moe_jax.models.partitioning import Partitioning
+from moe_jax.parallel import AXIS_ROLES, axis_tuple, parallel_of
 
 
-def choose_mesh(decoder: Decoder, num_devices: int) -> dict[str, int]:
+def choose_mesh(
+    decoder: Decoder, num_devices: int, *, sizes: Sizes, itemsize: int, strategy: DispatchStrategy | None = None
+) -> dict[str, int]:
     """Positions along "data", "expert" and "tensor", in this order: the last ones are the closest devices.
 
-    Experts are split as far as their number allows, then each expert's intermediate size, and data over what is left: a device
-    then holds as little of the weights as the model's sizes let it. Shared experts have to be divided by both together.
+    Of all meshes that use every device and divide the experts evenly, the one with which a device holds the fewest bytes of
+    weights and cache; of equal ones, that with the most expert positions.
 
     Args:
         decoder: the model.
-        num_devices: devices, all of which are used.
+        num_devices: devices.
+        sizes: of the generation, which the cache depends on.
+        itemsize: bytes of a number.
+        strategy: how tokens meet their experts.
     """
-    mixtures = [layer.feed_forward for layer in decoder.layers if isinstance(layer.feed_forward, MoEConfig)]
-    choices = [
-        (expert, tensor)
+    mixtures = {layer.feed_forward for layer in decoder.layers if isinstance(layer.feed_forward, MoEConfig)}
+    candidates = [
+        {"data": num_devices // (expert * tensor), "expert": expert, "tensor": tensor}
         for expert in _divisors(num_devices)
         for tensor in _divisors(num_devices // expert)
         if all(_divides(mixture, expert, tensor) for mixture in mixtures)
     ]
-    expert, tensor = max(choices, key=lambda choice: (choice[0] * choice[1], choice[0]))
-    return {"data": num_devices // (expert * tensor), "expert": expert, "tensor": tensor}
+
+    def cost(positions: dict[str, int]) -> tuple[float, int]:
+        held = held_bytes(decoder, positions, sizes=sizes, itemsize=itemsize, strategy=strategy)
+        return held, -positions["expert"]
+
+    return min(candidates, key=cost)
+
+
+def held_bytes(
+    decoder: Decoder,
+    positions: Mapping[str, int],
+    *,
+    sizes: Sizes,
+    itemsize: int,
+    strategy: DispatchStrategy | None = None,
+) -> float:
+    """Bytes of weights and cache that a device holds on a mesh of these positions, all numbers being of one size."""
+    mesh = AbstractMesh(tuple(positions.values()), tuple(positions))
+    partitioning = Partitioning.of(parallel_for(mesh, strategy), mesh)  # pyright: ignore[reportArgumentType]  # shape and names
+    total = 0.0
+    for path, shape in parameter_shapes(decoder).items():
+        if ".routed_experts." in path:
+            parts = positions["expert"] * positions["tensor"]
+        elif ".shared_experts." in path:
+            parts = partitioning.size(partitioning.shared)
+        else:
+            parts = _parts(partitioning, partitioning.parameter_spec(path, decoder))
+        total += math.prod(shape) / parts
+    for layer in decoder.layers:
+        for features in cached_features(layer.attention):
+            numbers = sizes.batch_size * sizes.cache_length * math.prod(features)
+            total += numbers / _parts(partitioning, partitioning.cache_spec(features, sizes.batch_size))
+    return total * itemsize
+
+
+def parallel_for(mesh: Mesh | AbstractMesh, strategy: DispatchStrategy | None) -> ParallelConfig:
+    """How a model is split over the axes "data", "expert" and "tensor".
+
+    Args:
+        mesh: with these axes.
+        strategy: how tokens meet their experts. With one that moves tokens, the ranks that hold different experts hold different
+            rows of the batch too.
+    """
+    parallel = parallel_of(mesh)  # pyright: ignore[reportArgumentType]  # names are all it reads
+    if strategy is None:
+        return parallel
+    rows = "data" if strategy == "replicated" else ("data", "expert")
+    return dataclasses.replace(parallel, strategy=strategy, data_axis=rows)
+
+
+def _parts(partitioning: Partitioning, spec: PartitionSpec) -> int:
+    return math.prod(partitioning.size(axis_tuple(dimension)) for dimension in spec)
 
 
 def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
@@ -37,7 +100,7 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
-        if name not in ("data", "expert", "tensor") or name in sizes or not size.isdecimal() or int(size) < 1:
+        if name not in AXIS_ROLES or name in sizes or not size.isdecimal() or int(size) < 1:
             raise ValueError(
                 f"a mesh is written as data=N,expert=N,tensor=N, each axis at most once and N at least 1; got {text!r}"
             )
@@ -45,7 +108,7 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
     positions = math.prod(sizes.values())
     if positions != num_devices:
         raise ValueError(f"the mesh {text} has {positions} positions, but there are {num_devices} devices")
-    return {name: sizes.get(name, 1) for name in ("data", "expert", "tensor")}
+    return {name: sizes.get(name, 1) for name in AXIS_ROLES}
 
 
 def written(sizes: Mapping[str, int]) -> str:

@@ -15,12 +15,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from moe_jax.aot.memory import MemoryUse, OutOfMemory, refusal
+from moe_jax.aot.sizes import Sizes
 from moe_jax.aot.targets import Target
-from moe_jax.config import DispatchStrategy, ParallelConfig
+from moe_jax.config import ParallelConfig
 from moe_jax.families.decoder import Decoder
 from moe_jax.generation.programs import (
     Signature,
-    bucket,
     compiler_options,
     lower_decode,
     lower_prefill,
@@ -28,36 +28,9 @@ from moe_jax.generation.programs import (
 )
 from moe_jax.models import CausalLM
 from moe_jax.models.parameter_sources import parameter_shardings
-from moe_jax.parallel import arrange_mesh, parallel_of
+from moe_jax.parallel import arrange_mesh
 
 ProgramName = Literal["prefill", "decode"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """How much a generation is asked to do."""
-
-    batch_size: int
-    """Prompts."""
-    prompt_length: int
-    """Tokens that each of them has at most."""
-    cache_length: int
-    """Tokens of a row, prompt and new ones."""
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.prompt_length < 1:
-            raise ValueError(
-                f"batch_size and prompt_length must be at least 1, got {self.batch_size} and {self.prompt_length}"
-            )
-        if self.cache_length <= self.prompt_length:
-            raise ValueError(
-                f"cache_length must exceed prompt_length={self.prompt_length}, for new tokens; got {self.cache_length}"
-            )
-
-    def padded(self) -> "Sizes":
-        """As `generate` compiles it: the prompt and the room for new tokens are padded to powers of two."""
-        prompt, room = bucket(self.prompt_length), bucket(self.cache_length - self.prompt_length)
-        return dataclasses.replace(self, prompt_length=prompt, cache_length=prompt + room)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,21 +103,6 @@ def target_mesh(target: Target, sizes: Mapping[str, int]) -> Mesh:
         written = ",".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(f"the mesh {written} has {positions} positions, but {target.name} has {len(devices)} devices")
     return arrange_mesh(sizes, devices)
-
-
-def parallel_for(mesh: Mesh, strategy: DispatchStrategy | None) -> ParallelConfig:
-    """How a model is split over the axes "data", "expert" and "tensor".
-
-    Args:
-        mesh: with these axes.
-        strategy: how tokens meet their experts. With one that moves tokens, the ranks that hold different experts hold different
-            rows of the batch too.
-    """
-    parallel = parallel_of(mesh)
-    if strategy is None:
-        return parallel
-    rows = "data" if strategy == "replicated" else ("data", "expert")
-    return dataclasses.replace(parallel, strategy=strategy, data_axis=rows)
 
 
 def compile_generation(

@@ -8,6 +8,7 @@ softmax, routing and activations between products are left out, so every number 
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from flax import nnx
@@ -228,14 +229,8 @@ def _positions_without_experts(model: CausalLM) -> int:
     """Into how many parts tokens are split whose experts are whole: positions of data axes that hold the same experts."""
     if model.partitioning is None:
         return 1
-    parallel = next(
-        (
-            stack.blocks[stack.moe_positions[0]].feed_forward.config.parallel
-            for stack in model.stacks
-            if stack.moe_positions
-        ),
-        None,
-    )
+    layers: Iterator[Any] = (stack.blocks[position] for stack in model.stacks for position in stack.moe_positions)
+    parallel = next((layer.feed_forward.config.parallel for layer in layers), None)
     if parallel is None:
         return 1
     splitting = axis_tuple(parallel.data_axis) + axis_tuple(parallel.sequence_axis)

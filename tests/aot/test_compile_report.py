@@ -12,11 +12,12 @@ from support.compiled_programs import GROUPED_QUERY, collective, decoder_of, rec
 from moe_jax.aot.collectives import read_collectives
 from moe_jax.aot.compile_report import collective_rows, report
 from moe_jax.aot.memory import MemoryUse, OutOfMemory, refusal
-from moe_jax.aot.mesh_choice import choose_mesh, parse_mesh, written
-from moe_jax.aot.model_programs import CompiledProgram, Sizes, abstract_model, parallel_for
+from moe_jax.aot.mesh_choice import choose_mesh, held_bytes, parallel_for, parse_mesh, written
+from moe_jax.aot.model_programs import CompiledProgram, abstract_model
 from moe_jax.aot.roofline import roofline
+from moe_jax.aot.sizes import Sizes
 from moe_jax.aot.targets import target_named
-from moe_jax.aot.work import Work
+from moe_jax.aot.work import Work, cache_per_device, parameters_per_device
 from moe_jax.families import get_family
 from moe_jax.kernels.device import GPU_DEVICES, TPU_DEVICES
 
@@ -148,22 +149,42 @@ def test_other_errors_are_no_refusal():
     ("config", "devices", "mesh"),
     [
         (DEEPSEEK_V3_671B, 64, "data=1,expert=64,tensor=1"),
-        (DEEPSEEK_V3_671B, 512, "data=1,expert=256,tensor=2"),
-        (QWEN3_30B_A3B, 256, "data=1,expert=128,tensor=2"),
+        (DEEPSEEK_V3_671B, 16, "data=1,expert=16,tensor=1"),
         (QWEN1_5_MOE_A2_7B, 8, "data=1,expert=4,tensor=2"),  # 60 experts
         (QWEN3_30B_A3B, 1, "data=1,expert=1,tensor=1"),
         (QWEN3_30B_A3B, 7, "data=7,expert=1,tensor=1"),
     ],
 )
-def test_default_meshes_split_experts_first(config, devices, mesh):
-    assert written(choose_mesh(get_family(config).build_decoder(config), devices)) == mesh
+def test_default_meshes_of_published_models(config, devices, mesh):
+    decoder = get_family(config).build_decoder(config)
+    sizes = Sizes(batch_size=8, prompt_length=16, cache_length=32)
+    assert written(choose_mesh(decoder, devices, sizes=sizes, itemsize=2)) == mesh
 
 
-@pytest.mark.parametrize("devices", [4, 12, 64])
+@pytest.mark.parametrize("batch_size", [8, 4096])
+def test_default_meshes_hold_the_least_of_all_that_divide_the_model(batch_size):
+    config = GROUPED_QUERY | {"num_experts": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
+    decoder, sizes = decoder_of(config), Sizes(batch_size=batch_size, prompt_length=16, cache_length=32)
+    held = {}
+    for shape in [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 4, 1), (1, 2, 2), (1, 1, 4)]:
+        mesh = jax.make_mesh(
+            shape, ("data", "expert", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:4]
+        )
+        model = abstract_model(decoder, dtype=jnp.bfloat16, mesh=mesh, parallel=parallel_for(mesh, None))
+        held[shape] = parameters_per_device(model) + cache_per_device(model, batch_size=batch_size, cache_length=32)
+        positions = dict(mesh.shape)
+        assert held_bytes(decoder, positions, sizes=sizes, itemsize=2) == held[shape]
+    chosen = tuple(choose_mesh(decoder, 4, sizes=sizes, itemsize=2).values())
+    assert held[chosen] == min(held.values())
+    assert (chosen[0] > 1) == (batch_size == 4096)  # a large cache is worth splitting, weights are not worth repeating
+
+
+@pytest.mark.parametrize("devices", [4, 12])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_default_meshes_use_all_devices_of_every_model(name, devices):
-    sizes = choose_mesh(get_family(CONFIGS[name]).build_decoder(CONFIGS[name]), devices)
-    assert parse_mesh(written(sizes), devices) == sizes
+    decoder = get_family(CONFIGS[name]).build_decoder(CONFIGS[name])
+    positions = choose_mesh(decoder, devices, sizes=SIZES, itemsize=2)
+    assert parse_mesh(written(positions), devices) == positions
 
 
 @pytest.mark.parametrize("text", ["", "data", "data=0,expert=8", "model=8", "expert=4,expert=2", "expert=x"])

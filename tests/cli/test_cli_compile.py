@@ -15,7 +15,8 @@ from support.compiled_programs import GROUPED_QUERY, decoder_of, recorded
 from moe_jax.aot import targets
 from moe_jax.aot.compile_report import report
 from moe_jax.aot.memory import MemoryUse
-from moe_jax.aot.model_programs import CompiledProgram, Sizes, abstract_model
+from moe_jax.aot.model_programs import CompiledProgram, abstract_model
+from moe_jax.aot.sizes import Sizes
 from moe_jax.cli import main
 from moe_jax.cli.commands import compile as command
 from moe_jax.cli.commands.compile import ENVIRONMENT

@@ -77,8 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     spread.add_argument(
         "--mesh",
         metavar="AXES",
-        help="positions along each axis, as in data=2,expert=16,tensor=2 (default: as many of expert as divide the experts, then "
-        "of tensor, then of data)",
+        help="positions along each axis, as in data=2,expert=16,tensor=2 (default: those with which a device holds least)",
     )
     spread.add_argument(
         "--strategy",
@@ -103,11 +102,13 @@ def run(arguments: argparse.Namespace) -> int:
     os.environ.update(ENVIRONMENT)
 
     # What is slow to import, and reads the environment.
+    import jax.numpy as jnp
     from jax.errors import JaxRuntimeError
 
     from moe_jax.aot.compile_report import report
-    from moe_jax.aot.mesh_choice import choose_mesh, parse_mesh, written
-    from moe_jax.aot.model_programs import Sizes, abstract_model, compile_generation, parallel_for, target_mesh
+    from moe_jax.aot.mesh_choice import choose_mesh, parallel_for, parse_mesh, written
+    from moe_jax.aot.model_programs import abstract_model, compile_generation, target_mesh
+    from moe_jax.aot.sizes import Sizes
     from moe_jax.aot.targets import UnfitEnvironmentError, target_named
     from moe_jax.checkpoints import describe, resolve_config
     from moe_jax.cli.output import print_json, remark
@@ -122,12 +123,17 @@ def run(arguments: argparse.Namespace) -> int:
     file = resolve_config(arguments.model)
     config = read_json_object(file)
     _, decoder = describe(config, file)
-    dtype = shared.dtype_named(arguments.dtype or config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    dtype = jnp.dtype(arguments.dtype or config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     try:
         devices = len(target.topology().devices)
     except UnfitEnvironmentError as error:
         raise ValueError(f"{error}; or all of it: pip install 'moe-jax[aot]'") from error
-    positions = parse_mesh(arguments.mesh, devices) if arguments.mesh else choose_mesh(decoder, devices)
+    if arguments.mesh:
+        positions = parse_mesh(arguments.mesh, devices)
+    else:
+        positions = choose_mesh(
+            decoder, devices, sizes=sizes.padded(), itemsize=dtype.itemsize, strategy=arguments.strategy
+        )
     mesh = target_mesh(target, positions)
     with target.lowering():
         model = abstract_model(
@@ -155,7 +161,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def as_json(result: "CompileReport") -> dict[str, Any]:
     """Everything that is known, with what the classes work out."""
-    document = dataclasses.asdict(result) | {"fits": result.fits}
+    document: dict[str, Any] = {**dataclasses.asdict(result), "fits": result.fits}
     for program, values in zip(result.programs, document["programs"], strict=True):
         if program.roofline is not None:
             values["roofline"] |= {"seconds": program.roofline.seconds, "limit": program.roofline.limit}
