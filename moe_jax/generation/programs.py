@@ -252,9 +252,10 @@ def lower_prefill(signature: Signature) -> jax.stages.Lowered:
     """`prefill` without its first argument, ready to be compiled."""
     whole = signature.everywhere
     prompts = (signature.batch_size, signature.prompt_length)
+    placed: Any = whole  # shardings stand where arrays will
     # The cache keeps the sharding in which the model creates it.
     delivered = Progress(
-        cache=None, tokens=whole, lengths=whole, ended=whole, positions=whole, step=whole, expert_load=whole
+        cache=None, tokens=placed, lengths=placed, ended=placed, positions=placed, step=placed, expert_load=placed
     )
     return jax.jit(functools.partial(prefill, signature), out_shardings=(delivered, whole, whole)).lower(
         _state(signature),
@@ -288,8 +289,9 @@ def _state(signature: Signature) -> Any:
 def _controls(signature: Signature) -> Controls:
     """Shapes of the controls."""
     whole = signature.everywhere
+    seed_key: Any = jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=whole)
     return Controls(
-        seed_key=jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=whole),
+        seed_key=seed_key,
         temperature=jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
         top_p=jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
         eos_token_ids=jax.ShapeDtypeStruct((signature.num_eos,), jnp.int32, sharding=whole),

@@ -34,7 +34,7 @@ def create_mesh(sizes: Mapping[str, int]) -> Mesh:
     return arrange_mesh(sizes, jax.devices()[:needed])
 
 
-def arrange_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:
+def arrange_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh:
     """A mesh of just these devices with Auto axes, each on neighbours as far as the devices' own links allow it.
 
     Args:
