@@ -229,8 +229,10 @@ def _positions_without_experts(model: CausalLM) -> int:
     """Into how many parts tokens are split whose experts are whole: positions of data axes that hold the same experts."""
     if model.partitioning is None:
         return 1
-    layers: Iterator[Any] = (stack.blocks[position] for stack in model.stacks for position in stack.moe_positions)
-    parallel = next((layer.feed_forward.config.parallel for layer in layers), None)
+    mixtures: list[Any] = [
+        stack.blocks[position].feed_forward for stack in model.stacks for position in stack.moe_positions
+    ]
+    parallel = mixtures[0].config.parallel if mixtures else None
     if parallel is None:
         return 1
     splitting = axis_tuple(parallel.data_axis) + axis_tuple(parallel.sequence_axis)

@@ -36,11 +36,11 @@ ENVIRONMENT = {
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
 }
-"""What jax and the compilers read when they are imported; see `moe_jax.aot.targets`. The last three keep them quiet."""
+"""What jax and the compilers read when they are imported; see `moe_jax.aot.targets`. The last two describe the machine that runs
+the command, which libtpu otherwise looks for, and complains; they change nothing for the target."""
 
 _ADVICE = "\n--implementation xla compiles the model without kernels of its own."
 
