@@ -60,7 +60,7 @@ REPLICATED = ParallelConfig(expert_axis="expert")
     ("parallel", "ranks", "top_k", "redundant", "tolerance"),
     [
         pytest.param(REPLICATED, 8, 1, 8, 0, id="one expert per token"),
-        pytest.param(REPLICATED, 4, 2, 0, 1e-6, id="no redundant experts"),
+        pytest.param(REPLICATED, 4, 2, 0, 1e-6, id="no redundant experts", marks=pytest.mark.slow),
         *(
             pytest.param(dispatched(strategy), 4, 2, 8, 1e-6, id=strategy, marks=pytest.mark.slow)
             for strategy in ("allgather_reducescatter", "padded_all_to_all", "ragged_all_to_all")
@@ -116,7 +116,7 @@ def test_a_second_rearrangement_compiles_nothing(rng):
     assert compiled[2:] == [0, 0], durations
 
 
-@pytest.mark.parametrize("top_k", [1, pytest.param(2, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("top_k", [1, *(pytest.param(top_k, marks=pytest.mark.slow) for top_k in (2, 8))])
 def test_zipf_routing_is_even_after_one_rearrangement(top_k, rng):
     """Zipf(1.2) over 64 experts, 16 redundant ones, 8 ranks: a fresh draw loads no rank 10 % above the mean."""
     experts, num_tokens = 64, 32768

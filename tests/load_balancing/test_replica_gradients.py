@@ -50,19 +50,20 @@ def optimizer_of(layer):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "parallel"),
+    ("sizes", "parallel", "expert_bias"),
     [
-        pytest.param((8,), ParallelConfig(expert_axis="expert"), id="expert 8"),
+        pytest.param((4,), ParallelConfig(expert_axis="expert"), False, id="expert 4"),
         pytest.param(
             (2, 2, 2),
             ParallelConfig(expert_axis="expert", tensor_axis="tensor", data_axis="data"),
-            id="expert 2 tensor 2 data 2",
+            True,
+            id="expert 2 tensor 2 data 2, biases",
             marks=pytest.mark.slow,
         ),
     ],
 )
-def test_training_with_moving_copies_equals_training_without_copies(sizes, parallel, rng):
-    plain, balanced = plain_and_balanced(rng, make_mesh(*sizes), parallel)
+def test_training_with_moving_copies_equals_training_without_copies(sizes, parallel, expert_bias, rng):
+    plain, balanced = plain_and_balanced(rng, make_mesh(*sizes), parallel, expert_bias=expert_bias)
     balancer = ExpertLoadBalancer(balanced, EplbConfig(window_size=2))
     state = balancer.init()
     plain_optimizer, optimizer = optimizer_of(plain), optimizer_of(balanced)
