@@ -72,8 +72,9 @@ aot-tpu: $(AOT_VENV)/.installed  ## Of these, a sample of kernels for TPUs (AOT_
 	    --output build/aot/expert_parallel_kernel.json
 	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/tpu_slices.py --slices v6e:2x2 --output build/aot
 
-aot-parallel: $(AOT_VENV)/.installed  ## Of these, an expert-parallel layer: what it moves between devices, and what it computes meanwhile
+aot-parallel: $(AOT_VENV)/.installed  ## Of these, an expert-parallel layer: what it moves between devices, what it computes meanwhile, and how experts change places
 	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/expert_parallel_layer.py --output build/aot/expert_parallel_layer.json
+	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/expert_moves.py v6e:2x2 h200:1x8
 
 aot-models: $(AOT_VENV)/.installed  ## Of these, a tiny and a huge model for both, with moe-jax compile
 	$(AOT_VENV)/bin/python tests/aot/compile_command.py
