@@ -29,12 +29,13 @@ def parameter_sources(model: "CausalLM") -> Mapping[StatePath, str | tuple[str, 
 
 def expert_placements(model: "CausalLM") -> Mapping[StatePath, ReplicaMap]:
     """Path of each stack of MoE layers whose slots are not simply their experts in order -> its placement tables."""
-    return {
-        ("stacks", index, "blocks", position, "feed_forward"): mixture.replicas
-        for index, stack in enumerate(model.stacks)
-        for position in stack.moe_positions
-        if (mixture := stack.blocks[position].feed_forward).replicas is not None
-    }
+    placements: dict[StatePath, ReplicaMap] = {}
+    for index, stack in enumerate(model.stacks):
+        for position in stack.moe_positions:
+            mixture: Any = stack.blocks[position].feed_forward
+            if mixture.replicas is not None:
+                placements["stacks", index, "blocks", position, "feed_forward"] = mixture.replicas
+    return placements
 
 
 def parameter_shardings(model: "CausalLM") -> Mapping[StatePath, Sharding]:

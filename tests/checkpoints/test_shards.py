@@ -1,6 +1,7 @@
 """Folders laid out for several devices: where parts and chunks end, and that nothing else changes."""
 
 import json
+import os
 
 import golden_cases
 import numpy as np
@@ -65,6 +66,24 @@ def test_a_device_reads_its_share_of_what_is_split_and_hardly_more(output):
         values = copy.read_region(path, tuple(region))
         assert values.nbytes <= bytes_read() - before <= values.nbytes + 600, path  # and a description of the array
         np.testing.assert_array_equal(values, copy.read(path)[tuple(region)], err_msg=path)
+
+
+def test_a_device_reads_its_share_of_safetensors_along_outputs_and_experts(monkeypatch):
+    read = []
+    real = os.preadv
+    monkeypatch.setattr("os.preadv", lambda *arguments: read.append(real(*arguments)) or read[-1])
+    reader = open_checkpoint(CASE.folder("per_expert"))
+    mixture = f"layers.{reader.decoder.moe_layers[0]}.feed_forward"
+    cases = {
+        "embedder.embedding": 0,
+        "layers.0.attention.q_proj.kernel": 1,
+        f"{mixture}.routed_experts.gate_up_proj": 0,
+    }
+    for path, axis in cases.items():
+        region = [slice(0, length) for length in reader.shapes[path]]
+        region[axis] = slice(0, reader.shapes[path][axis] // 4)
+        read.clear()
+        assert reader.read_region(path, tuple(region)).nbytes == sum(read)
 
 
 def test_regions_of_any_source_are_those_of_the_whole(source, output, rng):

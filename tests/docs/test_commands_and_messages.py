@@ -22,7 +22,8 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 
 @each_page
 def test_command_lines_parse(page):
-    lines = "\n".join(block["code"] for block in BASH.finditer(page.read_text())).splitlines()
+    code = "\n".join(block["code"] for block in BASH.finditer(page.read_text()))
+    lines = code.replace("\\\n", " ").splitlines()
     for words in (shlex.split(line, comments=True) for line in lines):
         if words[:1] == ["moe-jax"]:
             build_parser().parse_args(words[1:])
