@@ -16,7 +16,7 @@ from moe_jax.aot.targets import TpuTarget
 from moe_jax.aot.tpu_calls import TpuKernelCall
 
 Figures = dict[str, Any]
-_READERS = b"".join(Path(module.__file__).read_bytes() for module in (bundles, scalar_unit))
+_READERS = b"".join(Path(file).read_bytes() for file in (bundles.__file__, scalar_unit.__file__, __file__))
 
 
 def versions() -> dict[str, str]:
@@ -66,7 +66,9 @@ def counted(
         "seconds": round(time.perf_counter() - started, 1),
     }
     try:
-        found |= {name: _figures(schedule, each, useful[name]) for name, each in calls.items()}
+        # A kernel may ask for its core where there is one alone.
+        cores = min(schedule.cores, target.device.cores)
+        found |= {name: _figures(schedule, each, useful[name], cores) for name, each in calls.items()}
     except ValueError as error:
         found["not_counted"] = str(error)[:300]
     kept.mkdir(parents=True, exist_ok=True)
@@ -74,8 +76,8 @@ def counted(
     return found
 
 
-def _figures(schedule: Schedule, call: TpuKernelCall, useful_multiplies: float) -> Figures:
-    executions = [call.execute(schedule, core=core) for core in range(schedule.cores)]
+def _figures(schedule: Schedule, call: TpuKernelCall, useful_multiplies: float, cores: int) -> Figures:
+    executions = [call.execute(schedule, core=core) for core in range(cores)]
     slowest: Execution = max(executions, key=lambda execution: execution.bundles)
     spills = sum(execution.slots("VSTORE:SPILL") for execution in executions)
     return {

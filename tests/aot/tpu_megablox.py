@@ -130,7 +130,10 @@ def main() -> int:
     arguments = parse_arguments()
     arguments.output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    listed = {model: [*tilings(EXPERT_SHAPES[model])] for model in arguments.models}
+    listed = {
+        model: [tiling for tiling in tilings(EXPERT_SHAPES[model]) if tiling[0] in arguments.rows]
+        for model in arguments.models
+    }
     for model, each in listed.items():
         print(f"{model}: tilings (rows, contracted, columns):", *each)
     rows = rows_of_children(
