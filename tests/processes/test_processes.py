@@ -19,7 +19,7 @@ def reports(folder, *, count, devices):
     convert(CASE.folder("per_expert"), folder / "converted", shards=count * devices)
     command = [str(FOLDER / "layer_and_model.py"), "{coordinator}", "{count}", "{number}"]
     command += [str(CASE.folder("per_expert")), str(folder / "converted"), str(folder / "saved")]
-    outputs = processes.run(command, count=count, devices=devices, folder=folder, timeout=300)
+    outputs = processes.run(command, count=count, devices=devices, folder=folder, timeout=600)
     return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
