@@ -18,6 +18,7 @@ from moe_jax.runner.elastic import move_layer
 from moe_jax.runner.physical_experts import initial_placement
 
 STRATEGIES = ("allgather_reducescatter", "padded_all_to_all", "ragged_all_to_all")
+SLOW = pytest.mark.slow
 SPLIT = dict(expert_axis="expert", tensor_axis="tensor", data_axis="data", sequence_axis="expert")
 
 
@@ -25,22 +26,33 @@ def forced(ids):
     return jnp.asarray(np.asarray(ids), jnp.int32)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "strategy", ["ragged_all_to_all", *(pytest.param(name, marks=SLOW) for name in STRATEGIES[:2])]
+)
 def test_no_tokens_few_tokens_and_one_hot_expert_are_legal(strategy, rng):
     parallel = ParallelConfig(strategy=strategy, **SPLIT)
     single, sharded = layer_pair(rng, small_config(shared_experts=SHARED), make_mesh(1, 4, 1), parallel)
+    all_x = jnp.asarray(rng.normal(size=(7, 6)), jnp.float32)
+    all_ids = np.broadcast_to([6, 7], (7, 2))  # all on the last rank
+    expected = call(single, all_x, forced_ids=forced(all_ids))
     for num_tokens in (0, 1, 7):
-        x = jnp.asarray(rng.normal(size=(num_tokens, 6)), jnp.float32)
-        ids = np.broadcast_to([6, 7], (num_tokens, 2))  # all on the last rank
+        x, ids = all_x[:num_tokens], all_ids[:num_tokens]
         y, aux = call(sharded, x, forced_ids=forced(ids), with_aux=True)
-        np.testing.assert_allclose(y, call(single, x, forced_ids=forced(ids)), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(y, expected[:num_tokens], rtol=1e-5, atol=1e-5)
         assert aux.dropped_rows == 0
         if num_tokens:
             assert aux.sent_rows.tolist() == count_sent_rows(ids, sharded.axes, sharded.config)
 
 
-@pytest.mark.parametrize("one_row_per_rank", [False, True])
-@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+@pytest.mark.parametrize(
+    ("strategy", "one_row_per_rank"),
+    [
+        ("ragged_all_to_all", False),
+        ("padded_all_to_all", True),
+        pytest.param("ragged_all_to_all", True, marks=SLOW),
+        pytest.param("padded_all_to_all", False, marks=SLOW),
+    ],
+)
 def test_repeated_choices_and_choices_of_nothing_travel_no_more_than_once(strategy, one_row_per_rank, rng):
     parallel = ParallelConfig(strategy=strategy, one_row_per_rank=one_row_per_rank, **SPLIT)
     single, sharded = layer_pair(rng, small_config(top_k=3), make_mesh(1, 4, 1), parallel)
@@ -69,7 +81,7 @@ def kept_with_capacity(ids, *, ranks, local_experts, capacity, one_row_per_rank)
     return kept
 
 
-@pytest.mark.parametrize(("one_row_per_rank", "capacity"), [(False, 2), (True, 1)])
+@pytest.mark.parametrize(("one_row_per_rank", "capacity"), [(False, 2), pytest.param(True, 1, marks=SLOW)])
 def test_rows_without_room_are_dropped_counted_and_nothing_else(one_row_per_rank, capacity, rng):
     # 4 tokens per rank, 3 choices, 4 ranks: evenly spread, 3 rows for each rank, or 2.3 with one row per rank.
     parallel = ParallelConfig(
@@ -91,13 +103,13 @@ def test_rows_without_room_are_dropped_counted_and_nothing_else(one_row_per_rank
     assert aux.sent_rows.tolist() == count_sent_rows(np.where(kept, ids, -1), sharded.axes, sharded.config)
 
 
-def test_weight_on_the_input_travels_with_its_row(rng):
+@pytest.mark.parametrize("one_row_per_rank", [False, pytest.param(True, marks=SLOW)])
+def test_weight_on_the_input_travels_with_its_row(one_row_per_rank, rng):
     settings = small_config(top_k=1, apply_router_weight_on_input=True, router=RouterConfig(renormalize=False))
     x = jnp.asarray(rng.normal(size=(6, 6)), jnp.float32)
-    for one_row_per_rank in (False, True):
-        parallel = ParallelConfig(strategy="ragged_all_to_all", one_row_per_rank=one_row_per_rank, **SPLIT)
-        single, sharded = layer_pair(rng, settings, make_mesh(1, 2, 1), parallel)
-        np.testing.assert_allclose(call(sharded, x), call(single, x), rtol=1e-5, atol=1e-5)
+    parallel = ParallelConfig(strategy="ragged_all_to_all", one_row_per_rank=one_row_per_rank, **SPLIT)
+    single, sharded = layer_pair(rng, settings, make_mesh(1, 2, 1), parallel)
+    np.testing.assert_allclose(call(sharded, x), call(single, x), rtol=1e-5, atol=1e-5)
 
 
 def test_masked_tokens_may_hold_nan(rng):
@@ -123,7 +135,7 @@ def test_mesh_with_explicit_axes_and_axes_in_another_order(strategy, rng):
     assert y.sharding.spec == PartitionSpec("data", None, None)
 
 
-@pytest.mark.parametrize("transform", [False, True])
+@pytest.mark.parametrize("transform", [False, pytest.param(True, marks=SLOW)])
 def test_unreduced_results_sum_to_the_layer_where_only_tensor_axes_are_left(transform, rng):
     parallel = ParallelConfig(strategy="padded_all_to_all", reduce_results=False, **SPLIT)
     parts = transforms() if transform else {}
@@ -150,7 +162,7 @@ def test_sequences_split_over_devices_stay_there(rng):
     assert moved == {"all-to-all"}
 
 
-@pytest.mark.parametrize("strategy", ["replicated", "padded_all_to_all"])
+@pytest.mark.parametrize("strategy", [pytest.param("replicated", marks=SLOW), "padded_all_to_all"])
 def test_round_robin_placement_puts_experts_of_every_group_on_every_rank(strategy, rng):
     router = RouterConfig(scoring="sigmoid", group_limit=GroupLimit(num_groups=2, groups_kept=1))
     single = random_layer(rng, small_config(router=router))

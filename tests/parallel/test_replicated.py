@@ -1,7 +1,5 @@
 """The replicated strategy on eight fake devices: forward and gradients equal those of the layer on one device."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,7 +69,13 @@ def test_layer_outside_of_jit_equals_the_layer_inside(rng):
     np.testing.assert_allclose(sharded(x), call(sharded, x), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("shared", "transform"), list(itertools.product([False, True], repeat=2)))
+@pytest.mark.parametrize(
+    ("shared", "transform"),
+    [
+        (True, False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(True, True), (False, False), (False, True)]),
+    ],
+)
 def test_unreduced_results_sum_to_the_layer_unless_the_plan_reduced_them(shared, transform, rng):
     parts = transforms() if transform else {}
     parallel = ParallelConfig(expert_axis="expert", tensor_axis="tensor", strategy="replicated", reduce_results=False)
