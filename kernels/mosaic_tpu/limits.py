@@ -32,6 +32,11 @@ def vmem_limit_bytes(device: TpuDevice) -> int:
     return device.vmem_bytes - RESERVED_VMEM_BYTES
 
 
+def compiler_vmem_limit_bytes(device: TpuDevice) -> int:
+    """What a compiled kernel may take, the compiler's temporaries included."""
+    return device.vmem_bytes
+
+
 def rows_vmem_bytes(
     tiles: RowTiles,
     *,

@@ -25,7 +25,7 @@ from ..activations import Activation
 from ..device import TpuDevice
 from ..varying import shape_varying_like
 from .epilogue import activate, column_of
-from .limits import LANES, check_row_tiles, rows_vmem_bytes, vmem_limit_bytes
+from .limits import LANES, check_row_tiles, compiler_vmem_limit_bytes, rows_vmem_bytes
 from .rounding import round_up
 from .schedule import ROW_ALIGNMENT, VisitTable
 from .shared_rows import aligned, mask_ends, whole_rows
@@ -146,7 +146,7 @@ def multiply_rows(
             scratch_shapes=tuple(scratch.values()),
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit_bytes(device)
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=compiler_vmem_limit_bytes(device)
         ),
         name="grouped_rows",
     )(*table, *operands.values())

@@ -26,7 +26,7 @@ from ..activations import Activation
 from ..device import TpuDevice
 from ..varying import shape_varying_like
 from .epilogue import activate
-from .limits import LANES, vmem_limit_bytes
+from .limits import LANES, compiler_vmem_limit_bytes
 from .schedule import ROW_ALIGNMENT, VisitTable
 from .shared_rows import mask_ends, whole_rows
 from .stream_tiles import StreamShape, StreamTiles, check_stream_tiles
@@ -119,7 +119,7 @@ def stream_weights(
             scratch_shapes=tuple(buffers.values()),
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=vmem_limit_bytes(device)
+            dimension_semantics=("parallel",), vmem_limit_bytes=compiler_vmem_limit_bytes(device)
         ),
         name="streamed_weights",
     )(*table, *operands.values())

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from ..device import TpuDevice
 from ..groups import Groups
 from ..varying import shape_varying_like, varying_like
-from .limits import LANES, vmem_limit_bytes
+from .limits import LANES, compiler_vmem_limit_bytes
 from .rounding import round_up
 from .schedule import ROW_ALIGNMENT, VisitTable
 from .shared_rows import aligned, whole_rows
@@ -96,7 +96,7 @@ def weights_gradient(
             scratch_shapes=tuple(scratch.values()),
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=vmem_limit_bytes(device)
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=compiler_vmem_limit_bytes(device)
         ),
         name="grouped_weights_gradient",
     )(*table, cotangent, rows)
