@@ -96,7 +96,8 @@ def weights_gradient(
             scratch_shapes=tuple(scratch.values()),
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=compiler_vmem_limit_bytes(device)
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=compiler_vmem_limit_bytes(device),
         ),
         name="grouped_weights_gradient",
     )(*table, cotangent, rows)
