@@ -106,7 +106,7 @@ class CausalLM(nnx.Module):
             )
         self.lm_head = nnx.data(head)
         if self.partitioning is not None:
-            shardings = parameter_shardings(self)
+            shardings = parameter_shardings(self)  # pyright: ignore[reportArgumentType]  # an import cycle for types
             nnx.update(self, nnx.map_state(lambda path, value: jax.device_put(value, shardings[path]), nnx.state(self)))
 
     @property

@@ -15,24 +15,24 @@ from moe_jax.parallel.choice import choose_strategy
 from moe_jax.parallel.dispatch import DispatchRequest
 
 VLLM_TABLE = [
-    # tp, dp, expert parallel -> tensor ranks, expert ranks, rank of each (dp, tp) in the group that is not one; spec 1.8
-    (2, 1, False, 2, 1, lambda dp, tp: tp),
-    (1, 2, False, 2, 1, lambda dp, tp: dp),
-    (2, 2, False, 4, 1, lambda dp, tp: 2 * dp + tp),
-    (2, 1, True, 1, 2, lambda dp, tp: tp),
-    (1, 2, True, 1, 2, lambda dp, tp: dp),
-    (2, 2, True, 1, 4, lambda dp, tp: 2 * dp + tp),
+    # tp, dp, expert parallel -> tensor ranks, expert ranks, rank of each [dp, tp] in the group that is not one; spec 1.8
+    (2, 1, False, 2, 1, [[0, 1]]),
+    (1, 2, False, 2, 1, [[0], [1]]),
+    (2, 2, False, 4, 1, [[0, 1], [2, 3]]),
+    (2, 1, True, 1, 2, [[0, 1]]),
+    (1, 2, True, 1, 2, [[0], [1]]),
+    (2, 2, True, 1, 4, [[0, 1], [2, 3]]),
 ]
 
 
-@pytest.mark.parametrize(("tp", "dp", "enable_ep", "tensor", "expert", "rank"), VLLM_TABLE, ids=str)
-def test_parallel_sizes_become_the_axes_of_upstreams_table(tp, dp, enable_ep, tensor, expert, rank):
+@pytest.mark.parametrize(("tp", "dp", "enable_ep", "tensor", "expert", "ranks"), VLLM_TABLE, ids=str)
+def test_parallel_sizes_become_the_axes_of_upstreams_table(tp, dp, enable_ep, tensor, expert, ranks):
     mesh = jax.make_mesh((dp, tp), ("dp", "tp"), (AxisType.Auto,) * 2, devices=jax.devices()[: dp * tp])
     axes = LayerAxes.resolve(ParallelConfig.from_vllm(tp, dp, enable_ep), mesh)
     assert (axes.size(axes.tensor), axes.size(axes.expert)) == (tensor, expert)
     assert axes.size(axes.tokens) == dp
     positions = axes.shard_map(lambda: axes.position(axes.reduce)[None, None], (), PartitionSpec("dp", "tp"))()
-    np.testing.assert_array_equal(positions, [[rank(i, j) for j in range(tp)] for i in range(dp)])
+    np.testing.assert_array_equal(positions, ranks)
 
 
 def test_context_and_sequence_parallel_ranks_hold_different_tokens():
