@@ -12,6 +12,8 @@ OLDEST_VENV := .venv-oldest
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check
 TEST_WORKERS ?= 2
+# The script's own sample of TPU kernels takes a quarter of an hour, --all of them hours; `make aot-tpu AOT_TPU_ARGS=` for the former.
+AOT_TPU_ARGS ?= --models olmoe-1b-7b gpt-oss-120b --tokens 2048
 # What has to be set before jax is imported, to compile for accelerators that are not there.
 AOT_ENVIRONMENT := JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 TPU_SKIP_MDS_QUERY=1 \
 	ALLOW_MULTIPLE_LIBTPU_LOAD=1
@@ -66,7 +68,7 @@ aot: aot-gpu aot-tpu aot-parallel aot-models  ## Compile the kernels of publishe
 aot-gpu: $(AOT_VENV)/.installed  ## Of these, every kernel for GPUs (AOT_ARGS for options)
 	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/gpu_kernels.py --output build/aot $(AOT_ARGS)
 
-aot-tpu: $(AOT_VENV)/.installed  ## Of these, a sample of kernels for TPUs (AOT_TPU_ARGS=--all for every one: hours), and a layer on 4 TPUs
+aot-tpu: $(AOT_VENV)/.installed  ## Of these, some kernels for TPUs (AOT_TPU_ARGS= for a sample, --all for every one: hours), and a layer on 4 TPUs
 	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/tpu_kernels.py --output build/aot $(AOT_TPU_ARGS)
 	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/expert_parallel_kernel.py --models qwen3-30b-a3b --tokens 128 \
 	    --output build/aot/expert_parallel_kernel.json
@@ -80,7 +82,7 @@ aot-models: $(AOT_VENV)/.installed  ## Of these, a tiny and a huge model for bot
 	$(AOT_VENV)/bin/python tests/aot/compile_command.py
 
 aot-megablox: $(AOT_VENV)/.installed  ## Compare the TPU kernels with megablox, statically (an hour)
-	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/tpu_megablox.py --output build/aot $(AOT_TPU_ARGS)
+	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/tpu_megablox.py --output build/aot $(AOT_MEGABLOX_ARGS)
 
 test-oldest: $(OLDEST_VENV)/.installed  ## Test and compile the kernels with the oldest supported jax
 	$(OLDEST_VENV)/bin/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS) tests/kernels tests/aot
