@@ -61,7 +61,10 @@ def test_every_activation_agrees_with_its_formula(activation, rng):
         alpha=activation.alpha,
         beta=activation.beta,
     )
-    np.testing.assert_allclose(apply(activation, gate, up), expected, rtol=2e-5, atol=2e-6)
+    # 1 + tanh of a very negative gate cancels in float32: what is lost is in proportion to the inputs, not to the result.
+    inputs = np.abs(gate) * (np.abs(up) if activation.is_gated else 1)
+    error = np.abs(np.asarray(apply(activation, gate, up)) - expected)
+    assert np.all(error <= 2e-5 * np.abs(expected) + 4 * np.finfo(np.float32).eps * inputs + 2e-6)
 
 
 def test_no_activation_is_left_out_of_these_tests():
