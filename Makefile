@@ -12,6 +12,8 @@ OLDEST_VENV := .venv-oldest
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check
 TEST_WORKERS ?= 2
+# One worker per file: it makes what the tests of a file share once, and compiles less.
+PYTEST = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 # The script's own sample of TPU kernels takes a quarter of an hour, --all of them hours; `make aot-tpu AOT_TPU_ARGS=` for the former.
 AOT_TPU_ARGS ?= --models olmoe-1b-7b gpt-oss-120b --tokens 2048
 # What has to be set before jax is imported, to compile for accelerators that are not there.
@@ -27,7 +29,7 @@ demo: $(VENV)/.installed  ## Inspect, convert, verify and run the example checkp
 	@PATH="$(CURDIR)/$(BIN):$$PATH" scripts/demo build/demo
 
 test: $(VENV)/.installed-test  ## Run the tests (those marked slow excepted)
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 help:  ## Show this text
 	@awk -F ':.*##' '/^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*##/ {printf "  make %-20s%s\n", $$1, $$2}' Makefile
@@ -35,10 +37,10 @@ help:  ## Show this text
 ##@ For contributors
 
 test-slow: $(VENV)/.installed-test  ## Run the slow tests only
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m "slow and not transformers" $(PYTEST_ARGS)
+	$(PYTEST) -m "slow and not transformers" $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-test  ## Run all tests
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not transformers" $(PYTEST_ARGS)
+	$(PYTEST) -m "not transformers" $(PYTEST_ARGS)
 
 lint: style types  ## Check style, formatting and types
 
