@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import MoEConfig, ParallelConfig
@@ -15,6 +15,7 @@ from moe_jax.models.attention import AttentionInputs, MultiHeadAttention
 from moe_jax.models.cache import CacheArrays, LayerCache
 from moe_jax.models.feed_forward import GatedMLP
 from moe_jax.models.latent_attention import MultiHeadLatentAttention
+from moe_jax.models.parameter_sources import layer_partition_specs
 from moe_jax.models.partitioning import Partitioning
 from moe_jax.models.scan_plan import Segment
 from moe_jax.runner import MoEAux, MoERunner
@@ -101,9 +102,10 @@ class LayerStack(nnx.Module):
         """Create `segment.period` blocks of `segment.repeats` layers each."""
         self.segment = segment
         self.partitioning = options.partitioning
-        layers = decoder.layers[segment.start : segment.start + segment.period]
+        firsts = range(segment.start, segment.start + segment.period)
+        layers = [decoder.layers[first] for first in firsts]
         self.moe_positions = tuple(i for i, layer in enumerate(layers) if isinstance(layer.feed_forward, MoEConfig))
-        self.blocks = nnx.List([_stacked(layer, decoder, options, segment.repeats, rngs=rngs) for layer in layers])
+        self.blocks = nnx.List([_stacked(first, decoder, options, segment.repeats, rngs=rngs) for first in firsts])
 
     @property
     def num_moe_layers(self) -> int:
@@ -166,12 +168,22 @@ class LayerStack(nnx.Module):
         return x, caches, aux
 
 
-def _stacked(layer: Layer, decoder: Decoder, options: BuildOptions, repeats: int, *, rngs: nnx.Rngs) -> DecoderLayer:
-    """`repeats` layers of one kind as one module whose parameters have a leading axis."""
+def _stacked(first: int, decoder: Decoder, options: BuildOptions, repeats: int, *, rngs: nnx.Rngs) -> DecoderLayer:
+    """`repeats` layers, all of the kind of layer `first`, as one module whose parameters have a leading axis."""
     keys = jax.random.split(rngs.params(), repeats)
 
     def create(key: Array) -> DecoderLayer:
-        return DecoderLayer(layer, decoder, options, rngs=nnx.Rngs(params=key))
+        return DecoderLayer(decoder.layers[first], decoder, options, rngs=nnx.Rngs(params=key))
 
-    graph = nnx.graphdef(nnx.eval_shape(create, keys[0]))
-    return nnx.merge(graph, jax.vmap(lambda key: nnx.state(create(key)))(keys))
+    abstract = nnx.eval_shape(create, keys[0])
+    graph = nnx.graphdef(abstract)
+    create_all = jax.vmap(lambda key: nnx.state(create(key)))
+    partitioning = options.partitioning
+    if partitioning is None:
+        return nnx.merge(graph, create_all(keys))
+    # Compiled with their shardings, so that no device ever holds more than its share.
+    specs = layer_partition_specs(abstract, first, decoder, partitioning)
+    shardings = nnx.map_state(
+        lambda path, _: NamedSharding(partitioning.mesh, PartitionSpec(None, *specs[path])), nnx.state(abstract)
+    )
+    return nnx.merge(graph, jax.jit(create_all, out_shardings=shardings)(keys))

@@ -9,10 +9,12 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from moe_jax.config import MoEConfig
 from moe_jax.experts.replicas import PlacementTable, ReplicaMap
+from moe_jax.families.decoder import Decoder
 from moe_jax.models.partitioning import Partitioning
 
 if TYPE_CHECKING:
     from moe_jax.models.causal_lm import CausalLM
+    from moe_jax.models.layer_stack import DecoderLayer
 
 StatePath = tuple[Any, ...]
 """Path of a parameter in `nnx.state(model)`."""
@@ -46,25 +48,39 @@ def parameter_shardings(model: "CausalLM") -> Mapping[StatePath, Sharding]:
     paths = [path for path, _ in nnx.to_flat_state(nnx.state(model))]
     if model.partitioning is None:
         return dict.fromkeys(paths, jnp.zeros(()).sharding)
-    specs = {path: _dense_spec(model, model.partitioning, path) for path in paths}
+    specs = {
+        path: model.partitioning.parameter_spec(".".join(map(str, path)), model.decoder)
+        for path in paths
+        if path[0] != "stacks"
+    }
     for index, stack in enumerate(model.stacks):
-        for position in stack.moe_positions:
-            mixture: Any = stack.blocks[position].feed_forward
-            layer_specs = nnx.to_flat_state(mixture.partition_specs())
-            prefix = ("stacks", index, "blocks", position, "feed_forward")
-            specs |= {(*prefix, *path): PartitionSpec(None, *spec) for path, spec in layer_specs}
+        for position, block in enumerate(stack.blocks):
+            first = stack.segment.layers_at(position)[0]
+            layer_specs = layer_partition_specs(block, first, model.decoder, model.partitioning)
+            prefix = ("stacks", index, "blocks", position)
+            specs |= {(*prefix, *path): PartitionSpec(None, *spec) for path, spec in layer_specs.items()}
     return {path: NamedSharding(model.partitioning.mesh, spec) for path, spec in specs.items()}
 
 
-def _dense_spec(model: "CausalLM", partitioning: Partitioning, path: StatePath) -> PartitionSpec:
-    """How a parameter outside of MoE layers is split; those of MoE layers are not."""
-    source = _source(model, path)
-    if isinstance(source, str):
-        return partitioning.parameter_spec(source, model.decoder)
-    layer = model.decoder.layers[int(source[0].split(".")[1])]
-    if path[4] == "feed_forward" and isinstance(layer.feed_forward, MoEConfig):
-        return PartitionSpec()
-    return PartitionSpec(None, *partitioning.parameter_spec(source[0], model.decoder))
+def layer_partition_specs(
+    block: "DecoderLayer", layer: int, decoder: Decoder, partitioning: Partitioning
+) -> Mapping[StatePath, PartitionSpec]:
+    """How each parameter of a decoder layer is split, without the axis of stacked layers.
+
+    Args:
+        block: the layer, or several that are stacked.
+        layer: which layer of `decoder` it is; of stacked ones the first.
+        decoder: the model's description.
+        partitioning: how everything outside the MoE layer is split.
+    """
+    specs: dict[StatePath, PartitionSpec] = {}
+    if isinstance(decoder.layers[layer].feed_forward, MoEConfig):
+        mixture: Any = block.feed_forward
+        specs = {("feed_forward", *path): spec for path, spec in nnx.to_flat_state(mixture.partition_specs())}
+    for path, _ in nnx.to_flat_state(nnx.state(block)):
+        if path not in specs:
+            specs[path] = partitioning.parameter_spec(".".join(map(str, ("layers", layer, *path))), decoder)
+    return specs
 
 
 def _source(model: "CausalLM", path: StatePath) -> str | tuple[str, ...]:

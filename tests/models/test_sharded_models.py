@@ -1,6 +1,6 @@
 """Whole models on eight fake devices: logits, shares of parameters and cache, and what the compiled programs move."""
 
-import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 from golden_models import QUICK_TO_COMPILE, TOLERANCE, golden_model, relative_error
 from jax.sharding import PartitionSpec
+from support.small_models import small_decoder
 
 from moe_jax import ParallelConfig, from_pretrained, save_pretrained
 from moe_jax.checkpoints import open_checkpoint
@@ -21,7 +22,7 @@ from moe_jax.generation.programs import bucket, compile_programs, signature_of
 from moe_jax.models import CausalLM
 from moe_jax.models.parameter_sources import parameter_shardings, parameter_sources
 from moe_jax.models.partitioning import Partitioning
-from moe_jax.parallel import create_mesh
+from moe_jax.parallel import create_mesh, parallel_of
 
 ALL_AXES = {"data": 2, "expert": 2, "tensor": 2}
 QWEN = golden_cases.golden_case(
@@ -152,19 +153,32 @@ def test_axes_that_split_the_batch_split_no_dense_part():
     assert partitioning.batch_axes_for(3) == ()
 
 
-@pytest.mark.slow
-def test_a_model_created_on_a_mesh_is_split_like_a_loaded_one():
-    decoder = golden_model(QWEN).decoder
-    created = CausalLM(
-        dataclasses.replace(decoder, layers=decoder.layers[:1]),
-        rngs=nnx.Rngs(0),
-        mesh=create_mesh({"tensor": 2}),
-        parallel=ParallelConfig(tensor_axis="tensor"),
+@functools.cache
+def created(**sizes):
+    """Three stacked layers, which two ranks do not divide."""
+    mesh = create_mesh(sizes) if sizes else None
+    parallel = parallel_of(mesh) if sizes else None
+    return CausalLM(
+        small_decoder(num_hidden_layers=3), rngs=nnx.Rngs(0), mesh=mesh, parallel=parallel, num_redundant_experts=2
     )
-    shardings = parameter_shardings(created)
-    for path, variable in nnx.to_flat_state(nnx.state(created)):
+
+
+def test_a_model_created_on_a_mesh_is_split_like_a_loaded_one():
+    model = created(expert=2)
+    shardings = parameter_shardings(model)
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
         assert variable[...].sharding.is_equivalent_to(shardings[path], variable[...].ndim), path
-    assert not created.embedder.embedding[...].sharding.is_fully_replicated
+    experts = np.asarray(model.stacks[0].blocks[0].feed_forward.routed_experts.down_proj[...])
+    assert len(np.unique(experts[:, :4])) == experts[:, :4].size
+    np.testing.assert_array_equal(experts[:, 4:], experts[:, :2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"expert": 2}, {"data": 2, "tensor": 2}], ids=str)
+def test_what_is_drawn_for_parameters_does_not_depend_on_the_mesh(sizes):
+    states = (nnx.state(model) for model in (created(), created(**sizes)))
+    for (path, alone), (_, on_mesh) in zip(*map(nnx.to_flat_state, states), strict=True):
+        np.testing.assert_allclose(on_mesh[...], alone[...], rtol=1e-5, atol=1e-7, err_msg=str(path))
 
 
 COLLECTIVE = re.compile(
