@@ -27,6 +27,7 @@ _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
 _REGION_END = re.compile(r"End region (\d+)")
 _SIZE = re.compile(r"/\*size_in_granules=\*/([^,\s]+)")
 _DIRECTION = re.compile(r"/\* (\w+)-to-(\w+)")
+_DIVISION = re.compile(r"/\* (kDiv|kRem|kDivAndRem) \*/")
 _UNPARSED = re.compile(r"\[(?:resolvable|thread):[^\]]*\]\s*")
 _OPERAND_INDEX = re.compile(r"index: (\d+), kind: (\w+)")
 
@@ -194,7 +195,7 @@ def _parse_instruction(text: str) -> Instruction | None:
         index, kind = place.groups()
         return Instruction("operand", result, (index, kind))
     is_copy = operation.startswith("dma.") and not operation.startswith("dma.done")
-    is_scalar = result is not None and result[1] in "sp"
+    is_scalar = result is not None and (result[1] in "sp" or operation.startswith("sdivrem"))
     if not (is_copy or is_scalar or operation == "sst" or operation.startswith("sbr")):
         return None
     rest = _UNPARSED.sub("", rest)
@@ -212,6 +213,11 @@ def _parse_instruction(text: str) -> Instruction | None:
         return Instruction("copy", result, (*_direction(operation, text), operands[0], size[1], operands[2]), predicate)
     if "core id" in text:
         return Instruction("core", result, ())
+    if operation.startswith("sdivrem"):
+        kind = _DIVISION.search(text)
+        if kind is None:
+            raise ValueError(f"a division of unknown kind: {text}")
+        operands = (*operands, kind[1])
     if operation.startswith("sbr"):
         operands = (rest.split("=")[1].strip(),)
     return Instruction(operation, result, operands, predicate, otherwise)

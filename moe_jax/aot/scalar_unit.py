@@ -81,6 +81,8 @@ class _Unit:
         self._registers: dict[str, int | None] = {}
         self._written_at: dict[str, int] = {}
         self._memory: dict[int | None, int | None] = {}
+        self._divided: dict[str, collections.deque[int | None]] = collections.defaultdict(collections.deque)
+        """Results that were not fetched yet, by the name of the division."""
         self._clock = 0
         self._read: collections.Counter[int] = collections.Counter()
         self._written: collections.Counter[int] = collections.Counter()
@@ -122,7 +124,7 @@ class _Unit:
         if instruction.predicate is not None:
             name, wanted = instruction.predicate
             value = self._registers.get(name)
-            matters = operation == "copy" or operation.startswith("sbr")
+            matters = operation in ("copy", "spop.drf") or operation.startswith(("sbr", "sdivrem"))
             if value is None and matters:
                 raise ValueError(f"what is executed depends on {name}, which is not known: {instruction}")
             if value is None and operation == "sst":
@@ -150,6 +152,13 @@ class _Unit:
             return None
         if operation == "sld":
             return self._write(result, self._memory.get(self._address(instruction.operands[0])))
+        if operation == "sdivrem.u32":
+            assert result is not None
+            self._divided[result].extend(self._divide(*instruction.operands))
+            return None
+        if operation == "spop.drf":
+            waiting = self._divided[instruction.operands[0]]
+            return self._write(result, waiting.popleft() if waiting else None)
         if operation in _UNKNOWN:
             return self._write(result, None)
         if operation not in _OPERATIONS:
@@ -200,6 +209,12 @@ class _Unit:
             total += value
         return total
 
+    def _divide(self, dividend: str, divisor: str, kind: str) -> tuple[int | None, ...]:
+        """The quotient, if it is asked for, and then the remainder, if that is."""
+        a, b = self._value(dividend), self._value(divisor)
+        results = (None, None) if a is None or not b else divmod(a, b)
+        return {"kDiv": results[:1], "kRem": results[1:], "kDivAndRem": results}[kind]
+
     def _copy(self, source_memory: str, target_memory: str, source: str, size: str, target: str) -> None:
         if target_memory == "smem":
             where, base = self._value(source), self._value(target)
@@ -247,7 +262,7 @@ def _identity(value: int, *_: int) -> int:
     return value
 
 
-_UNKNOWN = frozenset({"spop", "spop.sfrf", "spop.drf"})
+_UNKNOWN = frozenset({"spop", "spop.sfrf"})
 _DECIDED_BY = {"por": True, "pnor": True, "pand": False, "pnand": False}
 """What one operand has to be for the result not to depend on the other, which need not be known then."""
 _OPERATIONS: dict[str, Callable[..., Any]] = {
@@ -261,6 +276,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "ssub.s32": _wrapped(operator.sub),
     "smul.u32": _wrapped(operator.mul),
     "smul.s32": _wrapped(operator.mul),
+    "smulhi.u32": lambda a, b: a * b >> 32,
     "sand.u32": _wrapped(operator.and_),
     "sor.u32": _wrapped(operator.or_),
     "sxor.u32": _wrapped(operator.xor),

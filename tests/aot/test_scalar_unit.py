@@ -53,7 +53,7 @@ def test_what_a_loop_executes_follows_from_the_tables_that_it_reads():
     assert execution.written_bytes == {}
 
 
-@pytest.mark.parametrize("source", ["spop.sfrf", "spop"])
+@pytest.mark.parametrize("source", ["spop.sfrf", "spop", "spop.drf"])
 def test_a_branch_on_an_unknown_value_and_missing_scalars_are_errors(source):
     with pytest.raises(ValueError, match="scalars are not given"):
         execute(dump(LOOP), {0: 4})
@@ -74,6 +74,7 @@ def test_a_kernel_that_does_not_end_is_given_up():
         ("%s5_s5 = sadd.s32 4294967295, 3", 2),
         ("%s5_s5 = ssub.s32 0, 3", 2**32 - 3),
         ("%s5_s5 = sshra.s32 4294967280, 3", 2**32 - 2),
+        ("%s5_s5 = smulhi.u32 2863311531, 4294967295", 2 * (2**32 - 1) // 3),
         ("%s5_s5 = smin.u32 4294967295, 7", 7),
         ("%s5_s5 = smov.u32 (%p1_p1, %s4_s4), 8", 8),
         ("%s5_s5 = smov.u32 (!%p1_p1, %s4_s4), 8", 5),
@@ -89,6 +90,33 @@ def test_words_of_32_bits_wrap_and_predicates_select(instruction, expected):
            0x4   : {{ %7 = dma.vmem_to_hbm (%p6_p2), /*vmem=*/[#allocation1], /*size_in_granules=*/1, /*hbm=*/%s2_s2 }}
     """
     assert execute(dump(text), {}).written_bytes == {2: 32}
+
+
+DIVISION = """\
+         0   : {{ %s2_s2 = inlined_call_operand.hbm [shape: bf16[64,128], index: 2, kind: input] ;; %s4_s4 = smov.u32 101 }}
+       0x1   : {{ %p1_p1 = scmp.eq.s32.totalorder %s4_s4, 101 }}
+       0x2   : {{ %7 = sdivrem.u32 (%p1_p1), {operands} /* {kind} */ }}
+       0x3   : {{ %8 = sdivrem.u32 (!%p1_p1), %s4_s4, 14 /* kRem */ }}
+       0x4   : {{ %s5_s5 = spop.drf %7 }}
+       0x5   : {{ %s6_s6 = {second} }}
+       0x6   : {{ %9 = dma.hbm_to_vmem /*hbm=*/%s2_s2, /*size_in_granules=*/%s5_s5, /*vmem=*/[#allocation1] }}
+       0x7   : {{ %10 = dma.vmem_to_hbm /*vmem=*/[#allocation1], /*size_in_granules=*/%s6_s6, /*hbm=*/%s2_s2 }}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "second", "expected"),
+    [("kDiv", "smov.u32 1", (7, 1)), ("kRem", "smov.u32 1", (3, 1)), ("kDivAndRem", "spop.drf %7", (7, 3))],
+)
+def test_a_division_gives_its_quotient_before_its_remainder_and_only_what_is_asked_for(kind, second, expected):
+    execution = execute(dump(DIVISION.format(operands="%s4_s4, 14", kind=kind, second=second)), {})
+    assert (execution.read_bytes[2], execution.written_bytes[2]) == tuple(32 * granules for granules in expected)
+
+
+@pytest.mark.parametrize("operands", ["%s9_s9, 14", "%s4_s4, %s9_s9", "%s4_s4, 0"])
+def test_what_a_division_of_unknown_values_or_by_zero_gives_is_not_known(operands):
+    with pytest.raises(ValueError, match="size or address of a copy are not known"):
+        execute(dump(DIVISION.format(operands=operands, kind="kRem", second="smov.u32 1")), {})
 
 
 def test_texts_that_are_not_of_the_same_bundles_are_refused():
