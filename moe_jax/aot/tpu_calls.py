@@ -75,13 +75,8 @@ class TpuKernelCall:
         )
         return sum(2 * _vmem_bytes(block) for block in blocks) + sum(_vmem_bytes(buffer.aval) for buffer in scratch)
 
-    def compile_alone(self, target: TpuTarget, dumps: Path) -> Schedule:
-        """Compile the kernel for `target`, and read and delete what its compiler wrote into `dumps`.
-
-        Args:
-            target: what to compile for.
-            dumps: the folder that `LIBTPU_INIT_ARGS` named when libtpu was loaded; all it holds is deleted.
-        """
+    def compile_alone(self, target: TpuTarget) -> None:
+        """Compile the kernel for `target`; whatever the compiler raises tells why it cannot be, vector memory included."""
         variables = tuple(dict.fromkeys(v for v in self.equation.invars if not isinstance(v, Literal)))
         alone = Jaxpr(
             constvars=(),
@@ -93,9 +88,18 @@ class TpuKernelCall:
         sharding = target.one_device()
         avals: list[Any] = [variable.aval for variable in variables]
         arguments = [jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding) for aval in avals]
+        with target.lowering():
+            jax.jit(jaxpr_as_fun(ClosedJaxpr(alone, ()))).lower(*arguments).compile()
+
+    def schedule_alone(self, target: TpuTarget, dumps: Path) -> Schedule:
+        """Compile the kernel for `target`, and read and delete what its compiler wrote into `dumps`.
+
+        Args:
+            target: what to compile for.
+            dumps: the folder that `LIBTPU_INIT_ARGS` named when libtpu was loaded; all it holds is deleted.
+        """
         try:
-            with target.lowering():
-                jax.jit(jaxpr_as_fun(ClosedJaxpr(alone, ()))).lower(*arguments).compile()
+            self.compile_alone(target)
             return Schedule.read(dumps)
         finally:
             for file in dumps.glob("*"):

@@ -83,6 +83,29 @@ def test_a_child_lists_rows_failures_and_what_there_was_no_time_for(script, monk
     assert printed.count("DONE") == 3
 
 
+def test_all_programs_are_compiled_those_first_that_need_most_memory(script):
+    compiles = script("tpu_compiles")
+    found = list(compiles.rounds(compiles.parse_arguments([])))
+    assert [(jobs[0]["tokens"], jobs[0]["program"]) for jobs in found[:3]] == [
+        (8192, "gradient"),
+        (8192, "forward"),
+        (8, "gradient"),
+    ]
+    cases = [tuple(job[key] for key in ("tpu", "model", "tokens", "program")) for jobs in found for job in jobs]
+    assert len(cases) == len(set(cases)) == 4 * 8 * 4 * 2
+
+
+def test_a_kernel_of_several_programs_is_one_and_a_program_is_whole_if_all_of_its_kernels_compile(script):
+    def found(tokens, **figures):
+        return {"tpu": "7x", "model": "olmoe-1b-7b", "tokens": tokens, "program": "forward", **figures}
+
+    kernel = {"digest": "a", "vmem_bytes": 2**21, "seconds": 3.0}
+    rows = [found(8, **kernel), found(128, **kernel), found(128, failure="too large"), found(2048, left_out=True)]
+    (line,) = script("tpu_compiles").summary(rows)
+    assert line.startswith("7x: 1 kernels compiled, in 3 s of processors, the slowest in 3 s, with up to 2.0 MiB")
+    assert line.endswith("1 failed, 1 left out; 1 of 3 programs are whole")
+
+
 def test_results_of_several_runs_are_merged_and_the_last_one_counts(script, tmp_path):
     files = []
     for number, bundles in enumerate((7, 5)):

@@ -22,9 +22,12 @@ Row = dict[str, Any]
 CHILD_OPTION = "--child"
 
 
-def rows_of_children(script: str, jobs: Iterable[Job], *, processes: int, minutes: float, verbose: bool) -> list[Row]:
+def rows_of_children(
+    script: str, jobs: Iterable[Job], *, processes: int, minutes: float, verbose: bool, dumps: bool = True
+) -> list[Row]:
     """What `script`, started with `CHILD_OPTION`, makes of all jobs.
 
+    With `dumps`, the compiler writes down its schedules, which takes most of the time that it then needs.
     A job whose process dies has a row with "failure"; one that needs to compile after `minutes` has one with "left_out".
     """
     ordered = sorted(jobs, key=lambda job: job["tpu"])
@@ -32,16 +35,16 @@ def rows_of_children(script: str, jobs: Iterable[Job], *, processes: int, minute
     deadline = time.time() + 60 * minutes
 
     def run(jobs: list[Job]) -> list[Row]:
-        return list(_rows_of_one_tpu(script, jobs, deadline, verbose))
+        return list(_rows_of_one_tpu(script, jobs, deadline, verbose, dumps))
 
     with concurrent.futures.ThreadPoolExecutor(processes) as pool:
         return [row for rows in pool.map(run, by_tpu) for row in rows]
 
 
-def _rows_of_one_tpu(script: str, jobs: list[Job], deadline: float, verbose: bool) -> Iterator[Row]:
+def _rows_of_one_tpu(script: str, jobs: list[Job], deadline: float, verbose: bool, dumps: bool) -> Iterator[Row]:
     while jobs:
         folder = Path(tempfile.mkdtemp(prefix="tpu-dumps-"))
-        environment = {**os.environ, **TPU_ENVIRONMENT, DUMP_VARIABLE: dump_flags(folder)}
+        environment = {**os.environ, **TPU_ENVIRONMENT, **({DUMP_VARIABLE: dump_flags(folder)} if dumps else {})}
         command = [sys.executable, script, CHILD_OPTION, str(folder), str(deadline)]
         done = 0
         with tempfile.TemporaryFile("w+") as errors:

@@ -39,7 +39,7 @@ def counted(
         target: what to compile for.
         calls: of the same kernel, with scalars that differ; the first is compiled.
         useful: multiplications of numbers that rows of experts need, for each of `calls`.
-        dumps: see `TpuKernelCall.compile_alone`.
+        dumps: see `TpuKernelCall.schedule_alone`.
         kept: folder of figures; those of the same kernel, scalars and versions are not counted again.
         deadline: time from which on nothing more is compiled.
 
@@ -59,7 +59,7 @@ def counted(
     if time.time() > deadline:
         raise TimeoutError("no time is left to compile it")
     started = time.perf_counter()
-    schedule = call.compile_alone(target, dumps)
+    schedule = call.schedule_alone(target, dumps)
     found: Figures = {
         "code_bundles": len(schedule),
         "vmem_bytes": call.vmem_bytes(),
@@ -74,6 +74,11 @@ def counted(
     kept.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(found) + "\n")
     return found
+
+
+def digest(described: str, call: TpuKernelCall) -> str:
+    """Equal for the same kernel, compiled for what is described."""
+    return hashlib.sha256(f"{described} {_without_addresses(call.sameness())}".encode()).hexdigest()
 
 
 def _figures(schedule: Schedule, call: TpuKernelCall, useful_multiplies: float, cores: int) -> Figures:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr
 
 from moe_jax.aot.targets import TpuTarget
 from moe_jax.aot.tpu_calls import TpuKernelCall, tpu_kernel_calls
@@ -50,8 +51,8 @@ def group_sizes(model: str, tokens: int, routing: str) -> np.ndarray:
     return np.bincount(found[found < local], minlength=local)
 
 
-def experts_calls(target: TpuTarget, model: str, tokens: int, program: str) -> dict[str, tuple[TpuKernelCall, ...]]:
-    """The kernels of the expert computation, forward or with its gradient, for each routing."""
+def traced_experts(target: TpuTarget, model: str, tokens: int, program: str) -> ClosedJaxpr:
+    """The expert computation, forward or with its gradient; its first argument are the ids of the chosen experts."""
     shape = EXPERT_SHAPES[model]
     arguments = shape.fused_moe_arguments(tokens)
     ids = arguments.pop("topk_ids")
@@ -67,7 +68,12 @@ def experts_calls(target: TpuTarget, model: str, tokens: int, program: str) -> d
         return backward(result)
 
     with target.lowering():
-        traced = jax.make_jaxpr({"forward": forward, "gradient": gradient}[program])(ids, *leaves)
+        return jax.make_jaxpr({"forward": forward, "gradient": gradient}[program])(ids, *leaves)
+
+
+def experts_calls(target: TpuTarget, model: str, tokens: int, program: str) -> dict[str, tuple[TpuKernelCall, ...]]:
+    """The kernels of the expert computation, forward or with its gradient, for each routing."""
+    traced = traced_experts(target, model, tokens, program)
     return {
         routing: tpu_kernel_calls(traced, {0: jnp.asarray(chosen_experts(model, tokens, routing))})
         for routing in ROUTINGS
