@@ -285,6 +285,9 @@ class MoEConfig:
     """Everything else about routing."""
     shared_experts: SharedExpertsConfig | None = None
     """The shared experts, if the layer has them."""
+    fuse_shared_experts: bool = False
+    """Compute the shared experts as further experts of the routed ones' grouped computation, which every token chooses, instead
+    of as an MLP of their own. Same parameters, same result. On a mesh every rank of `parallel.expert_axis` holds them."""
     expert_bias: bool = False
     """The experts' projections have biases (gpt-oss)."""
     apply_router_weight_on_input: bool = False
@@ -312,6 +315,8 @@ class MoEConfig:
         if self.apply_router_weight_on_input and self.top_k != 1:
             raise ValueError(f"apply_router_weight_on_input needs top_k=1, got top_k={self.top_k}")
         self._validate_scaling()
+        if self.fuse_shared_experts:
+            self._validate_fused_shared_experts()
         Activation.of(self.activation)
         self.router.validate(self.num_experts, self.top_k)
 
@@ -337,6 +342,35 @@ class MoEConfig:
                 f"got False with factor {self.router.routed_scaling_factor}: "
                 "the factor would scale the experts' input, not their output"
             )
+
+    def _validate_fused_shared_experts(self) -> None:
+        """Raise ValueError unless the shared experts are experts like the routed ones, which all tokens choose."""
+        shared = self.shared_experts
+        if shared is None:
+            raise ValueError("fuse_shared_experts=True needs shared_experts, got None")
+        unmet = {
+            f"a multiple of intermediate_size={self.intermediate_size} as intermediate_size of the shared experts, "
+            f"got {shared.intermediate_size}": shared.intermediate_size % self.intermediate_size,
+            f"hidden_size={self.hidden_size} for the shared experts, too, got {shared.hidden_size}": shared.hidden_size
+            not in (None, self.hidden_size),
+            "shared experts without a sigmoid_gate, got sigmoid_gate=True": shared.sigmoid_gate,
+            f"shared_experts.bias={self.expert_bias} like expert_bias, got {shared.bias}": shared.bias
+            != self.expert_bias,
+            "apply_router_weight_on_input=False, got True": self.apply_router_weight_on_input,
+            "inverse_scale_shared_in_float16=False, got True: it scales the shared experts' own output": (
+                self.inverse_scale_shared_in_float16
+            ),
+        }
+        for need, is_unmet in unmet.items():
+            if is_unmet:
+                raise ValueError(f"fuse_shared_experts=True needs {need}")
+
+    @property
+    def num_fused_shared_experts(self) -> int:
+        """Experts of the routed ones' width that every token passes, with `fuse_shared_experts`; otherwise 0."""
+        if self.shared_experts is None or not self.fuse_shared_experts:
+            return 0
+        return self.shared_experts.intermediate_size // self.intermediate_size
 
     @property
     def num_physical_experts(self) -> int:

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from moe_jax.config import MoEConfig
+from moe_jax.experts.weights import ExpertWeights
 from moe_jax.kernels import Activation
 
 
@@ -69,3 +70,14 @@ class SharedExperts(nnx.Module):
         inner = self.activation(up) if self.gate_proj is None else self.activation(self.gate_proj(x), up)
         output = self.down_proj(inner)
         return output if self.gate is None else output * jax.nn.sigmoid(self.gate(x))
+
+    def as_expert(self) -> ExpertWeights:
+        """The parameters as those of one expert of the same width, for shared experts without a sigmoid gate."""
+        projections = [part for part in (self.gate_proj, self.up_proj) if part is not None]
+        down_bias = self.down_proj.bias
+        return ExpertWeights(
+            gate_up_proj=jnp.stack([part.kernel[...].T for part in projections])[None],
+            down_proj=self.down_proj.kernel[...].T[None],
+            gate_up_bias=None if down_bias is None else jnp.stack([part.bias[...] for part in projections])[None],
+            down_bias=None if down_bias is None else down_bias[...][None],
+        )

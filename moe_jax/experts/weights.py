@@ -1,7 +1,9 @@
 """The arrays of a layer's routed experts, as one pytree that can be sharded, masked and handed to an implementation."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
@@ -13,3 +15,27 @@ class ExpertWeights(NamedTuple):
     down_proj: Float[Array, "E H I"]
     gate_up_bias: Float[Array, "E 2 I"] | None = None
     down_bias: Float[Array, "E H"] | None = None
+
+    def followed_by(self, wide: "ExpertWeights") -> Self:
+        """These experts, and behind them the one expert `wide` as several of their width I, whose outputs add up to its own.
+
+        Each gets as many features as any of these experts has, in their order; a bias on the output goes to the first.
+
+        Args:
+            wide: one expert of a multiple of I features, with biases if and only if these have them.
+        """
+        width = self.down_proj.shape[2]
+        count = wide.down_proj.shape[2] // width
+
+        def split(array: Array, axis: int) -> Array:
+            """`[1, ...]` -> `[count, ...]`, the features along `axis` dealt out."""
+            parts = array[0].reshape(*array.shape[1:axis], count, width, *array.shape[axis + 1 :])
+            return jnp.moveaxis(parts, axis - 1, 0)
+
+        split_experts = type(self)(
+            split(wide.gate_up_proj, 2),
+            split(wide.down_proj, 2),
+            None if wide.gate_up_bias is None else split(wide.gate_up_bias, 2),
+            None if wide.down_bias is None else jnp.pad(wide.down_bias, ((0, count - 1), (0, 0))),
+        )
+        return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), self, split_experts)

@@ -128,7 +128,7 @@ class LayerAxes:
                 f"the {tensor} ranks of tensor_axis={self.tensor} must divide intermediate_size, "
                 f"got {config.intermediate_size}"
             )
-        shared = config.shared_experts
+        shared = None if config.fuse_shared_experts else config.shared_experts
         if shared is not None and shared.intermediate_size % self.num_ranks:
             raise ValueError(
                 f"the {self.num_ranks} ranks of {self.partial}, which hold the same tokens, must divide the "

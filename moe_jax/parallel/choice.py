@@ -35,10 +35,12 @@ def choose_strategy(request: DispatchRequest) -> tuple[Strategy, Choice]:
     else:
         chosen = min(able, key=lambda strategy: strategy.rows_moved(request))
         why = "it is expected to send the fewest rows"
+    fused = request.num_fused_shared_experts
+    beside = f", and none to the {fused} fused shared experts, which every rank has" if fused else ""
     choice = Choice(
         op="dispatch",
         implementation=chosen.NAME,
-        formulation=f"{request.num_tokens} tokens over {_ranks(request)}; it {sent[chosen.NAME]}",
+        formulation=f"{request.num_tokens} tokens over {_ranks(request)}; it {sent[chosen.NAME]}{beside}",
         reason=why,
         rejected=tuple((name, reason or f"it {sent[name]}") for name, reason in reasons.items() if name != chosen.NAME),
     )

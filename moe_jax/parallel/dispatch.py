@@ -96,6 +96,8 @@ class DispatchRequest:
     """Choices per token."""
     num_experts: int
     """Physical experts of all ranks."""
+    num_fused_shared_experts: int = 0
+    """Shared experts that every rank runs among its own, on tokens that don't travel for them."""
 
     @property
     def settings(self) -> DispatchSettings:

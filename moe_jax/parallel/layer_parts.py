@@ -19,7 +19,7 @@ from moe_jax.experts.shared import SharedExperts
 from moe_jax.experts.weights import ExpertWeights
 from moe_jax.parallel.axes import LayerAxes
 from moe_jax.parallel.dispatch import DispatchSettings, ReceivedRows, Strategy
-from moe_jax.parallel.sharding import expert_weight_specs, shared_expert_spec
+from moe_jax.parallel.sharding import expert_weight_specs, fused_shared_expert_specs, shared_expert_spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,17 +85,23 @@ def routed_partials(
     topk_weights: Float[Array, "T K"],
     topk_ids: Int[Array, "T K"],
     weights: ExpertWeights,
+    shared: ExpertWeights | None = None,
 ) -> RoutedResult:
-    """Dispatch tokens, run the experts where they are, and bring the results back. Ids are physical ones."""
+    """Dispatch tokens, run the experts where they are, and bring the results back. Ids are physical ones.
+
+    `shared` are shared experts as one wide expert, if the strategy is a `WithFusedSharedExperts`.
+    """
     axes, layout, strategy, settings = dispatch.axes, dispatch.layout, dispatch.strategy, dispatch.settings
 
     def of_some_tokens(tokens, weights):
         received, sent = strategy.dispatch(settings, *tokens)
-        first_expert = axes.position(axes.expert) * weights.gate_up_proj.shape[0] if axes.expert else None
+        first_expert = settings.rank * settings.local_experts if axes.expert else None
         results = compute(received.x, received.topk_weights, received.topk_ids, weights, first_expert)
         return strategy.combine(settings, results, sent), received
 
-    def on_rank(x, topk_weights, topk_ids, weights):
+    def on_rank(x, topk_weights, topk_ids, weights, shared):
+        if shared is not None:
+            weights = weights.followed_by(shared)
         if weights.down_bias is not None:
             # Every tensor rank holds the whole bias, which must enter the sum once.
             weights = weights._replace(down_bias=jnp.where(axes.is_first(axes.tensor), weights.down_bias, 0))
@@ -106,11 +112,17 @@ def routed_partials(
         return RoutedResult(jnp.concatenate(results)[None], sent_rows, dropped_rows)
 
     rows = axes.spec(layout.tokens, ())
-    given = zip(weights, expert_weight_specs(axes), strict=True)
-    specs = ExpertWeights._make(None if array is None else spec for array, spec in given)
+    specs = _specs_of(weights, expert_weight_specs(axes))
+    shared_specs = None if shared is None else _specs_of(shared, fused_shared_expert_specs(axes))
     result_specs: Any = (_partial_spec(axes, layout), axes.spec(), axes.spec())  # specs stand where arrays will
     arrays = dispatch.pad_tokens(x), dispatch.pad_tokens(topk_weights), dispatch.pad_tokens(topk_ids, fill=-1)
-    return axes.shard_map(on_rank, (rows, rows, rows, specs), RoutedResult(*result_specs))(*arrays, weights)
+    in_specs = (rows, rows, rows, specs, shared_specs)
+    return axes.shard_map(on_rank, in_specs, RoutedResult(*result_specs))(*arrays, weights, shared)
+
+
+def _specs_of(weights: ExpertWeights, specs: ExpertWeights) -> ExpertWeights:
+    """`specs` of the arrays that there are."""
+    return ExpertWeights._make(None if array is None else spec for array, spec in zip(weights, specs, strict=True))
 
 
 def _counts(layout: TokenLayout, received: tuple[ReceivedRows, ...]) -> tuple[Array, Array]:

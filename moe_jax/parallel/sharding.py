@@ -1,5 +1,6 @@
 """How the parameters of a layer are split over its mesh axes."""
 
+import dataclasses
 from typing import Any
 
 from jax.sharding import PartitionSpec
@@ -19,15 +20,22 @@ def expert_weight_specs(axes: LayerAxes) -> ExpertWeights:
     )
 
 
-def shared_expert_spec(axes: LayerAxes, path: tuple[Any, ...]) -> PartitionSpec:
+def fused_shared_expert_specs(axes: LayerAxes) -> ExpertWeights:
+    """How shared experts that are fused with the routed ones are split: as these, but every expert rank has them."""
+    return expert_weight_specs(dataclasses.replace(axes, expert=()))
+
+
+def shared_expert_spec(axes: LayerAxes, path: tuple[Any, ...], *, is_fused: bool = False) -> PartitionSpec:
     """How the parameter of `SharedExperts` at `path` is split: the intermediate size over ranks with the same tokens.
 
     Ranks with different tokens each need all of it, as in upstream, where shared experts are split tensor-parallel only.
+    Fused with the routed experts, shared ones are split over the same ranks as each of these.
     """
+    split = axes.tensor if is_fused else axes.partial
     return {
-        ("gate_proj", "kernel"): axes.spec((), axes.partial),
-        ("up_proj", "kernel"): axes.spec((), axes.partial),
-        ("down_proj", "kernel"): axes.spec(axes.partial, ()),
-        ("gate_proj", "bias"): axes.spec(axes.partial),
-        ("up_proj", "bias"): axes.spec(axes.partial),
+        ("gate_proj", "kernel"): axes.spec((), split),
+        ("up_proj", "kernel"): axes.spec((), split),
+        ("down_proj", "kernel"): axes.spec(split, ()),
+        ("gate_proj", "bias"): axes.spec(split),
+        ("up_proj", "bias"): axes.spec(split),
     }.get(tuple(path), PartitionSpec())

@@ -45,6 +45,7 @@ def expert_map_manager(config: MoEConfig, axes: LayerAxes | None, ep_rank: int =
         num_expert_group=None if groups is None else groups.num_groups,
         num_redundant_experts=config.num_redundant_experts,
         all2all_backend=backend,
+        num_fused_shared_experts=config.num_fused_shared_experts,
     )
 
 

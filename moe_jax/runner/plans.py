@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 import jax.numpy as jnp
 
 from moe_jax.config import MoEConfig
+from moe_jax.routing import fused_shared_expert_weight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,11 @@ class ScalingPlan:
     def router_factor(self) -> float:
         """What the router multiplies its weights by."""
         return self.factor if self.applied_to == "router weights" else 1.0
+
+    @property
+    def fused_shared_weight(self) -> float:
+        """Router weight of shared experts that are fused with the routed ones, and so scaled as these."""
+        return fused_shared_expert_weight(self.factor, apply_scale_to_output=self.applied_to == "routed output")
 
     def output_factors(self, dtype: Any) -> tuple[float, float]:
         """What the runner multiplies the routed and the shared output by, when computing in `dtype`."""

@@ -17,6 +17,7 @@ from moe_jax.kernels.selection import Choice
 from moe_jax.parallel import LayerAxes
 from moe_jax.parallel.choice import choose_strategy
 from moe_jax.parallel.dispatch import DispatchRequest
+from moe_jax.parallel.fused_shared_experts import WithFusedSharedExperts
 from moe_jax.parallel.layer_parts import (
     RoutedDispatch,
     RoutedResult,
@@ -29,8 +30,9 @@ from moe_jax.parallel.layer_parts import (
 )
 from moe_jax.parallel.sharding import expert_weight_specs, shared_expert_spec
 from moe_jax.placement import ExpertMapManager
-from moe_jax.routing import Router, split_zero_experts
+from moe_jax.routing import Router, append_fused_shared_experts, split_zero_experts
 from moe_jax.runner.aux import MoEAux, count_expert_load
+from moe_jax.runner.fused_shared_experts import check_fused_shared_experts
 from moe_jax.runner.interface import MoERunnerInterface
 from moe_jax.runner.physical_experts import expert_map_manager, initial_replicas, resolve_axes
 from moe_jax.runner.plans import ReductionPlan, ScalingPlan
@@ -47,7 +49,8 @@ class MoERunner(MoERunnerInterface):
        caller who passes `shared_experts_input` has applied the transform already, so it is skipped.
     2. The router turns the routed input, or the caller's `router_logits`, into weights and logical ids; tokens that
        `token_mask` leaves out get none; redundant experts turn logical ids into physical ones.
-    3. Routed and shared experts run; the two plans say where their outputs are scaled and summed over the ranks.
+    3. Routed and shared experts run, or with `config.fuse_shared_experts` all of them in one computation; the two plans say
+       where their outputs are scaled and summed over the ranks.
     4. `routed_output_transform`, then the shared output is added, then the zero experts' part: the routed input times
        the weight that its zero experts got.
 
@@ -111,9 +114,14 @@ class MoERunner(MoERunnerInterface):
         return getattr(self.router, "weight", None) is not None
 
     @property
+    def _separate_shared_experts(self) -> Any:
+        """The shared experts that run beside the routed ones, not among them."""
+        return None if self.config.fuse_shared_experts else self.shared_experts
+
+    @property
     def scaling_plan(self) -> ScalingPlan:
         """Who applies `routed_scaling_factor`."""
-        return ScalingPlan.of(self.config, has_shared_experts=self.shared_experts is not None)
+        return ScalingPlan.of(self.config, has_shared_experts=self._separate_shared_experts is not None)
 
     @property
     def reduction_plan(self) -> ReductionPlan:
@@ -132,7 +140,7 @@ class MoERunner(MoERunnerInterface):
             num_ranks=1 if axes is None else axes.num_ranks,
             routed_ranks=None if axes is None or dispatch is None else axes.size(dispatch.layout.partial),
             reduce_results=self.config.parallel.reduce_results,
-            has_shared_experts=self.shared_experts is not None,
+            has_shared_experts=self._separate_shared_experts is not None,
             has_output_transform=self.routed_output_transform is not None,
             has_zero_experts=self.config.router.num_zero_experts > 0,
         )
@@ -216,6 +224,10 @@ class MoERunner(MoERunnerInterface):
             shared_input = tokens
             if self.routed_input_transform is not None:
                 routed_input = _first(self.routed_input_transform(routed_input))
+        elif self.config.fuse_shared_experts:
+            raise ValueError(
+                "shared_experts_input needs fuse_shared_experts=False: fused, they see what routed experts see"
+            )
         else:
             shared_input = self._in_computation_dtype(shared_experts_input)
             shared_input = order.flatten("shared_experts_input", shared_input, 1)
@@ -270,7 +282,7 @@ class MoERunner(MoERunnerInterface):
         if self.routed_output_transform is not None:
             output = _first(self.routed_output_transform(output))
 
-        if self.shared_experts is not None:
+        if self._separate_shared_experts is not None:
             shared = self._run_shared(dispatch, shared_input, summed=plan.shared_alone)
             output = output + (shared if shared_factor == 1.0 else shared * shared_factor)
 
@@ -298,24 +310,40 @@ class MoERunner(MoERunnerInterface):
             num_tokens=num_tokens,
             top_k=config.top_k,
             num_experts=config.num_physical_experts,
+            num_fused_shared_experts=config.num_fused_shared_experts,
         )
 
     def _dispatch(self, axes: LayerAxes, num_tokens: int) -> RoutedDispatch:
         """How `num_tokens` tokens meet their experts."""
         request = self._dispatch_request(axes, num_tokens)
         strategy, _ = choose_strategy(request)
+        if count := self.config.num_fused_shared_experts:
+            strategy = WithFusedSharedExperts(strategy, count, self.scaling_plan.fused_shared_weight)
         settings = dataclasses.replace(request.settings, weights_on_input=self.config.apply_router_weight_on_input)
         return RoutedDispatch(strategy, settings, self.config.parallel.micro_batches)
 
     def _run_routed(
         self, dispatch: RoutedDispatch | None, x: Array, topk_weights: Array, physical_ids: Array
     ) -> RoutedResult:
-        """The routed experts, on one device or on all ranks."""
-        experts = self.routed_experts
-        if dispatch is None:
-            none = jnp.zeros((), jnp.int32)
-            return RoutedResult(experts(x, topk_weights, physical_ids)[None], sent_rows=none[None], dropped_rows=none)
-        return routed_partials(dispatch, experts.computation, x, topk_weights, physical_ids, experts.weights())
+        """The routed experts, and shared ones that are fused with them, on one device or on all ranks."""
+        experts, count = self.routed_experts, self.config.num_fused_shared_experts
+        shared = None
+        if count:
+            check_fused_shared_experts(self)  # parts may have been replaced
+            shared = self.shared_experts.as_expert()
+        if dispatch is not None:
+            compute, weights = experts.computation, experts.weights()
+            return routed_partials(dispatch, compute, x, topk_weights, physical_ids, weights, shared)
+        if shared is None:
+            output = experts(x, topk_weights, physical_ids)
+        else:
+            first_id, weight = self.config.num_physical_experts, self.scaling_plan.fused_shared_weight
+            topk_weights, ids = append_fused_shared_experts(
+                topk_weights, physical_ids, first_id=first_id, count=count, weight=weight
+            )
+            output = experts.computation(x, topk_weights, ids, experts.weights().followed_by(shared))
+        none = jnp.zeros((), jnp.int32)
+        return RoutedResult(output[None], sent_rows=none[None], dropped_rows=none)
 
     def _run_shared(self, dispatch: RoutedDispatch | None, x: Array, *, summed: bool) -> Array:
         """`[T, D]`, or `[ranks, Tpadded, D]` partial results that are still to be summed."""
@@ -338,7 +366,7 @@ class MoERunner(MoERunnerInterface):
         if part == "routed_experts" and rest[0] in ExpertWeights._fields:
             return getattr(expert_weight_specs(self.axes), rest[0])
         if part == "shared_experts" and isinstance(self.shared_experts, SharedExperts):
-            return shared_expert_spec(self.axes, tuple(rest))
+            return shared_expert_spec(self.axes, tuple(rest), is_fused=self.config.fuse_shared_experts)
         return PartitionSpec()
 
     def _place_on(self, mesh: Mesh, names: list[str]) -> None:
@@ -361,6 +389,8 @@ class MoERunner(MoERunnerInterface):
                 "routed_experts must hold every expert of the layer, or be split by mesh=; "
                 f"got those of rank {manager.ranks.ep_rank} of {manager.ranks.ep_size}"
             )
+        if self.config.fuse_shared_experts:
+            check_fused_shared_experts(self)
         if self.axes is None:
             return
         self.axes.validate(self.config)
