@@ -31,6 +31,7 @@ class CausalLM(nnx.Module):
     Attributes:
         decoder: what the model is made of.
         dtype: computation dtype.
+        parallel: how the model is split over `mesh`.
         mesh: devices that the model is spread over, as a mesh with Auto axes, or None.
         partitioning: how batch and dense parts are split over `mesh`, or None.
         source_folder: the folder that the model was loaded from, with its tokenizer and generation settings, or None.
@@ -75,15 +76,15 @@ class CausalLM(nnx.Module):
         """
         self.decoder = decoder
         self.dtype = jnp.dtype(dtype)
-        parallel = ParallelConfig() if parallel is None else parallel
+        self.parallel = ParallelConfig() if parallel is None else parallel
         self.mesh = None if mesh is None else with_auto_axes(mesh)
-        self.partitioning = None if self.mesh is None else Partitioning.of(parallel, self.mesh)
+        self.partitioning = None if self.mesh is None else Partitioning.of(self.parallel, self.mesh)
         self.source_folder = None if source_folder is None else os.fspath(source_folder)
         self._hf_config = None if hf_config is None else json.dumps(dict(hf_config))  # text, for modules hold hashables
         options = BuildOptions(
             dtype=self.dtype,
             param_dtype=param_dtype,
-            parallel=parallel,
+            parallel=self.parallel,
             mesh=self.mesh,
             partitioning=self.partitioning,
             num_redundant_experts=num_redundant_experts,
