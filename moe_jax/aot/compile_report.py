@@ -77,6 +77,8 @@ class CompileReport:
     devices: int
     mesh: dict[str, int]
     """Positions along each axis."""
+    mesh_reason: str | None
+    """Why it is this mesh; None: it was asked for."""
     sizes: Sizes
     """Padded, as they were compiled."""
     dtype: str
@@ -95,7 +97,13 @@ class CompileReport:
 
 
 def report(
-    model: CausalLM, target: Target, sizes: Sizes, mesh: dict[str, int], programs: Sequence[CompiledProgram]
+    model: CausalLM,
+    target: Target,
+    sizes: Sizes,
+    mesh: dict[str, int],
+    programs: Sequence[CompiledProgram],
+    *,
+    mesh_reason: str | None = None,
 ) -> CompileReport:
     """Put together what is known.
 
@@ -105,6 +113,7 @@ def report(
         sizes: of the generation, as asked for.
         mesh: positions along each axis.
         programs: what `compile_generation` returned.
+        mesh_reason: why it is this mesh; None: it was asked for.
     """
     padded = sizes.padded()
     reports = tuple(_program_report(model, target, padded, program) for program in programs)
@@ -112,6 +121,7 @@ def report(
         target=target.name,
         devices=1 if model.mesh is None else model.mesh.size,
         mesh=mesh,
+        mesh_reason=mesh_reason,
         sizes=padded,
         dtype=model.dtype.name,
         parameter_bytes=parameters_per_device(model),

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
@@ -14,20 +15,41 @@ from moe_jax.models.cache import cached_features
 from moe_jax.models.partitioning import Partitioning
 from moe_jax.parallel import AXIS_ROLES, axis_tuple, parallel_of
 
+MEMORY_SHARE = 0.75
+"""Part of a device's memory that weights and cache may take of a mesh that is chosen; the rest is for what programs need."""
+
+
+class MeshChoice(NamedTuple):
+    """A mesh, and why it is this one."""
+
+    positions: dict[str, int]
+    """Positions along "data", "expert" and "tensor", in this order: the last ones are the closest devices."""
+    reason: str
+    """One sentence."""
+
 
 def choose_mesh(
-    decoder: Decoder, num_devices: int, *, sizes: Sizes, itemsize: int, strategy: DispatchStrategy | None = None
-) -> dict[str, int]:
-    """Positions along "data", "expert" and "tensor", in this order: the last ones are the closest devices.
+    decoder: Decoder,
+    num_devices: int,
+    *,
+    sizes: Sizes,
+    itemsize: int,
+    memory_bytes: int,
+    strategy: DispatchStrategy | None = None,
+) -> MeshChoice:
+    """A mesh that uses every device and divides the experts evenly.
 
-    Of all meshes that use every device and divide the experts evenly, the one with which a device holds the fewest bytes of
-    weights and cache; of equal ones, that with the most expert positions.
+    Tensor parallelism leaves each rank a narrow slice of every expert, which fills matrix units badly. So of the meshes whose
+    weights and cache take no more than `MEMORY_SHARE` of a device, those with the fewest tensor positions are left; of these the
+    one with which a device holds the fewest bytes, of equal ones that with the most expert positions. If no mesh is so small, it
+    is the one with which a device holds the fewest bytes, however narrow its slices are.
 
     Args:
         decoder: the model.
         num_devices: devices.
         sizes: of the generation, which the cache depends on.
         itemsize: bytes of a number.
+        memory_bytes: memory of a device.
         strategy: how tokens meet their experts.
     """
     mixtures = {layer.feed_forward for layer in decoder.layers if isinstance(layer.feed_forward, MoEConfig)}
@@ -37,12 +59,27 @@ def choose_mesh(
         for tensor in _divisors(num_devices // expert)
         if all(_divides(mixture, expert, tensor) for mixture in mixtures)
     ]
+    held = {
+        tuple(positions.values()): held_bytes(decoder, positions, sizes=sizes, itemsize=itemsize, strategy=strategy)
+        for positions in candidates
+    }
+    room = MEMORY_SHARE * memory_bytes
+    fits = min(held.values()) <= room
 
-    def cost(positions: dict[str, int]) -> tuple[float, int]:
-        held = held_bytes(decoder, positions, sizes=sizes, itemsize=itemsize, strategy=strategy)
-        return held, -positions["expert"]
+    def cost(positions: dict[str, int]) -> tuple[bool, int, float, int]:
+        size = held[tuple(positions.values())]
+        return size > room, positions["tensor"] if fits else 0, size, -positions["expert"]
 
-    return min(candidates, key=cost)
+    chosen = min(candidates, key=cost)
+    size = f"{held[tuple(chosen.values())] / 1e9:,.2f} GB"
+    if fits:
+        reason = (
+            f"the fewest tensor positions with which weights and cache take at most {MEMORY_SHARE:.0%} of a device's memory, and "
+            f"with these the fewest bytes of them: {size}"
+        )
+    else:
+        reason = f"the fewest bytes of weights and cache, {size}; with every mesh they take over {MEMORY_SHARE:.0%} of a device"
+    return MeshChoice(chosen, reason)
 
 
 def held_bytes(

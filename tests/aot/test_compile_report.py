@@ -145,28 +145,53 @@ def test_other_errors_are_no_refusal():
     assert refusal(RuntimeError("INVALID_ARGUMENT: something else")) is None
 
 
+QWEN3_235B_A22B = QWEN3_30B_A3B | {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "num_hidden_layers": 94,
+    "num_attention_heads": 64,
+}
+
+
 @pytest.mark.parametrize(
-    ("config", "devices", "mesh"),
+    ("config", "target", "devices", "strategy", "mesh"),
     [
-        (DEEPSEEK_V3_671B, 64, "data=1,expert=64,tensor=1"),
-        (DEEPSEEK_V3_671B, 16, "data=1,expert=16,tensor=1"),
-        (QWEN1_5_MOE_A2_7B, 8, "data=1,expert=4,tensor=2"),  # 60 experts
-        (QWEN3_30B_A3B, 1, "data=1,expert=1,tensor=1"),
-        (QWEN3_30B_A3B, 7, "data=7,expert=1,tensor=1"),
+        (DEEPSEEK_V3_671B, "v5p", 64, None, "data=1,expert=64,tensor=1"),
+        (DEEPSEEK_V3_671B, "h200", 16, None, "data=1,expert=16,tensor=1"),
+        (DEEPSEEK_V3_671B, "v6e", 256, None, "data=2,expert=128,tensor=1"),
+        (QWEN3_235B_A22B, "v6e", 256, None, "data=4,expert=64,tensor=1"),  # not the 96 columns of 16 tensor ranks
+        (QWEN3_235B_A22B, "v6e", 64, None, "data=1,expert=64,tensor=1"),
+        (
+            QWEN3_235B_A22B,
+            "v6e",
+            64,
+            "ragged_all_to_all",
+            "data=1,expert=32,tensor=2",
+        ),  # attention whole on 64 is too much
+        (QWEN1_5_MOE_A2_7B, "v5e", 8, None, "data=2,expert=4,tensor=1"),  # 60 experts
+        (QWEN3_30B_A3B, "v6e", 4, "ragged_all_to_all", "data=1,expert=4,tensor=1"),
+        (QWEN3_30B_A3B, "h200", 1, None, "data=1,expert=1,tensor=1"),
+        (QWEN3_30B_A3B, "h200", 7, None, "data=7,expert=1,tensor=1"),
     ],
 )
-def test_default_meshes_of_published_models(config, devices, mesh):
+def test_default_meshes_of_published_models(config, target, devices, strategy, mesh):
     decoder = get_family(config).build_decoder(config)
-    sizes = Sizes(batch_size=8, prompt_length=16, cache_length=32)
-    assert written(choose_mesh(decoder, devices, sizes=sizes, itemsize=2)) == mesh
+    memory = (TPU_DEVICES | GPU_DEVICES)[target].memory_bytes
+    sizes = Sizes(batch_size=8, prompt_length=1024, cache_length=2048)
+    chosen = choose_mesh(decoder, devices, sizes=sizes, itemsize=2, memory_bytes=memory, strategy=strategy)
+    assert written(chosen.positions) == mesh
+
+
+SHAPES_OF_4 = [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 4, 1), (1, 2, 2), (1, 1, 4)]
 
 
 @pytest.mark.parametrize("batch_size", [8, 4096])
-def test_default_meshes_hold_the_least_of_all_that_divide_the_model(batch_size):
+def test_default_meshes_have_the_least_tensor_parallelism_that_fits_and_hold_the_least(batch_size):
     config = GROUPED_QUERY | {"num_experts": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
     decoder, sizes = decoder_of(config), Sizes(batch_size=batch_size, prompt_length=16, cache_length=32)
     held = {}
-    for shape in [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 4, 1), (1, 2, 2), (1, 1, 4)]:
+    for shape in SHAPES_OF_4:
         mesh = jax.make_mesh(
             shape, ("data", "expert", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:4]
         )
@@ -174,16 +199,24 @@ def test_default_meshes_hold_the_least_of_all_that_divide_the_model(batch_size):
         held[shape] = parameters_per_device(model) + cache_per_device(model, batch_size=batch_size, cache_length=32)
         positions = dict(mesh.shape)
         assert held_bytes(decoder, positions, sizes=sizes, itemsize=2) == held[shape]
-    chosen = tuple(choose_mesh(decoder, 4, sizes=sizes, itemsize=2).values())
-    assert held[chosen] == min(held.values())
-    assert (chosen[0] > 1) == (batch_size == 4096)  # a large cache is worth splitting, weights are not worth repeating
+    for room in (0, *sorted(set(held.values()))):
+        choice = choose_mesh(decoder, 4, sizes=sizes, itemsize=2, memory_bytes=4 * room // 3)
+        chosen = tuple(choice.positions.values())
+        fitting = {shape: size for shape, size in held.items() if size <= 0.75 * (4 * room // 3)}
+        if not fitting:
+            assert held[chosen] == min(held.values())
+            assert "with every mesh they take over 75%" in choice.reason
+        else:
+            least = min(tensor for _, _, tensor in fitting)
+            assert chosen[2] == least
+            assert held[chosen] == min(size for shape, size in fitting.items() if shape[2] == least)
 
 
 @pytest.mark.parametrize("devices", [4, 12])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_default_meshes_use_all_devices_of_every_model(name, devices):
     decoder = get_family(CONFIGS[name]).build_decoder(CONFIGS[name])
-    positions = choose_mesh(decoder, devices, sizes=SIZES, itemsize=2)
+    positions = choose_mesh(decoder, devices, sizes=SIZES, itemsize=2, memory_bytes=16 * 10**9).positions
     assert parse_mesh(written(positions), devices) == positions
 
 

@@ -108,6 +108,7 @@ def test_a_model_is_compiled_and_reported_as_one_document(tmp_path):
     document = json.loads(finished.stdout)
     assert document["fits"] is True
     assert document["mesh"] == {"data": 1, "expert": 2, "tensor": 1}
+    assert "the fewest tensor positions" in document["mesh_reason"]
     assert document["sizes"] == {"batch_size": 2, "prompt_length": 16, "cache_length": 32}
     assert [program["name"] for program in document["programs"]] == ["prefill", "decode"]
     for program in document["programs"]:
@@ -129,6 +130,7 @@ def test_a_report_is_printed_with_both_programs_side_by_side(capsys):
     command.print_report("MODEL", result)
     text = capsys.readouterr().out
     assert "MODEL on h200:1x4" in text
+    assert re.search("mesh +as asked for", text)
     assert re.search(r"memory needed +3.50 MB +3.50 MB", text)
     assert re.search(r"all-reduce +bf16\[8,128\] +4 +7 +14.34 kB +1 run +token", text)
     assert "fits" in text

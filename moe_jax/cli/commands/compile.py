@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     spread.add_argument(
         "--mesh",
         metavar="AXES",
-        help="positions along each axis, as in data=2,expert=16,tensor=2 (default: those with which a device holds least)",
+        help="positions along each axis, as in data=2,expert=16,tensor=2 (default: the least tensor parallelism that fits)",
     )
     spread.add_argument(
         "--strategy",
@@ -129,10 +129,15 @@ def run(arguments: argparse.Namespace) -> int:
     except UnfitEnvironmentError as error:
         raise ValueError(f"{error}; or all of it: pip install 'moe-jax[aot]'") from error
     if arguments.mesh:
-        positions = parse_mesh(arguments.mesh, devices)
+        positions, reason = parse_mesh(arguments.mesh, devices), None
     else:
-        positions = choose_mesh(
-            decoder, devices, sizes=sizes.padded(), itemsize=dtype.itemsize, strategy=arguments.strategy
+        positions, reason = choose_mesh(
+            decoder,
+            devices,
+            sizes=sizes.padded(),
+            itemsize=dtype.itemsize,
+            memory_bytes=target.device.memory_bytes,
+            strategy=arguments.strategy,
         )
     mesh = target_mesh(target, positions)
     with target.lowering():
@@ -151,7 +156,7 @@ def run(arguments: argparse.Namespace) -> int:
     except JaxRuntimeError as error:
         reason = str(error).strip()
         raise ValueError(f"the compiler of {target.name} refused the program: {reason}{_ADVICE}") from error
-    result = report(model, target, sizes, positions, programs)
+    result = report(model, target, sizes, positions, programs, mesh_reason=reason)
     if arguments.json:
         print_json({"model": arguments.model, **as_json(result)})
     else:
@@ -178,6 +183,7 @@ def print_report(model: str, result: "CompileReport") -> None:
         f"{model} on {result.target}",
         [
             ("devices", f"{result.devices}, as {written(result.mesh)}"),
+            ("mesh", result.mesh_reason or "as asked for"),
             (
                 "sizes",
                 f"batch {sizes.batch_size}, prompt {sizes.prompt_length}, cache {sizes.cache_length}, {result.dtype}",
