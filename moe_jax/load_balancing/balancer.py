@@ -1,5 +1,6 @@
 """The load balancer of a model: record in the step, rearrange between steps."""
 
+import contextlib
 import warnings
 from typing import Any
 
@@ -160,7 +161,7 @@ class ExpertLoadBalancer:
 
     def _move(self, tree: Any, moves: Moves) -> Any:
         """`tree` with its expert arrays moved: a new tree, or the same module."""
-        if isinstance(tree, nnx.Module):
+        if isinstance(tree, (nnx.Module, nnx.Optimizer)):
             nnx.update(tree, self._move(nnx.state(tree), moves))
             return tree
         leaves, structure = jax.tree.flatten(tree)
@@ -171,7 +172,10 @@ class ExpertLoadBalancer:
             for array, entry in zip(arrays, found, strict=True)
         )
         sources = tuple(moves.source[list(entry.layers.rows)] for entry in found)
-        for entry, array in zip(found, move_in_place(arrays, sources, shardings=shardings), strict=True):
+        # The caller's current mesh may have other axis types: a model computes with Auto axes, whatever those of its mesh are.
+        with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+            moved = move_in_place(arrays, sources, shardings=shardings)
+        for entry, array in zip(found, moved, strict=True):
             leaves[entry.leaf] = array
         return jax.tree.unflatten(structure, leaves)
 
