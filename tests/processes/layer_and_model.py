@@ -16,11 +16,14 @@ from flax import nnx
 from golden_models import QUICK_TO_COMPILE, relative_error
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
+from support.balanced_layers import plain_and_balanced
 from support.sharded_layers import SHARED, layer_pair, small_config
 
 from moe_jax import from_pretrained, save_pretrained
 from moe_jax.config import ParallelConfig
 from moe_jax.generation import GenerationSettings, generate
+from moe_jax.load_balancing import EplbConfig, ExpertLoadBalancer
+from moe_jax.models.elastic import move_model
 from moe_jax.parallel import create_mesh, initialize_distributed
 
 CASE = golden_cases.golden_case("qwen3_moe", "raw_probabilities")  # 12 experts
@@ -42,6 +45,34 @@ def layer_error(mesh, strategy):
     everywhere = NamedSharding(mesh, PartitionSpec())
     result = jax.jit(lambda layer, x: layer(x), out_shardings=everywhere)(sharded, x)
     return float(np.abs(np.asarray(result) - expected).max())
+
+
+def balancing(mesh):
+    """A layer with copies of experts, run, rearranged for its load and run again: what changed, on this process."""
+    rng = np.random.default_rng(8)
+    parallel = ParallelConfig(expert_axis="expert", tensor_axis="tensor")
+    single, sharded = plain_and_balanced(rng, mesh, parallel, redundant=4)
+    balancer = ExpertLoadBalancer(sharded, EplbConfig(window_size=2))
+    x = np.asarray(rng.normal(size=(16, 6)), np.float32)
+    ids = np.array([[4, 5]] * 12 + [[0, 7]] * 4, np.int32)  # of the hot experts only the first rank has copies
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    @jax.jit
+    def step(layer, load, x):
+        y, aux = layer(x, forced_ids=ids, with_aux=True)
+        return jax.lax.with_sharding_constraint(y, everywhere), balancer.record(load, aux.physical_load)
+
+    before, load = step(sharded, balancer.init(), x)
+    load, report = balancer.rearrange(sharded, load)
+    after, load = step(sharded, load, x)
+    expected = np.asarray(jax.jit(lambda layer, x: layer(x, forced_ids=ids))(single, x))
+    return {
+        "errors": [float(np.abs(np.asarray(y) - expected).max()) for y in (before, after)],
+        "sent": report.sent,
+        "load": report.logical_load[0].tolist(),
+        "placement": balancer.physical_to_logical(sharded).tolist(),
+        "recorded": int(load.num_recorded),
+    }
 
 
 def bytes_read():
@@ -72,6 +103,9 @@ def main():
     stage("layer")
     report["layer_errors"] = {strategy: layer_error(mesh, strategy) for strategy in STRATEGIES}
 
+    stage("balance")
+    report["balancing"] = balancing(mesh)
+
     stage("load")
     before = bytes_read()
     model = from_pretrained(converted, dtype=np.float32, mesh=mesh)
@@ -88,6 +122,16 @@ def main():
     from_safetensors = nnx.state(from_pretrained(checkpoint, dtype=np.float32, mesh=mesh))
     same = jax.tree.map(lambda a, b: jnp.array_equal(a, b), state, from_safetensors)
     report["same_from_safetensors"] = all(bool(leaf) for leaf in jax.tree.leaves(same))
+
+    stage("move")
+    split_anew = create_mesh({"expert": jax.device_count()})
+    moved = from_pretrained(converted, dtype=np.float32, mesh=mesh)
+    move_model(moved, split_anew)
+    loaded = nnx.state(from_pretrained(converted, dtype=np.float32, mesh=split_anew))
+    report["same_if_moved"] = all(
+        one.sharding.is_equivalent_to(other.sharding, one.ndim) and bool(jnp.array_equal(one, other))
+        for one, other in zip(jax.tree.leaves(nnx.state(moved)), jax.tree.leaves(loaded), strict=True)
+    )
 
     stage("generate")
     prompts = expected.prompts()[:2]

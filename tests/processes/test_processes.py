@@ -41,6 +41,19 @@ def test_a_layer_over_processes_equals_the_layer_on_one_device(job):
         assert all(error < 1e-5 for error in report["layer_errors"].values()), report["layer_errors"]
 
 
+def test_experts_change_processes_and_no_output_changes(job):
+    first = job[1][0]["balancing"]
+    for report in (report["balancing"] for report in job[1]):
+        assert max(report["errors"]) < 1e-5
+        assert report["sent"] > 0
+        assert (report["load"], report["recorded"]) == ([4, 0, 0, 0, 12, 12, 0, 4], 1)
+        assert report["placement"] == first["placement"] != [[*range(8), *range(4)]]
+
+
+def test_a_model_that_was_moved_is_the_one_that_is_loaded_there(job):
+    assert all(report["same_if_moved"] for report in job[1])
+
+
 def test_a_model_over_processes_has_the_logits_of_transformers(job):
     for report in job[1]:
         assert report["logits_error"] < 1e-4
