@@ -115,3 +115,59 @@ def test_results_of_several_runs_are_merged_and_the_last_one_counts(script, tmp_
     result = script("tpu_publish").merged(files)
     assert [row["code_bundles"] for row in result["kernels"]] == [5]
     assert result["static"] is True
+
+
+def test_published_are_different_kernels_each_with_the_programs_that_have_it(script, tmp_path):
+    def found(tokens, **figures):
+        return {
+            "tpu": "7x",
+            "model": "olmoe-1b-7b",
+            "tokens": tokens,
+            "program": "forward",
+            "kernel": "rows",
+            **figures,
+        }
+
+    kernel = {"arrays": "[8,8]", "vmem_bytes": 3, "seconds": 1.0, "digest": "a"}
+    rows = [found(8, **kernel), found(128, **kernel), found(128, arrays="[9]", failure="too large")]
+    file = tmp_path / "tpu_compiles_1.json"
+    file.write_text(json.dumps({"versions": {}, "rows": [*rows, found(2048, arrays="[7]", left_out=True)]}))
+    result = script("tpu_publish").merged([file])
+    failed, compiled = result["compiled"]
+    assert failed["failure"] == "too large"
+    assert compiled["programs"] == ["olmoe-1b-7b 8 forward", "olmoe-1b-7b 128 forward"]
+
+    published, later = tmp_path / "published.json", tmp_path / "tpu_compiles_2.json"
+    published.write_text(json.dumps(result))
+    later.write_text(json.dumps({"versions": {}, "rows": [found(2048, **kernel)]}))
+    (compiled,) = script("tpu_publish").merged([later], published)["compiled"]
+    assert compiled["programs"] == ["olmoe-1b-7b 8 forward", "olmoe-1b-7b 128 forward", "olmoe-1b-7b 2048 forward"]
+    with pytest.raises(ValueError, match="must begin with one of tpu_megablox, .*, got other.json"):
+        script("tpu_publish").merged([file.rename(tmp_path / "other.json")])
+
+
+PROGRAM_WITH_COPIES = """\
+HloModule jit_run, is_scheduled=true
+
+%fused (p: bf16[4,8,128], i: s32[]) -> bf16[8,128] {
+  %p = bf16[4,8,128]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %slice = bf16[1,8,128]{2,1,0} dynamic-slice(%p, %i, %i, %i), dynamic_slice_sizes={1,8,128}
+  ROOT %out = bf16[8,128]{1,0} bitcast(%slice)
+}
+
+ENTRY %main (weights: bf16[4,8,128], i: s32[], x: bf16[2,128]) -> bf16[8,128] {
+  %weights = bf16[4,8,128]{0,2,1} parameter(0)
+  %i = s32[] parameter(1)
+  %x = bf16[2,128]{1,0} parameter(2)
+  %rows = bf16[4,8,128]{2,1,0} copy(%weights)
+  %few = bf16[2,128]{1,0} copy(%x)
+  %one = bf16[8,128]{1,0} fusion(%rows, %i), kind=kLoop, calls=%fused
+  ROOT %kernel = bf16[8,128]{1,0} custom-call(%one, %few), custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_copies_of_weights_are_counted_where_they_are_made_and_small_arrays_and_kernels_are_not(script):
+    # The whole stack in another layout, and one of its four matrices.
+    assert script("tpu_weight_copies").copied_bytes(PROGRAM_WITH_COPIES, 1000) == 5 * 8 * 128 * 2

@@ -2,7 +2,8 @@
 
     python tests/aot/tpu_publish.py build/aot/tpu_*.json [--results benchmarks/results/tpu_static.json]
 
-Files may come from several runs, of which each adds rows; where rows are of the same case, the last file's counts.
+Files may come from several runs, of which each adds rows to what was published before; where rows are of the same case, the last
+file's counts.
 """
 
 import argparse
@@ -14,27 +15,68 @@ from typing import Any
 from tpu_programs import ROUTINGS
 
 Row = dict[str, Any]
-CASE = ("tpu", "model", "tokens", "program", "kernel", "arrays", "routing")
+CASE = ("tpu", "model", "tokens", "program", "kernel", "arrays", "routing", "layout", "digest")
 """What tells rows apart, as far as they have it."""
+DIGEST_LETTERS = 12
+TABLES = {
+    "tpu_megablox": "comparisons",
+    "tpu_slices": "slices",
+    "tpu_kernels": "kernels",
+    "tpu_compiles": "compiled",
+    "tpu_weight_copies": "weight_copies",
+}
+"""The table that rows of a file belong to, by the beginning of the file's name."""
 
 
-def merged(files: Iterable[Path]) -> dict[str, Any]:
-    """One result of all files: comparisons with megablox, programs on slices, and single kernels."""
+def merged(files: Iterable[Path], published: Path | None = None) -> dict[str, Any]:
+    """One result of all files: a table for each script.
+
+    Args:
+        files: what scripts wrote.
+        published: a result of before, to which they add.
+
+    Raises:
+        ValueError: a file is named like that of no script.
+    """
     result: dict[str, Any] = {"static": True, "versions": {}, "tilings": {}}
-    tables: dict[str, dict[str, Row]] = {"comparisons": {}, "slices": {}, "kernels": {}}
-    for file in files:
-        found = json.loads(file.read_text())
+    tables: dict[str, dict[str, Row]] = {table: {} for table in TABLES.values()}
+
+    def add(found: dict[str, Any], rows: dict[str, list[Row]]) -> None:
         result["versions"] |= found["versions"]
         result["tilings"] |= found.get("tilings", {})
-        if "comparisons" in found:
-            name, rows = "comparisons", found["comparisons"]
-        else:
-            name = "kernels" if file.name.startswith("tpu_kernels") else "slices"
-            rows = [row for row in found["rows"] if "left_out" not in row]
-        for row in rows:
-            compact = {key: value for key, value in row.items() if key != "kept"}
-            tables[name][str([row.get(key) for key in CASE])] = compact
-    return result | {name: list(rows.values()) for name, rows in tables.items()}
+        for table, of_table in rows.items():
+            for row in of_table:
+                if "left_out" not in row:
+                    compact = {key: value for key, value in row.items() if key != "kept"}
+                    tables[table][str([row.get(key) for key in CASE])] = compact
+
+    if published is not None:
+        found = json.loads(published.read_text())
+        # What failed before may have been put right; if not, it fails again.
+        add(found, {name: [row for row in found.get(name, []) if "failure" not in row] for name in tables})
+    for file in files:
+        table = next((table for prefix, table in TABLES.items() if file.name.startswith(prefix)), None)
+        if table is None:
+            raise ValueError(f"the name of a file must begin with one of {', '.join(TABLES)}, got {file.name}")
+        found = json.loads(file.read_text())
+        add(found, {table: found["comparisons" if table == "comparisons" else "rows"]})
+    rows = {table: list(rows.values()) for table, rows in tables.items()}
+    return result | rows | {"compiled": list(different_kernels(rows["compiled"]))}
+
+
+def different_kernels(rows: Iterable[Row]) -> Iterator[Row]:
+    """A row for each kernel that compiled, and the programs that have it; failures as they are."""
+    kernels: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        if "failure" in row:
+            yield row
+            continue
+        kept = {key: row[key] for key in ("tpu", "kernel", "arrays", "vmem_bytes", "seconds")}
+        digest = row["digest"][:DIGEST_LETTERS]
+        kernel = kernels.setdefault((row["tpu"], digest), kept | {"digest": digest, "programs": []})
+        programs = row["programs"] if "programs" in row else [f"{row['model']} {row['tokens']} {row['program']}"]
+        kernel["programs"] = list(dict.fromkeys([*kernel["programs"], *programs]))
+    yield from kernels.values()
 
 
 def comparison_table(rows: Iterable[Row]) -> Iterator[str]:
@@ -68,7 +110,7 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/tpu_static.json"))
     arguments = parser.parse_args()
-    result = merged(arguments.files)
+    result = merged(arguments.files, arguments.results if arguments.results.exists() else None)
     lines = [
         f' "{name}": ' + (_rows(value) if isinstance(value, list) else json.dumps(value))
         for name, value in result.items()
