@@ -349,11 +349,11 @@ class MoEConfig:
         if shared is None:
             raise ValueError("fuse_shared_experts=True needs shared_experts, got None")
         unmet = {
+            "shared experts without a sigmoid_gate, got sigmoid_gate=True": shared.sigmoid_gate,
             f"a multiple of intermediate_size={self.intermediate_size} as intermediate_size of the shared experts, "
             f"got {shared.intermediate_size}": shared.intermediate_size % self.intermediate_size,
             f"hidden_size={self.hidden_size} for the shared experts, too, got {shared.hidden_size}": shared.hidden_size
             not in (None, self.hidden_size),
-            "shared experts without a sigmoid_gate, got sigmoid_gate=True": shared.sigmoid_gate,
             f"shared_experts.bias={self.expert_bias} like expert_bias, got {shared.bias}": shared.bias
             != self.expert_bias,
             "apply_router_weight_on_input=False, got True": self.apply_router_weight_on_input,

@@ -49,6 +49,7 @@ def from_pretrained(
     mesh: Mesh | None = None,
     parallel: ParallelConfig | None = None,
     num_redundant_experts: int = 0,
+    fuse_shared_experts: bool = False,
     implementation: str | None = None,
 ) -> CausalLM:
     """Load a model.
@@ -65,11 +66,13 @@ def from_pretrained(
         parallel: how `mesh` splits the model, see `CausalLM`; None: as its axes' names "data", "expert" and "tensor" say,
             and if it has none of those, experts are split over all its axes.
         num_redundant_experts: extra slots in every MoE layer, filled with copies of experts, for load balancing.
+        fuse_shared_experts: compute shared experts among the routed ones, see `MoEConfig`; parameters are the same.
         implementation: implementation of the expert computation; None chooses by device and shape.
 
     Raises:
         ValueError: `parallel` is given without `mesh`, only some of the mesh's axes have names that say what they split,
-            or the mesh cannot split the experts evenly.
+            the mesh cannot split the experts evenly, or `fuse_shared_experts` of a model whose shared experts are unlike its
+            routed ones.
         moe_jax.checkpoints.CheckpointError: there is no such checkpoint, it isn't whole, or its family or one of its
             settings isn't supported.
     """
@@ -85,6 +88,7 @@ def from_pretrained(
         parallel=parallel,
         mesh=mesh,
         num_redundant_experts=num_redundant_experts,
+        fuse_shared_experts=fuse_shared_experts,
         implementation=implementation,
         hf_config=reader.config,
         source_folder=reader.folder,

@@ -51,6 +51,7 @@ class CausalLM(nnx.Module):
         parallel: ParallelConfig | None = None,
         mesh: Mesh | None = None,
         num_redundant_experts: int = 0,
+        fuse_shared_experts: bool = False,
         implementation: str | None = None,
         hf_config: Mapping[str, Any] | None = None,
         source_folder: str | os.PathLike[str] | None = None,
@@ -70,6 +71,7 @@ class CausalLM(nnx.Module):
                 call the model in a `jax.sharding.auto_axes`.
             num_redundant_experts: extra slots of every MoE layer, which hold copies of experts (see
                 `moe_jax.load_balancing`).
+            fuse_shared_experts: compute shared experts among the routed ones, see `MoEConfig`; parameters are the same.
             implementation: implementation of the expert computation; None chooses by device and shape.
             hf_config: the `config.json` that `decoder` was made from, kept for `save_pretrained`.
             source_folder: where its tokenizer and generation settings are.
@@ -88,6 +90,7 @@ class CausalLM(nnx.Module):
             mesh=self.mesh,
             partitioning=self.partitioning,
             num_redundant_experts=num_redundant_experts,
+            fuse_shared_experts=fuse_shared_experts,
             implementation=implementation,
         )
         dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": param_dtype, "rngs": rngs}

@@ -37,6 +37,8 @@ class BuildOptions:
     """How the batch and everything outside the MoE layers are split over `mesh`."""
     num_redundant_experts: int = 0
     """Extra physical experts of every MoE layer, which hold copies of logical ones."""
+    fuse_shared_experts: bool = False
+    """Compute shared experts among the routed ones, see `MoEConfig`."""
     implementation: str | None = None
     """Implementation of the expert computation; None chooses by device and shape."""
 
@@ -64,6 +66,7 @@ class DecoderLayer(nnx.Module):
                 param_dtype=options.param_dtype,
                 parallel=options.parallel,
                 num_redundant_experts=options.num_redundant_experts,
+                fuse_shared_experts=options.fuse_shared_experts,
                 implementation=options.implementation,
             )
             self.feed_forward = MoERunner(config, mesh=options.mesh, rngs=rngs)

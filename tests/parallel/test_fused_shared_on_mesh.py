@@ -1,5 +1,5 @@
-"""Shared experts fused with the routed ones, on a mesh: what the layer with separate shared experts gives on one device, forward and
-backward, with every strategy, and no row moves for them."""
+"""Shared experts fused with the routed ones, on a mesh: every strategy gives what the layer with separate ones gives on one device,
+forward and backward, and moves no row for them."""
 
 import dataclasses
 import functools
