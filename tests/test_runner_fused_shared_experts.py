@@ -54,7 +54,6 @@ BIASES = dict(expert_bias=True, shared_experts=dataclasses.replace(SHARED, bias=
         pytest.param(dict(), id="plain"),
         pytest.param(dict(activation="relu2_no_mul", **BIASES), id="biases, no gate"),
         pytest.param(BIASES, id="biases", marks=pytest.mark.slow),
-        pytest.param(dict(shared_experts=SharedExpertsConfig(intermediate_size=20)), id="one", marks=pytest.mark.slow),
     ],
 )
 def test_layer_with_fused_shared_experts_equals_oracle(changes, rng):

@@ -74,10 +74,10 @@ class SharedExperts(nnx.Module):
     def as_expert(self) -> ExpertWeights:
         """The parameters as those of one expert of the same width, for shared experts without a sigmoid gate."""
         projections = [part for part in (self.gate_proj, self.up_proj) if part is not None]
-        down_bias = self.down_proj.bias
+        biases = [part.bias[...] for part in projections if part.bias is not None]
         return ExpertWeights(
             gate_up_proj=jnp.stack([part.kernel[...].T for part in projections])[None],
             down_proj=self.down_proj.kernel[...].T[None],
-            gate_up_bias=None if down_bias is None else jnp.stack([part.bias[...] for part in projections])[None],
-            down_bias=None if down_bias is None else down_bias[...][None],
+            gate_up_bias=jnp.stack(biases)[None] if biases else None,
+            down_bias=None if self.down_proj.bias is None else self.down_proj.bias[...][None],
         )
