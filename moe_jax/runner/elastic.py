@@ -41,7 +41,7 @@ def move_layer(
     """
     move = plan_layer_move(layer, mesh, parallel, num_redundant_experts=num_redundant_experts)
     home = whole_on_first_device(None if layer.axes is None else layer.axes.mesh)
-    moved = nnx.merge(*nnx.split(layer))
+    moved = nnx.merge(*nnx.split(layer), copy=True)  # of variables, which would be shared otherwise, not of arrays
     move.apply_to(moved)
 
     def place(path: tuple[Any, ...], spec: Any, value: Array) -> Array:
