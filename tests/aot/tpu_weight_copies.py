@@ -90,7 +90,11 @@ def compiled(tpu: str, model: str, program: str, layout: str) -> dict[str, Any]:
         return jax.lax.scan(lambda x, weights: (layer(x, others, weights), None), others["x"], weights)[0]
 
     with target.lowering():
-        executable = jax.jit(run).lower(others, weights).compile()
+        lowered = jax.jit(run).lower(others, weights)
+        try:
+            executable = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:  # there may be no room for the copies
+            return {"weight_bytes_of_a_layer": sum(matrices), "not_compiled": str(error).splitlines()[0]}
     return {
         "weight_bytes_of_a_layer": sum(matrices),
         "copied_bytes": copied_bytes(executable.as_text(), min(matrices) // 2),
