@@ -1,4 +1,5 @@
-"""`moe-jax compile` for real targets: a tiny model on TPUs and GPUs that are not there, and one that fits on neither.
+"""`moe-jax compile` for real targets: a tiny model on TPUs and GPUs that are not there, with every dispatch strategy, and a model
+that fits on neither.
 
     python tests/aot/compile_command.py          # part of `make aot`; needs the extra `aot`
 
@@ -6,6 +7,7 @@ A line per compile; the exit status is 1 if one of them isn't as it must be.
 """
 
 import contextlib
+import functools
 import io
 import json
 import sys
@@ -42,12 +44,23 @@ HUGE = TINY | {"hidden_size": 8192, "moe_intermediate_size": 16384, "num_experts
 """2 TB of weights."""
 LAYERS = TINY["num_hidden_layers"]
 
+MOVING = {
+    "allgather_reducescatter": (("all-gather",), ("reduce-scatter", "all-reduce")),  # few rows are summed in whole
+    "padded_all_to_all": (("all-to-all",),),
+    "ragged_all_to_all": (("ragged-all-to-all",),),
+}
+"""The strategies that move tokens, and the collectives that every layer has, of each one of the kinds."""
+
+
+TARGETS_OF_STRATEGY = {"allgather_reducescatter": ("v6e:2x2",), "padded_all_to_all": ("h200:1x8",)}
+"""Each compile takes a while: only one of those whose collectives both compilers leave as they are, or nearly so."""
+
 
 def compile_model(folder: Path, config: dict[str, Any], target: str, *arguments: str) -> tuple[int, dict[str, Any]]:
     """Exit status and report of one compile."""
     file = folder / "config.json"
     file.write_text(json.dumps(config))
-    command = ["compile", str(file), "--target", target, "--json", "--batch", "4", "--prompt-length", "64", *arguments]
+    command = ["compile", str(file), "--target", target, "--json", "--batch", "8", "--prompt-length", "64", *arguments]
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         status = main(command)
@@ -73,6 +86,20 @@ def problems_of_tiny(status: int, report: dict[str, Any]) -> list[str]:
     return problems
 
 
+def problems_of_strategy(strategy: str, status: int, report: dict[str, Any]) -> list[str]:
+    """What is wrong with a report of `TINY` with a strategy that moves tokens."""
+    problems = [] if status == 0 and report["fits"] else ["it was said not to fit"]
+    if report["mesh"] != {"data": 1, "expert": report["devices"], "tensor": 1}:
+        problems.append(f"experts are not split over all devices but as {report['mesh']}")
+    for program in report["programs"]:
+        of_layers = {row["kind"] for row in program["collectives"] if row["executions"] % LAYERS == 0}
+        for kinds in MOVING[strategy]:
+            if not of_layers & set(kinds):
+                found = [(row["kind"], row["operands"], row["executions"]) for row in program["collectives"]]
+                problems.append(f"{program['name']}: no {' or '.join(kinds)} of each layer, got {found}")
+    return problems
+
+
 def problems_of_huge(status: int, report: dict[str, Any]) -> list[str]:
     """What is wrong with a report of `HUGE`."""
     problems = [] if status == 1 and not report["fits"] else ["it was said to fit"]
@@ -86,16 +113,19 @@ def problems_of_huge(status: int, report: dict[str, Any]) -> list[str]:
 
 def check_all() -> int:
     """Compile all; the exit status."""
-    cases = [
-        ("a tiny model", TINY, problems_of_tiny),
-        ("a model that doesn't fit", HUGE, problems_of_huge),
+    cases: list[tuple[str, dict[str, Any], list[str], Any]] = [
+        ("a tiny model", TINY, [], problems_of_tiny),
+        ("a model that doesn't fit", HUGE, [], problems_of_huge),
     ]
+    for strategy in MOVING:
+        check = functools.partial(problems_of_strategy, strategy)
+        cases.append((strategy, TINY, ["--strategy", strategy], check))
     found_any = False
     with tempfile.TemporaryDirectory() as folder:
-        for name, config, check in cases:
-            for target in ("v6e:2x2", "h200:1x8"):
+        for name, config, arguments, check in cases:
+            for target in TARGETS_OF_STRATEGY.get(name, ("v6e:2x2", "h200:1x8")):
                 started = time.perf_counter()
-                status, report = compile_model(Path(folder), config, target, "--implementation", "xla")
+                status, report = compile_model(Path(folder), config, target, "--implementation", "xla", *arguments)
                 problems = check(status, report)
                 found_any |= bool(problems)
                 print(
