@@ -14,7 +14,6 @@ from moe_jax.models.partitioning import Partitioning
 
 if TYPE_CHECKING:
     from moe_jax.models.causal_lm import CausalLM
-    from moe_jax.models.layer_stack import DecoderLayer
 
 StatePath = tuple[Any, ...]
 """Path of a parameter in `nnx.state(model)`."""
@@ -63,20 +62,21 @@ def parameter_shardings(model: "CausalLM") -> Mapping[StatePath, Sharding]:
 
 
 def layer_partition_specs(
-    block: "DecoderLayer", layer: int, decoder: Decoder, partitioning: Partitioning
+    block: Any, layer: int, decoder: Decoder, partitioning: Partitioning
 ) -> Mapping[StatePath, PartitionSpec]:
     """How each parameter of a decoder layer is split, without the axis of stacked layers.
 
     Args:
-        block: the layer, or several that are stacked.
+        block: the `DecoderLayer`, or several that are stacked.
         layer: which layer of `decoder` it is; of stacked ones the first.
         decoder: the model's description.
         partitioning: how everything outside the MoE layer is split.
     """
     specs: dict[StatePath, PartitionSpec] = {}
     if isinstance(decoder.layers[layer].feed_forward, MoEConfig):
-        mixture: Any = block.feed_forward
-        specs = {("feed_forward", *path): spec for path, spec in nnx.to_flat_state(mixture.partition_specs())}
+        specs = {
+            ("feed_forward", *path): spec for path, spec in nnx.to_flat_state(block.feed_forward.partition_specs())
+        }
     for path, _ in nnx.to_flat_state(nnx.state(block)):
         if path not in specs:
             specs[path] = partitioning.parameter_spec(".".join(map(str, ("layers", layer, *path))), decoder)
