@@ -1,5 +1,6 @@
 """Compile in processes of their own, one per TPU generation: what the compiler dumps, and where, is decided when it is loaded."""
 
+import argparse
 import concurrent.futures
 import itertools
 import json
@@ -72,6 +73,14 @@ def _rows_of_one_tpu(script: str, jobs: list[Job], deadline: float, verbose: boo
             errors.seek(0)
             yield {**jobs[done], "failure": f"exit code {child.returncode}: {errors.read()[-1000:]}"}
         jobs = jobs[done + 1 :]
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a script whose work can be cut short, taken up later, and shared by several processes."""
+    parser.add_argument("--minutes", type=float, default=1e6, help="after how many to start nothing more")
+    parser.add_argument("--verbose", action="store_true", help="print rows as they come")
+    parser.add_argument("--processes", type=int, default=2, help="how many compile side by side")
+    parser.add_argument("--output", type=Path, default=Path("build/aot"))
 
 
 def run_as_child(arguments: list[str], rows_of: Callable[[Job, Path, float], Iterable[Row]]) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tpu_children import CHILD_OPTION, Job, Row, rows_of_children, run_as_child
+from tpu_children import CHILD_OPTION, Job, Row, add_run_options, rows_of_children, run_as_child
 from tpu_counts import digest, versions
 from tpu_programs import MODELS, PROGRAMS, TOKENS, traced_experts
 
@@ -120,10 +120,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="MODEL")
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=PROGRAMS, metavar="PROGRAM")
-    parser.add_argument("--minutes", type=float, default=1e6, help="after how many to start nothing more")
-    parser.add_argument("--verbose", action="store_true", help="print rows as they come")
-    parser.add_argument("--processes", type=int, default=2, help="how many compile side by side")
-    parser.add_argument("--output", type=Path, default=Path("build/aot"))
+    add_run_options(parser)
     return parser.parse_args(arguments)
 
 

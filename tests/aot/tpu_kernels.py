@@ -20,13 +20,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tpu_children import CHILD_OPTION, Job, Row, rows_of_children, run_as_child
+from tpu_children import CHILD_OPTION, Job, Row, add_run_options, rows_of_children, run_as_child
 from tpu_counts import counted, versions
 from tpu_programs import MODELS, PROGRAMS, ROUTINGS, TOKENS, experts_calls, useful_multiplies
 
 from moe_jax.aot.targets import TPU_TOPOLOGIES, TpuTarget
-
-OUTPUT = Path("build/aot")
 
 
 def rows_of(job: Job, dumps: Path, deadline: float) -> Iterator[dict[str, Any]]:
@@ -98,10 +96,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=PROGRAMS, metavar="PROGRAM")
     parser.add_argument("--all", action="store_true", help="every program, instead of a sample")
-    parser.add_argument("--minutes", type=float, default=1e6, help="after how many to start nothing more")
-    parser.add_argument("--verbose", action="store_true", help="print rows as they come")
-    parser.add_argument("--processes", type=int, default=2, help="how many compile side by side")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    add_run_options(parser)
     return parser.parse_args()
 
 

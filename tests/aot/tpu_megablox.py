@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tpu_children import CHILD_OPTION, Job, Row, rows_of_children, run_as_child
+from tpu_children import CHILD_OPTION, Job, Row, add_run_options, rows_of_children, run_as_child
 from tpu_counts import counted, versions
 from tpu_programs import ROUTINGS, Tiling, matmul_calls, matmul_columns, useful_multiplies
 
@@ -115,10 +115,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--rows", nargs="+", type=int, default=list(TILE_ROWS), choices=TILE_ROWS)
     parser.add_argument("--search", action="store_true", help="compile ours with the list of tilings too")
-    parser.add_argument("--minutes", type=float, default=1e6, help="after how many to start nothing more")
-    parser.add_argument("--verbose", action="store_true", help="print rows as they come")
-    parser.add_argument("--processes", type=int, default=2, help="how many compile side by side")
-    parser.add_argument("--output", type=Path, default=Path("build/aot"))
+    add_run_options(parser)
     return parser.parse_args()
 
 
