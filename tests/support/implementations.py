@@ -14,6 +14,12 @@ from support.tpu_interpretation import interpreting_tpu
 
 from moe_jax.kernels.device import GPU_DEVICES, TPU_DEVICES, GpuDevice, TpuDevice
 
+# Of a block that computes in bfloat16. Rounded on the way, by 2**-9 each: the activated rows, each expert's result, and their
+# sum; gradients twice more, and the slope of the activation once. One value may have all errors the same way; that an
+# implementation rounds more often than it must shows in the norm.
+BFLOAT16_BLOCK_ERROR = 2e-2
+BFLOAT16_BLOCK_NORM_ERROR = 5e-3
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImplementationUnderTest:
@@ -58,9 +64,8 @@ UNDER_TEST = {
             dtype="bfloat16",
             width_multiple=16,
             rounding=2**-8,
-            # Rounded on the way: the activated rows, each expert's result, and their sum; gradients a time or two more.
-            block_error=1e-2,
-            block_norm_error=5e-3,
+            block_error=BFLOAT16_BLOCK_ERROR,
+            block_norm_error=BFLOAT16_BLOCK_NORM_ERROR,
             running=interpreting,
             is_slow=True,
             runs_on_meshes=False,
