@@ -6,6 +6,7 @@ from jaxtyping import Float, Int
 from ..activations import Activation
 from ..selection import Choice, Implementation, choose
 from . import pallas_gpu, pallas_tpu, reference, xla
+from .in_place import run_in_place
 from .request import Request
 
 IMPLEMENTATIONS: tuple[Implementation[Request], ...] = (pallas_gpu, pallas_tpu, xla, reference)
@@ -16,13 +17,14 @@ def fused_moe(
     x: Float[Array, "T H"],
     topk_weights: Float[Array, "T K"],
     topk_ids: Int[Array, "T K"],
-    gate_up_proj: Float[Array, "E P I H"],
-    down_proj: Float[Array, "E H I"],
+    gate_up_proj: Float[Array, "E P I H"] | Float[Array, "L E P I H"],
+    down_proj: Float[Array, "E H I"] | Float[Array, "L E H I"],
     *,
     gate_up_bias: Float[Array, "E P I"] | None = None,
     down_bias: Float[Array, "E H"] | None = None,
     activation: str | Activation = "silu",
     expert_offset: int | Int[Array, ""] = 0,
+    layer: int | Int[Array, ""] | None = None,
     apply_router_weight_on_input: bool = False,
     recompute_activation: bool = False,
     implementation: str | None = None,
@@ -50,6 +52,9 @@ def fused_moe(
         down_bias: added before the router weight is applied.
         activation: a name, or an `Activation` with its parameters.
         expert_offset: id of the first expert whose weights are given.
+        layer: which layer's matrices to use, if both projections are those of L layers, stacked along a leading axis. (Biases,
+            which are small, are the layer's own.) Inside a scan over layers this saves what indexing before the call costs: a
+            copy of the layer's matrices, on accelerators and on CPUs. With a gradient they are indexed all the same.
         apply_router_weight_on_input: multiply the expert's input instead of its output by the router weight (Llama 4).
         recompute_activation: keep less for the gradient, and compute what enters the activation again (half a forward pass).
         implementation: "pallas_gpu", "pallas_tpu", "xla" or "reference"; None chooses by device and shape, see `explain`.
@@ -71,24 +76,27 @@ def fused_moe(
         down_bias,
         activation,
         expert_offset,
+        layer,
         apply_router_weight_on_input,
         recompute_activation,
     )
     chosen, _ = choose("fused_moe", IMPLEMENTATIONS, request, implementation)
-    return chosen.run(request.equally_varying())
+    request = request.equally_varying()
+    return chosen.run(request) if layer is None else run_in_place(chosen.run, request)
 
 
 def explain(
     x: Float[Array, "T H"],
     topk_weights: Float[Array, "T K"],
     topk_ids: Int[Array, "T K"],
-    gate_up_proj: Float[Array, "E P I H"],
-    down_proj: Float[Array, "E H I"],
+    gate_up_proj: Float[Array, "E P I H"] | Float[Array, "L E P I H"],
+    down_proj: Float[Array, "E H I"] | Float[Array, "L E H I"],
     *,
     gate_up_bias: Float[Array, "E P I"] | None = None,
     down_bias: Float[Array, "E H"] | None = None,
     activation: str | Activation = "silu",
     expert_offset: int | Int[Array, ""] = 0,
+    layer: int | Int[Array, ""] | None = None,
     apply_router_weight_on_input: bool = False,
     recompute_activation: bool = False,
     implementation: str | None = None,
@@ -108,6 +116,7 @@ def explain(
         down_bias,
         activation,
         expert_offset,
+        layer,
         apply_router_weight_on_input,
         recompute_activation,
     )

@@ -23,12 +23,29 @@ from ..varying import varying_like
 
 
 class ExpertWeights(NamedTuple):
-    """Weights of E experts."""
+    """Weights of E experts: all matrices that there are, S = E of them, or some of those of several layers."""
 
-    gate_up_proj: Float[Array, "E P I H"]
-    down_proj: Float[Array, "E H I"]
+    gate_up_proj: Float[Array, "S P I H"]
+    down_proj: Float[Array, "S H I"]
     gate_up_bias: Float[Array, "E P I"] | None
     down_bias: Float[Array, "E H"] | None
+    first_matrix: Int[Array, ""] | None = None
+    """Which matrix is the first expert's; None: the first."""
+
+    @property
+    def start(self) -> Int[Array, ""] | int:
+        """Which matrix is the first expert's."""
+        return 0 if self.first_matrix is None else self.first_matrix
+
+    def without_others(self, num_experts: int) -> "ExpertWeights":
+        """The same with the matrices of the E experts alone: a copy if there are others."""
+        if self.first_matrix is None:
+            return self
+        own = (
+            jax.lax.dynamic_slice_in_dim(matrices, self.first_matrix, num_experts)
+            for matrices in (self.gate_up_proj, self.down_proj)
+        )
+        return ExpertWeights(*own, self.gate_up_bias, self.down_bias)
 
     def matrices_as(self, dtype: DTypeLike) -> "ExpertWeights":
         """The same with both projections in `dtype`."""
@@ -56,16 +73,18 @@ def apply_expert(
     num_rows = rows.shape[0]
 
     def gate_up_slice(first: Array | int, size: int) -> Array:
-        start, shape = (expert, 0, first, 0), (1, projections, size, hidden)
-        matrix = jax.lax.dynamic_slice(weights.gate_up_proj, start, shape).reshape(projections * size, hidden)
+        shape = (1, projections, size, hidden)
+        matrix = jax.lax.dynamic_slice(weights.gate_up_proj, (weights.start + expert, 0, first, 0), shape).reshape(
+            projections * size, hidden
+        )
         product = jax.lax.dot_general(matrix, rows, (((1,), (1,)), ((), ())), preferred_element_type=wide)
         if weights.gate_up_bias is not None:
-            bias = jax.lax.dynamic_slice(weights.gate_up_bias, start[:3], shape[:3])
+            bias = jax.lax.dynamic_slice(weights.gate_up_bias, (expert, 0, first), shape[:3])
             product += bias.reshape(-1, 1).astype(wide)
         return activation(*jnp.split(product, projections)).astype(rows.dtype)
 
     def down_slice(first: Array | int, size: int) -> Array:
-        matrix = jax.lax.dynamic_slice(weights.down_proj, (expert, first, 0), (1, size, width))[0]
+        matrix = jax.lax.dynamic_slice(weights.down_proj, (weights.start + expert, first, 0), (1, size, width))[0]
         product = jax.lax.dot_general(matrix, activated, (((1,), (0,)), ((), ())), preferred_element_type=wide)
         if weights.down_bias is not None:
             product += jax.lax.dynamic_slice(weights.down_bias, (expert, first), (1, size)).reshape(-1, 1).astype(wide)

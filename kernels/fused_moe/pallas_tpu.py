@@ -17,7 +17,7 @@ def unsupported(request: Request) -> str | None:
     if reason is not None:
         return reason
     # The gradients contract gate and up together.
-    projections = request.gate_up_proj.shape[1]
+    projections = request.projections
     sizes = {
         "gate/up": (request.hidden_size, request.intermediate_size, projections),
         "down": (request.intermediate_size, request.hidden_size, 1),

@@ -24,6 +24,7 @@ def formulation(request: Request) -> Formulation:
 
 def run(request: Request) -> Array:
     """Sum over a token's choices of weight * expert(token), or of expert(weight * token), in float32."""
+    request = request.of_own_layer()
     x, top_k = request.x, request.top_k
     wide = jnp.promote_types(x.dtype, jnp.float32)
     pair_ids = request.topk_ids.reshape(-1, 1) - request.expert_offset

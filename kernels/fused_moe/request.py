@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, Self
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -10,6 +11,7 @@ from ..activations import Activation
 from ..device import gpu_device_of, tpu_device_of
 from ..selection import platform_of
 from ..varying import equally_varying
+from .expert_block import ExpertWeights
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,6 +27,7 @@ class Request:
     down_bias: Any
     activation: Activation
     expert_offset: int | Array
+    layer: int | Array | None
     apply_router_weight_on_input: bool
     recompute_activation: bool
     platform: str
@@ -50,13 +53,18 @@ class Request:
 
     @property
     def num_experts(self) -> int:
-        """E, the experts whose weights are given."""
-        return self.gate_up_proj.shape[0]
+        """E, the experts of a layer whose weights are given."""
+        return self.gate_up_proj.shape[-4]
+
+    @property
+    def projections(self) -> int:
+        """P."""
+        return self.gate_up_proj.shape[-3]
 
     @property
     def intermediate_size(self) -> int:
         """I."""
-        return self.gate_up_proj.shape[2]
+        return self.gate_up_proj.shape[-2]
 
     @classmethod
     def of(
@@ -70,6 +78,7 @@ class Request:
         down_bias: Any,
         activation: str | Activation,
         expert_offset: int | Array,
+        layer: int | Array | None,
         apply_router_weight_on_input: bool,
         recompute_activation: bool,
     ) -> Self:
@@ -89,16 +98,20 @@ class Request:
                 f"topk_weights must be [T, K] = {topk_ids.shape} as topk_ids, got shape {topk_weights.shape}"
             )
         projections = 2 if activation.is_gated else 1
-        if gate_up_proj.ndim != 4 or gate_up_proj.shape[1] != projections or gate_up_proj.shape[0] < 1:
+        letter = "" if layer is None else "L, "
+        stacked = gate_up_proj.shape[:-4]
+        if gate_up_proj.ndim != (4 if layer is None else 5) or gate_up_proj.shape[-3] != projections:
             raise ValueError(
-                f"gate_up_proj must be [E, {projections}, I, H] with E >= 1 for activation {activation.name!r},"
+                f"gate_up_proj must be [{letter}E, {projections}, I, H] for activation {activation.name!r} and layer={layer},"
                 f" got shape {gate_up_proj.shape}"
             )
-        num_experts, _, intermediate_size, hidden_size = gate_up_proj.shape
+        num_experts, _, intermediate_size, hidden_size = gate_up_proj.shape[-4:]
+        if num_experts < 1:
+            raise ValueError(f"gate_up_proj must be [{letter}E, P, I, H] with E >= 1, got shape {gate_up_proj.shape}")
         expected = {
             "x": (x, (x.shape[0], hidden_size), "[T, H]"),
-            "down_proj": (down_proj, (num_experts, hidden_size, intermediate_size), "[E, H, I]"),
-            "gate_up_bias": (gate_up_bias, gate_up_proj.shape[:3], "[E, 2 (1 if not gated), I]"),
+            "down_proj": (down_proj, (*stacked, num_experts, hidden_size, intermediate_size), f"[{letter}E, H, I]"),
+            "gate_up_bias": (gate_up_bias, gate_up_proj.shape[-4:-1], "[E, 2 (1 if not gated), I]"),
             "down_bias": (down_bias, (num_experts, hidden_size), "[E, H]"),
         }
         for name, (array, shape, letters) in expected.items():
@@ -126,12 +139,32 @@ class Request:
             down_bias,
             activation,
             expert_offset,
+            layer,
             apply_router_weight_on_input,
             recompute_activation,
             platform_of(gate_up_proj, x),
             gpu_device_of(gate_up_proj, x),
             tpu_device_of(gate_up_proj, x),
         )
+
+    def expert_weights(self) -> ExpertWeights:
+        """The weights; those of stacked layers as one long list of matrices, without a copy if they needn't be converted."""
+        if self.layer is None or self.gate_up_proj.dtype != self.x.dtype or self.down_proj.dtype != self.x.dtype:
+            own = self.of_own_layer()
+            return ExpertWeights(own.gate_up_proj, own.down_proj, own.gate_up_bias, own.down_bias)
+        gate_up_proj, down_proj = (stack.reshape(-1, *stack.shape[2:]) for stack in (self.gate_up_proj, self.down_proj))
+        first_matrix = jnp.asarray(self.layer, jnp.int32) * self.num_experts
+        return ExpertWeights(gate_up_proj, down_proj, self.gate_up_bias, self.down_bias, first_matrix)
+
+    def of_own_layer(self) -> Self:
+        """The same with the matrices of `layer` taken out of the stack."""
+        if self.layer is None:
+            return self
+        gate_up_proj, down_proj = (
+            jax.lax.dynamic_index_in_dim(stack, self.layer, keepdims=False)
+            for stack in (self.gate_up_proj, self.down_proj)
+        )
+        return dataclasses.replace(self, layer=None, gate_up_proj=gate_up_proj, down_proj=down_proj)
 
     def equally_varying(self) -> Self:
         """The same arguments, fit to meet each other in loops and custom gradients inside `jax.shard_map`."""

@@ -86,8 +86,9 @@ class AlignedRows(NamedTuple):
 def formulation(request: Request, matmuls: ModuleType, device: GpuDevice | TpuDevice) -> Formulation:
     """Kernels and tiles of the forward pass."""
     num_pairs, dtype = request.num_tokens * request.top_k, request.x.dtype
+    gate_up_shape = (request.num_experts, request.projections, request.intermediate_size, request.hidden_size)
     down_shape = (request.num_experts, 1, request.hidden_size, request.intermediate_size)
-    kernel, gate_up = matmuls.chosen_for_forward(num_pairs, request.gate_up_proj.shape, dtype, dtype, device)
+    kernel, gate_up = matmuls.chosen_for_forward(num_pairs, gate_up_shape, dtype, dtype, device)
     _, down = matmuls.chosen_for_forward(num_pairs, down_shape, dtype, dtype, device)
     return Formulation(
         f"{kernel} kernel, gate/up {gate_up.tiles}, down {down.tiles}",
@@ -104,7 +105,7 @@ def run(request: Request, matmuls: ModuleType, device: GpuDevice | TpuDevice) ->
     )
     aligned = AlignedRows.of(assignment, request.num_experts, matmuls.schedule)
     topk_weights = jnp.where(aligned.is_local, request.topk_weights.astype(jnp.float32), 0)
-    weights = ExpertWeights(request.gate_up_proj, request.down_proj, request.gate_up_bias, request.down_bias)
+    weights = request.expert_weights()
     computation = Computation(
         matmuls, device, request.activation, request.apply_router_weight_on_input, request.recompute_activation
     )
@@ -126,6 +127,7 @@ def compute(
         rows,
         matrices.gate_up_proj,
         aligned.groups,
+        first_matrix=matrices.start,
         bias=weights.gate_up_bias,
         activation=computation.activation,
         num_rows=aligned.position.size,
@@ -149,6 +151,7 @@ def _down(computation, activated, router_weight, matrices, aligned) -> Float[Arr
         activated,
         matrices.down_proj[:, None],
         aligned.groups,
+        first_matrix=matrices.start,
         bias=None if matrices.down_bias is None else matrices.down_bias[:, None],
         row_scale=router_weight,
         num_rows=aligned.position.size,

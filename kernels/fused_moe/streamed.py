@@ -26,11 +26,11 @@ def apply_expert_to_row(
     """The output of one expert for one row, accumulated in float32 (float64 for float64 rows) and returned so."""
     _, projections, width, hidden = weights.gate_up_proj.shape
     stacked = weights.gate_up_proj.reshape(-1, projections * width, hidden)
-    projected = multiply_row(row, stacked, expert)
+    projected = multiply_row(row, stacked, weights.start + expert)
     if weights.gate_up_bias is not None:
         projected += weights.gate_up_bias[expert].reshape(-1).astype(projected.dtype)
     activated = activation(*jnp.split(projected, projections)).astype(row.dtype)
-    result = multiply_row(activated, weights.down_proj, expert)
+    result = multiply_row(activated, weights.down_proj, weights.start + expert)
     return result if weights.down_bias is None else result + weights.down_bias[expert].astype(result.dtype)
 
 

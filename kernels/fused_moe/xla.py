@@ -103,7 +103,7 @@ def run(request: Request) -> Array:
     assignment = Assignment.of(request.topk_ids, request.expert_offset, request.num_experts)
     wide = jnp.promote_types(request.x.dtype, jnp.float32)
     topk_weights = jnp.where(assignment.is_local(request.num_experts), request.topk_weights.astype(wide), 0)
-    weights = ExpertWeights(request.gate_up_proj, request.down_proj, request.gate_up_bias, request.down_bias)
+    weights = request.expert_weights()
     computation = Computation(
         plan(request)[0], request.activation, request.apply_router_weight_on_input, request.recompute_activation
     )
@@ -145,7 +145,7 @@ _MOST_PAIRS_UNROLLED = 16
 
 def _streamed(computation, x, topk_weights, weights, assignment) -> Float[Array, "T H"]:
     """Pair by pair."""
-    num_experts = weights.down_proj.shape[0]
+    num_experts = assignment.groups.sizes.shape[0]
     num_tokens, top_k = topk_weights.shape
     input_weights, output_weights = _split_weights(computation, topk_weights)
 
@@ -187,12 +187,14 @@ def _loop(computation, x, topk_weights, weights, assignment) -> Float[Array, "T 
 
     nothing = varying_like(jnp.zeros((num_pairs + block_rows, x.shape[1]), x.dtype), x)
     results = jax.lax.fori_loop(0, schedule.num_blocks, block, nothing)
-    return _combine(results, output_weights, assignment.position, assignment.is_local(weights.down_proj.shape[0]))
+    is_local = assignment.is_local(assignment.groups.sizes.shape[0])
+    return _combine(results, output_weights, assignment.position, is_local)
 
 
 def _batched(computation, x, topk_weights, weights, assignment) -> Float[Array, "T H"]:
     """All experts at once on the first `capacity` rows of each, then the rows that are left, block by block."""
     capacity = computation.plan.capacity
+    weights = weights.without_others(assignment.groups.sizes.shape[0])
     num_experts, projections, width, hidden = weights.gate_up_proj.shape
     num_pairs = assignment.pair.shape[0]
     wide = topk_weights.dtype

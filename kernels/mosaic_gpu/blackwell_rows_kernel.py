@@ -347,11 +347,13 @@ def _copy(problem: _Problem, named: dict[str, Ref]) -> None:
     rows_smem, weights_smem, filled, consumed = (
         named[name] for name in ("rows_smem", "weights_smem", "filled", "consumed")
     )
+    first_matrix = named["first_matrix"][0]
 
     def copy_tile(tile: _Tile, multiplied: Array) -> None:
         # A product, because code of a single warp cannot state what a number is a multiple of.
         row = lax.div(tile.row, ROW_ALIGNMENT) * ROW_ALIGNMENT
         columns = pl.ds(tile.column * tiles.columns, tiles.columns)
+        matrix = first_matrix + tile.group
 
         @pl.loop(0, steps)
         def _(k):
@@ -365,10 +367,10 @@ def _copy(problem: _Problem, named: dict[str, Ref]) -> None:
             depth = pl.ds(k * tiles.depth, tiles.depth)
             plgpu.copy_gmem_to_smem(rows.at[pl.ds(row, tiles.rows), depth], rows_smem.at[slot], filled.at[slot])
             if problem.contract == "out":
-                plgpu.copy_gmem_to_smem(weights.at[tile.group, depth, columns], weights_smem.at[slot], filled.at[slot])
+                plgpu.copy_gmem_to_smem(weights.at[matrix, depth, columns], weights_smem.at[slot], filled.at[slot])
                 return
             for projection in range(projections):
-                source = weights.at[tile.group * projections + projection, columns, depth]
+                source = weights.at[matrix * projections + projection, columns, depth]
                 beside = pl.ds(projection * tiles.columns, tiles.columns)
                 plgpu.copy_gmem_to_smem(source, weights_smem.at[slot, beside], filled.at[slot])
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from ..activations import Activation
 from ..device import GpuDevice
@@ -64,9 +64,10 @@ def chosen_for_forward(
 
 def multiply(
     rows: Float[Array, "M D"],
-    weights: Float[Array, "G P N D"],
+    weights: Float[Array, "S P N D"],
     groups: Groups,
     *,
+    first_matrix: int | Int[Array, ""] = 0,
     bias: Float[Array, "G P N"] | None = None,
     activation: Activation | None = None,
     row_scale: Float[Array, "M"] | None = None,
@@ -76,15 +77,18 @@ def multiply(
 ) -> Float[Array, "M N"]:
     """row_scale * activation(rows @ matrices + bias) for rows in the aligned layout.
 
-    Rows of no group hold anything afterwards. See `rows_kernel.multiply_rows`.
+    Rows of no group hold anything afterwards. The matrices of the G groups are those from `first_matrix` on; `bias` has those of
+    the groups alone. See `rows_kernel.multiply_rows`.
     """
     num_rows = rows.shape[0] if num_rows is None else num_rows
-    kernel, chosen = chosen_for_forward(num_rows, weights.shape, rows.dtype, output_dtype, device)
+    shape = (groups.sizes.shape[0], *weights.shape[1:])
+    kernel, chosen = chosen_for_forward(num_rows, shape, rows.dtype, output_dtype, device)
     if kernel == "rows":
         return multiply_and_keep(
             rows,
             weights,
             groups,
+            first_matrix=first_matrix,
             bias=bias,
             activation=activation,
             row_scale=row_scale,
@@ -96,7 +100,7 @@ def multiply(
     result = stream_kernel.stream_weights(
         rows,
         _side_by_side(weights),
-        TileTable.of(groups, rows.shape[0], chosen.tiles.rows),
+        TileTable.of(groups, rows.shape[0], chosen.tiles.rows, first_matrix=first_matrix),
         tiles=chosen.tiles,
         projections=weights.shape[1],
         bias=None if bias is None else _side_by_side(bias),
@@ -110,9 +114,10 @@ def multiply(
 
 def multiply_and_keep(
     rows: Float[Array, "M D"],
-    weights: Float[Array, "G P N D"],
+    weights: Float[Array, "S P N D"],
     groups: Groups,
     *,
+    first_matrix: int | Int[Array, ""] = 0,
     bias: Float[Array, "G P N"] | None = None,
     activation: Activation | None = None,
     row_scale: Float[Array, "M"] | None = None,
@@ -122,11 +127,11 @@ def multiply_and_keep(
     device: GpuDevice,
 ) -> tuple[Float[Array, "M N"], Float[Array, "M P N"] | None]:
     """The same by the kernel for many rows, which can also return what enters the activation, for the backward pass."""
-    num_groups, projections, width_out, width_in = weights.shape
+    _, projections, width_out, width_in = weights.shape
     chosen = choose_tiles(
         "rows",
         num_rows=rows.shape[0] if num_rows is None else num_rows,
-        num_groups=num_groups,
+        num_groups=groups.sizes.shape[0],
         width_in=width_in,
         width_out=width_out,
         projections=projections,
@@ -137,7 +142,7 @@ def multiply_and_keep(
     result = _rows_kernel(device).multiply_rows(
         rows,
         _side_by_side(weights),
-        TileTable.of(groups, rows.shape[0], chosen.tiles.rows),
+        TileTable.of(groups, rows.shape[0], chosen.tiles.rows, first_matrix=first_matrix),
         tiles=chosen.tiles,
         projections=projections,
         bias=None if bias is None else _side_by_side(bias),

@@ -299,9 +299,11 @@ def _copy(problem: _Problem, *, rows_smem, weights_smem, filled, consumed, resul
     column_parts = _column_parts(tiles)
     part_columns = tiles.columns // column_parts
     rows, weights = named["rows"], named["weights"]
+    first_matrix = named["first_matrix"][0]
 
     def copy_tile(tile: _Tile, step: Array) -> Array:
         row = pl.multiple_of(tile.row, ROW_ALIGNMENT)
+        matrix = first_matrix + tile.group
 
         def copy_step(k: Array, step: Array) -> Array:
             slot = lax.rem(step, tiles.stages)
@@ -315,11 +317,11 @@ def _copy(problem: _Problem, *, rows_smem, weights_smem, filled, consumed, resul
             for part in range(column_parts):
                 columns = pl.ds(tile.column * tiles.columns + part * part_columns, part_columns)
                 if problem.contract == "out":
-                    source = weights.at[tile.group, depth, columns]
+                    source = weights.at[matrix, depth, columns]
                     plgpu.copy_gmem_to_smem(source, weights_smem.at[slot, part], filled.at[slot])
                     continue
                 for projection in range(projections):
-                    source = weights.at[tile.group * projections + projection, columns, depth]
+                    source = weights.at[matrix * projections + projection, columns, depth]
                     beside = pl.ds(projection * part_columns, part_columns)
                     plgpu.copy_gmem_to_smem(source, weights_smem.at[slot, part, beside], filled.at[slot])
             return step + 1

@@ -74,9 +74,11 @@ class TileTable(NamedTuple):
     """End of the rows that belong to the group, relative to `row`: at most the tile's rows."""
     count: Int[Array, "1"]  # pyright: ignore[reportIncompatibleMethodOverride] - tuple.count is of no use here
     """How many tiles there are."""
+    first_matrix: Int[Array, "1"]
+    """Which of the weights' matrices (of P projections each) is the first group's; those of the other groups follow."""
 
     @classmethod
-    def of(cls, groups: Groups, num_rows: int, tile_rows: int) -> Self:
+    def of(cls, groups: Groups, num_rows: int, tile_rows: int, *, first_matrix: int | Int[Array, ""] = 0) -> Self:
         """The tiles of `groups`, with `tile_rows` rows each, in a layout of `num_rows` rows.
 
         Groups without rows have no tile. The table's length depends on shapes alone.
@@ -98,4 +100,5 @@ class TileTable(NamedTuple):
         group, row, first, last = (
             jnp.where(exists, column, 0).astype(jnp.int32) for column in (group, row, first, last)
         )
-        return cls(group, row, first, last, ends[-1:].astype(jnp.int32))
+        first_matrix = jnp.asarray(first_matrix, jnp.int32)[None]
+        return cls(group, row, first, last, ends[-1:].astype(jnp.int32), first_matrix)

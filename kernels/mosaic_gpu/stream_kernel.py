@@ -265,9 +265,11 @@ def _copy(problem: _Problem, named: dict[str, Ref]) -> None:
     plgpu.set_max_registers(COPYING_REGISTERS, action="decrease")
     tiles, projections = problem.tiles, problem.projections
     filled, consumed = named["filled"], named["consumed"]
+    first_matrix = named["first_matrix"][0]
 
     def copy_unit(index: Array, step: Array) -> Array:
         unit = _unit(problem, index, named)
+        matrix = first_matrix + unit.group
 
         def copy_step(k: Array, step: Array) -> Array:
             slot = lax.rem(step, tiles.stages)
@@ -280,7 +282,7 @@ def _copy(problem: _Problem, named: dict[str, Ref]) -> None:
             for warpgroup in range(problem.warpgroups):
                 columns = pl.ds(unit.column + warpgroup * problem.part_columns, problem.part_columns)
                 for projection in range(projections):
-                    source = named["weights"].at[unit.group * projections + projection, columns, depth]
+                    source = named["weights"].at[matrix * projections + projection, columns, depth]
                     beside = pl.ds(projection * problem.part_columns, problem.part_columns)
                     plgpu.copy_gmem_to_smem(source, named["weights_smem"].at[slot, warpgroup, beside], filled.at[slot])
             source = named["rows"].at[pl.ds(unit.row, tiles.rows), depth]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from ..activations import Activation
 from ..device import TpuDevice
@@ -52,9 +52,10 @@ def chosen_for_forward(
 
 def multiply(
     rows: Float[Array, "M Dpadded"],
-    weights: Float[Array, "G P N D"],
+    weights: Float[Array, "S P N D"],
     groups: Groups,
     *,
+    first_matrix: int | Int[Array, ""] = 0,
     bias: Float[Array, "G P N"] | None = None,
     activation: Activation | None = None,
     row_scale: Float[Array, "M"] | None = None,
@@ -62,17 +63,21 @@ def multiply(
     output_dtype: DTypeLike,
     device: TpuDevice,
 ) -> Float[Array, "M Npadded"]:
-    """row_scale * activation(rows @ matrices + bias); rows of no group hold anything. See `rows_kernel.multiply_rows`."""
-    kernel, chosen = chosen_for_forward(num_rows or rows.shape[0], weights.shape, rows.dtype, output_dtype, device)
+    """row_scale * activation(rows @ matrices + bias); rows of no group hold anything. See `rows_kernel.multiply_rows`.
+
+    The matrices of the G groups are those from `first_matrix` on; `bias` has those of the groups alone.
+    """
+    shape = (groups.sizes.shape[0], *weights.shape[1:])
+    kernel, chosen = chosen_for_forward(num_rows or rows.shape[0], shape, rows.dtype, output_dtype, device)
     if kernel == "stream":
         tiles = chosen.tiles
 
         @jax.custom_batching.sequential_vmap
-        def call(rows, weights, groups, bias, row_scale):
+        def call(rows, weights, groups, first_matrix, bias, row_scale):
             return stream_weights(
                 rows,
                 weights,
-                VisitTable.of(groups, rows.shape[0], tiles.rows),
+                VisitTable.of(groups, rows.shape[0], tiles.rows, first_matrix=first_matrix),
                 tiles=tiles,
                 bias=bias,
                 activation=activation,
@@ -81,11 +86,12 @@ def multiply(
                 device=device,
             )
 
-        return call(rows, weights, groups, bias, row_scale)
+        return call(rows, weights, groups, jnp.asarray(first_matrix), bias, row_scale)
     return multiply_and_keep(
         rows,
         weights,
         groups,
+        first_matrix=first_matrix,
         bias=bias,
         activation=activation,
         row_scale=row_scale,
@@ -98,9 +104,10 @@ def multiply(
 
 def multiply_and_keep(
     rows: Float[Array, "M Dpadded"],
-    weights: Float[Array, "G P N D"],
+    weights: Float[Array, "S P N D"],
     groups: Groups,
     *,
+    first_matrix: int | Int[Array, ""] = 0,
     bias: Float[Array, "G P N"] | None = None,
     activation: Activation | None = None,
     row_scale: Float[Array, "M"] | None = None,
@@ -110,15 +117,16 @@ def multiply_and_keep(
     device: TpuDevice,
 ) -> tuple[Float[Array, "M Npadded"], Float[Array, "M P N"] | None]:
     """The same, and what enters the activation if it is to be kept for the backward pass."""
-    problem = _problem(num_rows or rows.shape[0], weights.shape, rows.dtype, output_dtype, keep_projected, row_scale)
+    shape = (groups.sizes.shape[0], *weights.shape[1:])
+    problem = _problem(num_rows or rows.shape[0], shape, rows.dtype, output_dtype, keep_projected, row_scale)
     tiles = choose_row_tiles(problem, device).tiles
 
     @jax.custom_batching.sequential_vmap
-    def call(rows, weights, groups, bias, row_scale):
+    def call(rows, weights, groups, first_matrix, bias, row_scale):
         return multiply_rows(
             rows,
             weights,
-            VisitTable.of(groups, rows.shape[0], tiles.rows),
+            VisitTable.of(groups, rows.shape[0], tiles.rows, first_matrix=first_matrix),
             tiles=tiles,
             bias=bias,
             activation=activation,
@@ -128,7 +136,7 @@ def multiply_and_keep(
             device=device,
         )
 
-    result, projected = call(rows, weights, groups, bias, row_scale)
+    result, projected = call(rows, weights, groups, jnp.asarray(first_matrix), bias, row_scale)
     return result, None if projected is None else projected.swapaxes(0, 1)[:, :, : weights.shape[2]]
 
 

@@ -103,9 +103,9 @@ def multiply_rows(
         "rows": pl.BlockSpec(memory_space=pl.ANY),
         "weights": pl.BlockSpec(
             (None, projections, *block),
-            (lambda column, visit, group, *_: (group[visit], 0, column, 0))
+            (lambda column, visit, *table: (VisitTable(*table).matrix(visit), 0, column, 0))
             if contract == "in"
-            else (lambda column, visit, group, *_: (group[visit], 0, 0, column)),
+            else (lambda column, visit, *table: (VisitTable(*table).matrix(visit), 0, 0, column)),
         ),
     }
     operands = {"rows": rows, "weights": weights}

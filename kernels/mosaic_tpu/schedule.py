@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from ..groups import Groups
+from ..varying import varying_like
 
 ROW_ALIGNMENT = 16
 
@@ -51,6 +52,8 @@ class VisitTable(NamedTuple):
     rows in the same 16."""
     count: Int[Array, "1"]  # pyright: ignore[reportIncompatibleMethodOverride] - tuple.count is of no use here
     """How many visits there are."""
+    first_matrix: Int[Array, "1"]
+    """Which of the weights' matrices is the first group's; those of the other groups follow."""
 
     @classmethod
     def of(
@@ -59,6 +62,7 @@ class VisitTable(NamedTuple):
         num_rows: int,
         tile_rows: int,
         *,
+        first_matrix: int | Int[Array, ""] = 0,
         zero_outside: bool = False,
         visit_empty: bool = False,
     ) -> Self:
@@ -68,6 +72,7 @@ class VisitTable(NamedTuple):
             groups: consecutive groups of rows.
             num_rows: how many rows there are, a multiple of 16.
             tile_rows: most rows of a visit, a multiple of 16.
+            first_matrix: see the field.
             zero_outside: also visit, to write zeros, every other multiple of 16 rows of which no row belongs to a group.
             visit_empty: visit groups without rows once, with `first == last`.
 
@@ -123,7 +128,12 @@ class VisitTable(NamedTuple):
         group, source, row, first, last, stored = (
             jnp.where(exists, column, 0).astype(jnp.int32) for column in (group, source, row, first, last, stored)
         )
-        return cls(group, source, row, first, last, stored, count[None].astype(jnp.int32))
+        first_matrix = varying_like(jnp.asarray(first_matrix, jnp.int32), count)
+        return cls(group, source, row, first, last, stored, count[None].astype(jnp.int32), first_matrix[None])
+
+    def matrix(self, visit: int | Int[Array, ""]) -> Int[Array, ""]:
+        """Which of the weights' matrices a visit multiplies with; also for tables of a kernel's references."""
+        return self.group[visit] + self.first_matrix[0]
 
 
 def _ceil_div(value: Array | int, divisor: int) -> Array | int:

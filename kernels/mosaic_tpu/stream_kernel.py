@@ -238,13 +238,13 @@ class _Kernel:
         problem, refs = self._problem, self._refs
         columns = problem.tiles.columns
         slot = lax.rem(unit, problem.tiles.slots)
-        group = self._table.group[lax.div(unit, problem.blocks)]
+        matrix = self._table.matrix(lax.div(unit, problem.blocks))
         block = self._core * problem.blocks + lax.rem(unit, problem.blocks)
 
         def copy(width: int) -> None:
             own_columns = pl.ds(pl.multiple_of(block * columns, LANES), width)
             target = refs["weights_buffer"].at[slot, :, pl.ds(0, width)]
-            source = refs["weights"].at[group, :, own_columns]
+            source = refs["weights"].at[matrix, :, own_columns]
             act(pltpu.make_async_copy(source, target, refs["weights_fetched"].at[slot]))
 
         _split_last(block, pl.cdiv(problem.width_out, columns), columns, problem.width_out, copy)

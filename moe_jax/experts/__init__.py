@@ -2,6 +2,6 @@
 
 from moe_jax.experts.routed import RoutedExperts
 from moe_jax.experts.shared import SharedExperts
-from moe_jax.experts.weights import ExpertWeights
+from moe_jax.experts.weights import EXPERT_PARAMETERS, ExpertWeights
 
-__all__ = ["ExpertWeights", "RoutedExperts", "SharedExperts"]
+__all__ = ["EXPERT_PARAMETERS", "ExpertWeights", "RoutedExperts", "SharedExperts"]

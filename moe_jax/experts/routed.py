@@ -58,7 +58,7 @@ class ExpertComputation:
         Computes in the dtype of `x`, to which the weights are converted. Jitted, because outside of `jax.jit` the
         loops of an implementation would run operation by operation.
         """
-        weights = jax.tree.map(lambda array: array.astype(x.dtype), weights)
+        weights = weights.as_dtype(x.dtype)
         return fused_moe(
             x,
             topk_weights,
@@ -69,6 +69,7 @@ class ExpertComputation:
             down_bias=weights.down_bias,
             activation=self.activation,
             expert_offset=0 if expert_offset is None else expert_offset,
+            layer=weights.layer,
             apply_router_weight_on_input=self.apply_router_weight_on_input,
             implementation=self.implementation,
         )
@@ -86,6 +87,7 @@ class RoutedExperts(nnx.Module):
         gate_up_bias: `[E, 2, I]` if `config.expert_bias`, else None.
         down_bias: `[E, H]` if `config.expert_bias`, else None.
         expert_map_manager: the placement of one rank, or None when all experts are held here.
+        layer: None; inside a scan over layers, which of these it is, if the projections are those of all of them.
     """
 
     def __init__(
@@ -130,11 +132,12 @@ class RoutedExperts(nnx.Module):
         self.down_proj = projection(hidden, intermediate)
         self.gate_up_bias = nnx.data(zeros(experts, halves, intermediate))
         self.down_bias = nnx.data(zeros(experts, hidden))
+        self.layer: Int[Array, ""] | None = nnx.data(None)
 
     @property
     def num_local_experts(self) -> int:
         """Experts whose weights are held here."""
-        return self.gate_up_proj.shape[0]
+        return self.gate_up_proj.shape[-4]
 
     def weights(self) -> ExpertWeights:
         """The parameters as arrays."""
@@ -143,6 +146,7 @@ class RoutedExperts(nnx.Module):
             self.down_proj[...],
             None if self.gate_up_bias is None else self.gate_up_bias[...],
             None if self.down_bias is None else self.down_bias[...],
+            self.layer,
         )
 
     def __call__(

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from moe_jax.experts import ExpertWeights
+from moe_jax.experts import EXPERT_PARAMETERS
 from moe_jax.load_balancing.exchange import ExpertSharding
 from moe_jax.models.layer_stack import LayerStack
 from moe_jax.runner import MoERunner
@@ -71,7 +71,7 @@ class ExpertArrays(NamedTuple):
     """Its number among the leaves of the flattened tree."""
     layers: BalancedLayers
     name: str
-    """Field of `ExpertWeights` that it is, or belongs to."""
+    """The one of `EXPERT_PARAMETERS` that it is, or belongs to."""
 
 
 def find_expert_arrays(tree: Any, layers: tuple[BalancedLayers, ...], num_physical: int) -> Iterator[ExpertArrays]:
@@ -89,7 +89,7 @@ def find_expert_arrays(tree: Any, layers: tuple[BalancedLayers, ...], num_physic
             if start is None or jax.numpy.size(leaf) == 1:
                 continue
             name = names[start + len(group.path) + 1]
-            if name not in ExpertWeights._fields:
+            if name not in EXPERT_PARAMETERS:
                 continue
             axis = int(group.is_stacked)
             if leaf.ndim <= axis or leaf.shape[axis] != num_physical:

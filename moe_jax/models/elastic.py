@@ -11,7 +11,7 @@ from jax.sharding import Mesh, Sharding
 from jaxtyping import Array, Int, Shaped
 
 from moe_jax.config import ParallelConfig
-from moe_jax.experts import ExpertWeights
+from moe_jax.experts import EXPERT_PARAMETERS
 from moe_jax.models.causal_lm import CausalLM
 from moe_jax.models.parameter_sources import StatePath, parameter_shardings
 from moe_jax.models.partitioning import Partitioning
@@ -71,7 +71,7 @@ def move_model(
         sharding = home if mesh is None else shardings[path]
         array = variable.get_value()
         if path[0] == "stacks":
-            move, is_expert = moves.get(path[:5]), path[5:6] == ("routed_experts",) and path[6] in ExpertWeights._fields
+            move, is_expert = moves.get(path[:5]), path[5:6] == ("routed_experts",) and path[6] in EXPERT_PARAMETERS
             array = _moved_in_blocks(array, sharding, move.source if move is not None and is_expert else None)
         else:
             array = jax.device_put(array, sharding)

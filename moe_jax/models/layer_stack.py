@@ -139,6 +139,8 @@ class LayerStack(nnx.Module):
             Hidden states, caches, and the aux stacked over the L MoE layers in their order (None without any).
         """
         graphs, states = zip(*(nnx.split(block) for block in self.blocks), strict=True)
+        # A cache means that no gradient will be asked for, which is what weights are taken out of their stack for.
+        whole, states = zip(*(_expert_matrices(state, kept=caches is not None) for state in states), strict=True)
         repeats = self.segment.repeats
         if forced_ids is not None:
             forced_ids = forced_ids.reshape(repeats, len(self.moe_positions), *forced_ids.shape[1:])
@@ -149,7 +151,10 @@ class LayerStack(nnx.Module):
                 x = self.partitioning.constrain_tokens(x)
             new_caches, auxes = [], []
             for position, (graph, state) in enumerate(zip(graphs, states, strict=True)):
-                x, cache, aux = nnx.merge(graph, state)(
+                layer = nnx.merge(graph, state, whole[position])
+                if whole[position]:
+                    layer.feed_forward.routed_experts.layer = nnx.data(index)
+                x, cache, aux = layer(
                     x,
                     inputs,
                     None if caches is None else LayerCache(caches[position], index),
@@ -169,6 +174,18 @@ class LayerStack(nnx.Module):
         if aux is not None:
             aux = jax.tree.map(lambda leaf: leaf.reshape(self.num_moe_layers, *leaf.shape[2:]), aux)
         return x, caches, aux
+
+
+def _expert_matrices(state: nnx.State, *, kept: bool) -> tuple[nnx.State, nnx.State]:
+    """The projections of the experts, if they are to be kept as the stacks that they are, and everything else.
+
+    What a scan hands out layer by layer XLA copies for kernels, and for loops on CPUs: all experts of a layer, chosen or not.
+    """
+
+    def is_kept(path: tuple[Any, ...], _: Any) -> bool:
+        return kept and path[:2] == ("feed_forward", "routed_experts") and path[2] in ("gate_up_proj", "down_proj")
+
+    return nnx.split_state(state, is_kept, ...)
 
 
 def _stacked(first: int, decoder: Decoder, options: BuildOptions, repeats: int, *, rngs: nnx.Rngs) -> DecoderLayer:

@@ -121,8 +121,13 @@ def routed_partials(
 
 
 def _specs_of(weights: ExpertWeights, specs: ExpertWeights) -> ExpertWeights:
-    """`specs` of the arrays that there are."""
-    return ExpertWeights._make(None if array is None else spec for array, spec in zip(weights, specs, strict=True))
+    """`specs` of the arrays that there are; the layers of a stack are on all ranks."""
+    given = ExpertWeights._make(None if array is None else spec for array, spec in zip(weights, specs, strict=True))
+    if weights.layer is None:
+        return given
+    matrices = {name: PartitionSpec(None, *getattr(specs, name)) for name in ("gate_up_proj", "down_proj")}
+    specs_of_stack: Any = {**matrices, "layer": PartitionSpec()}
+    return given._replace(**specs_of_stack)
 
 
 def _counts(layout: TokenLayout, received: tuple[ReceivedRows, ...]) -> tuple[Array, Array]:

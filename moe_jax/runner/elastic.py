@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Int, Shaped
 
 from moe_jax.config import MoEConfig, ParallelConfig
-from moe_jax.experts import ExpertWeights
+from moe_jax.experts import EXPERT_PARAMETERS
 from moe_jax.experts.replicas import ReplicaMap
 from moe_jax.parallel import LayerAxes
 from moe_jax.runner.physical_experts import initial_placement, initial_replicas, resolve_axes
@@ -45,7 +45,7 @@ def move_layer(
     move.apply_to(moved)
 
     def place(path: tuple[Any, ...], spec: Any, value: Array) -> Array:
-        if move.source is not None and path[0] == "routed_experts" and path[1] in ExpertWeights._fields:
+        if move.source is not None and path[0] == "routed_experts" and path[1] in EXPERT_PARAMETERS:
             value = take_slots(value, move.source)
         return jax.device_put(value, home if mesh is None else NamedSharding(mesh, spec))
 

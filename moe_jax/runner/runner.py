@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import MoEConfig
-from moe_jax.experts import ExpertWeights, RoutedExperts, SharedExperts
+from moe_jax.experts import EXPERT_PARAMETERS, RoutedExperts, SharedExperts
 from moe_jax.kernels.selection import Choice
 from moe_jax.parallel import LayerAxes
 from moe_jax.parallel.choice import choose_strategy
@@ -363,7 +363,7 @@ class MoERunner(MoERunnerInterface):
         if self.axes is None:
             return PartitionSpec()
         part, *rest = path
-        if part == "routed_experts" and rest[0] in ExpertWeights._fields:
+        if part == "routed_experts" and rest[0] in EXPERT_PARAMETERS:
             return getattr(expert_weight_specs(self.axes), rest[0])
         if part == "shared_experts" and isinstance(self.shared_experts, SharedExperts):
             return shared_expert_spec(self.axes, tuple(rest), is_fused=self.config.fuse_shared_experts)
