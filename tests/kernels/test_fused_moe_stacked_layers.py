@@ -60,7 +60,7 @@ def test_float32_weights_beside_bfloat16_tokens_are_converted_one_layer_at_a_tim
     np.testing.assert_array_equal(stacked.run(layer=1), block.run())
 
 
-@pytest.mark.parametrize("sizes", [FEW_ROWS, dict(tokens=1, experts=16, top_k=2)], ids=str)
+@pytest.mark.parametrize("sizes", [dict(tokens=4, experts=12, top_k=2), dict(tokens=1, experts=16, top_k=2)], ids=str)
 def test_a_scan_over_layers_copies_no_layer_on_cpus(sizes, rng):
     """Nor is anything kept as large as a layer's weights."""
     block = Block.draw(rng, UNDER_TEST["xla"], hidden=96, intermediate=64, **sizes)

@@ -18,9 +18,9 @@ def visits_of(sizes, start, tile_rows, **options):
     """The entries of the table for these groups, and for groups without rows after them."""
     sizes = jnp.array(sizes + (0,) * (NUM_GROUPS - len(sizes)), jnp.int32)
     groups = Groups(start + jnp.cumsum(sizes) - sizes, sizes)
-    *columns, count = (np.asarray(column) for column in visits(groups, NUM_ROWS, tile_rows, **options))
+    *columns, count, _ = (np.asarray(column) for column in visits(groups, NUM_ROWS, tile_rows, **options))
     entries = zip(*columns, strict=True)
-    return [dict(zip(VisitTable._fields[:-1], entry, strict=True)) for entry in entries][: count[0]]
+    return [dict(zip(VisitTable._fields[:-2], entry, strict=True)) for entry in entries][: count[0]]
 
 
 @pytest.mark.parametrize("tile_rows", [16, 48])
