@@ -1,14 +1,13 @@
 """Sharded arrays that are filled block by block, so that host memory never holds more than a block."""
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
+
+from moe_jax.device_layouts import Home, on_device, sharding_of, write_in_place, zeros
 
 BLOCK_BYTES = 256 * 2**20
 """Most bytes of a stacked array that are read at once, unless one row of one layer is larger."""
@@ -25,25 +24,25 @@ DevicesOf = dict[Bounds, list[Any]]
 
 def assemble(
     shape: tuple[int, ...],
-    sharding: Sharding,
+    home: Home,
     dtype: np.dtype,
     read: Callable[[Index], np.ndarray],
     *,
     stacked: bool,
     block_bytes: int = BLOCK_BYTES,
 ) -> jax.Array:
-    """An array on the devices of `sharding`, of which this host fills its own shards.
+    """An array on the devices of `home`, of which this host fills its own shards.
 
     Args:
         shape: shape of the whole array.
-        sharding: where its shards live. A shard that several devices hold is read once.
+        home: where its shards live. A shard that several devices hold is read once.
         dtype: what `read` returns.
         read: values of a part of the array.
         stacked: axis 0 counts layers, which may be read one after another, and of large ones the rows of axis 1.
             Otherwise a shard is read as a whole.
         block_bytes: most bytes to read at once.
     """
-    devices_of: DevicesOf = {}
+    sharding, devices_of = sharding_of(home), DevicesOf()
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
         devices_of.setdefault(bounds, []).append(device)
@@ -51,7 +50,7 @@ def assemble(
     shards = []
     for bounds, together in _read_together(devices_of, stacked=stacked):
         blocks = list(split_into_blocks(bounds, dtype.itemsize, block_bytes)) if stacked else [bounds]
-        shards += _fill(blocks, together, dtype, read)
+        shards += _fill(blocks, together, dtype, read, home)
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
@@ -95,7 +94,7 @@ def split_into_blocks(bounds: Bounds, itemsize: int, block_bytes: int) -> Iterat
 
 
 def _fill(
-    blocks: list[Bounds], devices_of: DevicesOf, dtype: np.dtype, read: Callable[[Index], np.ndarray]
+    blocks: list[Bounds], devices_of: DevicesOf, dtype: np.dtype, read: Callable[[Index], np.ndarray], home: Home
 ) -> list[jax.Array]:
     """A shard on every device; `blocks` hold all the values of all of them."""
     shards: dict[Any, jax.Array] = {}
@@ -106,13 +105,13 @@ def _fill(
             part = values[_index(_relative(common, block))]
             for device in devices:
                 if common == bounds:
-                    shards[device] = jax.device_put(part, device)
+                    shards[device] = jax.device_put(part, on_device(home, device))
                     continue
                 if device not in shards:
                     shape = tuple(stop - start for start, stop in bounds)
-                    shards[device] = jnp.zeros(shape, dtype, device=device)
+                    shards[device] = zeros(shape, dtype, on_device(home, device))
                 offsets = tuple(start for start, _ in _relative(common, bounds))
-                shards[device] = _write(shards[device], part, offsets)
+                shards[device] = write_in_place(shards[device], part, offsets)
     return list(shards.values())
 
 
@@ -123,9 +122,3 @@ def _relative(bounds: Bounds, to: Bounds) -> Bounds:
 
 def _index(bounds: Bounds) -> Index:
     return tuple(slice(start, stop) for start, stop in bounds)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _write(shard: jax.Array, values: np.ndarray, offsets: tuple[int, ...]) -> jax.Array:
-    """`shard` with `values` at `offsets`; its memory is reused."""
-    return jax.lax.dynamic_update_slice(shard, values, offsets)

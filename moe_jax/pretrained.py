@@ -26,13 +26,14 @@ from moe_jax.checkpoints import (
 from moe_jax.checkpoints.conversion import read_as_written
 from moe_jax.checkpoints.staging import check_output
 from moe_jax.config import ParallelConfig
+from moe_jax.device_layouts import Home
 from moe_jax.experts.replicas import ReplicaMap
 from moe_jax.families.parameters import FLOAT32_PARAMETERS
 from moe_jax.models import CausalLM
 from moe_jax.models.parameter_sources import (
     StatePath,
     expert_placements,
-    parameter_shardings,
+    parameter_homes,
     parameter_sources,
 )
 from moe_jax.parallel import parallel_of
@@ -95,19 +96,19 @@ def from_pretrained(
     )
 
     model = nnx.eval_shape(lambda: create(rngs=nnx.Rngs(0)))
-    sources, shardings = parameter_sources(model), parameter_shardings(model)
-    values, slots = _initial_placements(model, shardings)
+    sources, homes = parameter_sources(model), parameter_homes(model)
+    values, slots = _initial_placements(model, homes)
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         if path in sources:
             experts = slots.get(path[:5]) if "routed_experts" in path else None
-            values[path] = _load(reader, sources[path], variable.shape, shardings[path], dtype, experts)
+            values[path] = _load(reader, sources[path], variable.shape, homes[path], dtype, experts)
     graph, state = nnx.split(model)
     loaded = [(path, variable.replace(values[path])) for path, variable in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(loaded))
 
 
 def _initial_placements(
-    model: CausalLM, shardings: Mapping[StatePath, Sharding]
+    model: CausalLM, homes: Mapping[StatePath, Home]
 ) -> tuple[dict[StatePath, jax.Array], dict[StatePath, np.ndarray]]:
     """Tables of the expert placement by their path, and per stack of MoE layers which expert each slot holds."""
     tables, slots = {}, {}
@@ -120,7 +121,7 @@ def _initial_placements(
             table = np.asarray(variable[...])
             stacked = np.broadcast_to(table, (model.stacks[stack].segment.repeats, *table.shape))
             whole = (*path, "replicas", *rest)
-            tables[whole] = jax.device_put(stacked, shardings[whole])
+            tables[whole] = jax.device_put(stacked, homes[whole])
     return tables, slots
 
 
@@ -236,7 +237,7 @@ def _load(
     reader: Checkpoint,
     source: str | tuple[str, ...],
     shape: tuple[int, ...],
-    sharding: Sharding,
+    home: Home,
     dtype: Any,
     experts: np.ndarray | None,
 ) -> jax.Array:
@@ -247,7 +248,7 @@ def _load(
     if isinstance(source, str):
         dtype = _dtype_in_memory(reader, (source,), dtype)
         read_whole = functools.partial(reader.read_region, source, dtype=dtype)
-        return assemble(shape, sharding, dtype, read_whole, stacked=False)
+        return assemble(shape, home, dtype, read_whole, stacked=False)
     dtype = _dtype_in_memory(reader, source, dtype)
 
     def read_layer(name: str, index: Index) -> np.ndarray:
@@ -260,7 +261,7 @@ def _load(
         layers, *rest = index
         return np.stack([read_layer(name, tuple(rest)) for name in source[layers]])
 
-    return assemble(shape, sharding, dtype, read, stacked=True)
+    return assemble(shape, home, dtype, read, stacked=True)
 
 
 def _runs(numbers: np.ndarray) -> Iterator[slice]:

@@ -73,6 +73,7 @@ def expert_parallel_moe(
         down_bias,
         activation,
         0,
+        None,
         apply_router_weight_on_input,
         recompute_activation,
     )
@@ -113,6 +114,7 @@ def explain(
         down_bias,
         activation,
         0,
+        None,
         apply_router_weight_on_input,
         recompute_activation,
     )

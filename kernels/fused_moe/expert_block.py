@@ -41,11 +41,11 @@ class ExpertWeights(NamedTuple):
         """The same with the matrices of the E experts alone: a copy if there are others."""
         if self.first_matrix is None:
             return self
-        own = (
+        gate_up_proj, down_proj = (
             jax.lax.dynamic_slice_in_dim(matrices, self.first_matrix, num_experts)
             for matrices in (self.gate_up_proj, self.down_proj)
         )
-        return ExpertWeights(*own, self.gate_up_bias, self.down_bias)
+        return ExpertWeights(gate_up_proj, down_proj, self.gate_up_bias, self.down_bias)
 
     def matrices_as(self, dtype: DTypeLike) -> "ExpertWeights":
         """The same with both projections in `dtype`."""

@@ -27,7 +27,7 @@ from moe_jax.generation.programs import (
     signature_of,
 )
 from moe_jax.models import CausalLM
-from moe_jax.models.parameter_sources import parameter_shardings
+from moe_jax.models.parameter_sources import parameter_homes
 from moe_jax.parallel import arrange_mesh
 
 ProgramName = Literal["prefill", "decode"]
@@ -81,10 +81,10 @@ def abstract_model(
         )
 
     model = nnx.eval_shape(create)
-    shardings = parameter_shardings(model)
+    homes = parameter_homes(model)
     graph, state = nnx.split(model)
     placed = [
-        (path, variable.replace(jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=shardings[path])))
+        (path, variable.replace(jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=homes[path])))
         for path, variable in nnx.to_flat_state(state)
     ]
     return nnx.merge(graph, nnx.from_flat_state(placed))

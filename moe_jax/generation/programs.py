@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from moe_jax.device_layouts import described
 from moe_jax.generation.sampling import greedy, row_keys, sample
 
 SMALLEST_BUCKET = 16
@@ -71,7 +72,7 @@ class Signature:
     state_structure: Any
     """Tree structure of the model's state."""
     state_leaves: tuple[jax.ShapeDtypeStruct, ...]
-    """Shape, dtype and sharding of every array of the model."""
+    """Shape, dtype, sharding and layout of every array of the model."""
     mesh: Mesh | None
     """Devices that the model is spread over."""
     batch_size: int
@@ -110,7 +111,7 @@ def signature_of(model: nnx.Module, **sizes: Any) -> tuple[Signature, Any]:
     """The signature of `model` with `sizes` (the remaining fields of `Signature`), and the model's state."""
     graphdef, state = nnx.split(model)
     leaves, structure = jax.tree.flatten(state)
-    avals = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves)
+    avals = tuple(map(described, leaves))
     mesh = getattr(model, "mesh", None)
     return Signature(graphdef=graphdef, state_structure=structure, state_leaves=avals, mesh=mesh, **sizes), state
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Format
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Shaped
 
@@ -153,10 +154,19 @@ def _fetch_row_by_sums(old, row, wanted_rank, wanted_slot, rank, axes):
     return jax.lax.fori_loop(0, len(wanted_rank), serve, row)
 
 
-@functools.partial(jax.jit, static_argnames="shardings", donate_argnames="arrays")
 def move_in_place(
     arrays: tuple[Array, ...], sources: tuple[Int[Array, "L P"], ...], *, shardings: tuple[ExpertSharding, ...]
 ) -> tuple[Array, ...]:
-    """`move_experts` of several arrays, which are given up for the results."""
-    moves = zip(arrays, sources, shardings, strict=True)
-    return tuple(move_experts(array, source, sharding=sharding) for array, source, sharding in moves)
+    """`move_experts` of several arrays, which are given up for the results; these lie in memory as the arrays did."""
+    return jitted_move(shardings, tuple(array.format if array.committed else None for array in arrays))(arrays, sources)
+
+
+@functools.lru_cache(maxsize=64)
+def jitted_move(shardings: tuple[ExpertSharding, ...], formats: tuple[Format | None, ...]) -> Any:
+    """`move_in_place` for arrays with these shardings, whose results have these formats."""
+
+    def move(arrays: tuple[Array, ...], sources: tuple[Int[Array, "L P"], ...]) -> tuple[Array, ...]:
+        moves = zip(arrays, sources, shardings, strict=True)
+        return tuple(move_experts(array, source, sharding=sharding) for array, source, sharding in moves)
+
+    return jax.jit(move, donate_argnames="arrays", out_shardings=formats)

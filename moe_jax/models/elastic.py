@@ -4,16 +4,16 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Int, Shaped
 
 from moe_jax.config import ParallelConfig
+from moe_jax.device_layouts import Home, sharding_of, write_in_place, zeros
 from moe_jax.experts import EXPERT_PARAMETERS
 from moe_jax.models.causal_lm import CausalLM
-from moe_jax.models.parameter_sources import StatePath, parameter_shardings
+from moe_jax.models.parameter_sources import StatePath, parameter_homes
 from moe_jax.models.partitioning import Partitioning
 from moe_jax.parallel import parallel_of, with_auto_axes
 from moe_jax.runner.elastic import LayerMove, plan_layer_move, take_slots, whole_on_first_device
@@ -56,7 +56,7 @@ def move_model(
     if parallel is None:
         parallel = _parallel_on(mesh, model)
     moves = _plan(model, mesh, parallel, num_redundant_experts)
-    home = whole_on_first_device(model.mesh)
+    first_device = whole_on_first_device(model.mesh)
 
     model.mesh, model.parallel = mesh, parallel
     model.partitioning = None if mesh is None else Partitioning.of(parallel, mesh)
@@ -66,15 +66,15 @@ def move_model(
         mixture: Any = model.stacks[index].blocks[position].feed_forward
         move.apply_to(mixture)
 
-    shardings = parameter_shardings(model)
+    homes = parameter_homes(model, without_mesh=first_device)
     for path, variable in _variables(model):
-        sharding = home if mesh is None else shardings[path]
+        home = homes[path]
         array = variable.get_value()
         if path[0] == "stacks":
             move, is_expert = moves.get(path[:5]), path[5:6] == ("routed_experts",) and path[6] in EXPERT_PARAMETERS
-            array = _moved_in_blocks(array, sharding, move.source if move is not None and is_expert else None)
+            array = _moved_in_blocks(array, home, move.source if move is not None and is_expert else None)
         else:
-            array = jax.device_put(array, sharding)
+            array = jax.device_put(array, home)
         variable.set_value(array)
 
 
@@ -111,20 +111,20 @@ def _variables(model: CausalLM) -> list[tuple[StatePath, nnx.Variable[Array]]]:
 
 
 def _moved_in_blocks(
-    array: Shaped[Array, "L ..."], sharding: Sharding, source: Int[np.ndarray, "L S"] | None
+    array: Shaped[Array, "L ..."], home: Home, source: Int[np.ndarray, "L S"] | None
 ) -> Shaped[Array, "L ..."]:
     """`array` on other devices; with `source`, of experts `[L, P, ...]`, each slot holds what was in the slot named there."""
     num_layers = array.shape[0]
     layers = min(num_layers, max(1, BLOCK_BYTES * num_layers // max(1, array.nbytes)))
     if layers == num_layers:
-        return jax.device_put(array if source is None else take_slots(array, source), sharding)
+        return jax.device_put(array if source is None else take_slots(array, source), home)
     shape = array.shape if source is None else (*source.shape, *array.shape[2:])
-    moved = jnp.zeros(shape, array.dtype, device=sharding)
+    moved = zeros(shape, array.dtype, home)
     for start in range(0, num_layers, layers):
         block = _layers(array, start, min(layers, num_layers - start))
         if source is not None:
             block = take_slots(block, source[start : start + layers])
-        moved = _write(moved, jax.device_put(block, sharding), start)
+        moved = write_in_place(moved, jax.device_put(block, sharding_of(home)), (start, *[0] * (moved.ndim - 1)))
     return moved
 
 
@@ -132,9 +132,3 @@ def _moved_in_blocks(
 def _layers(array: Shaped[Array, "L ..."], start: int, count: int) -> Shaped[Array, "count ..."]:
     """`count` layers from `start` on."""
     return jax.lax.dynamic_slice_in_dim(array, start, count)
-
-
-@functools.partial(jax.jit, donate_argnames="array")
-def _write(array: Shaped[Array, "L ..."], block: Shaped[Array, "count ..."], start: int) -> Shaped[Array, "L ..."]:
-    """`array` with `block` from layer `start` on; its memory is reused."""
-    return jax.lax.dynamic_update_slice_in_dim(array, block, start, axis=0)

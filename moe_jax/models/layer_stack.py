@@ -15,7 +15,7 @@ from moe_jax.models.attention import AttentionInputs, MultiHeadAttention
 from moe_jax.models.cache import CacheArrays, LayerCache
 from moe_jax.models.feed_forward import GatedMLP
 from moe_jax.models.latent_attention import MultiHeadLatentAttention
-from moe_jax.models.parameter_sources import layer_partition_specs
+from moe_jax.models.parameter_sources import is_expert_matrix, layer_partition_specs
 from moe_jax.models.partitioning import Partitioning
 from moe_jax.models.scan_plan import Segment
 from moe_jax.runner import MoEAux, MoERunner
@@ -183,9 +183,10 @@ def _expert_matrices(state: nnx.State, *, kept: bool) -> tuple[nnx.State, nnx.St
     """
 
     def is_kept(path: tuple[Any, ...], _: Any) -> bool:
-        return kept and path[:2] == ("feed_forward", "routed_experts") and path[2] in ("gate_up_proj", "down_proj")
+        return kept and is_expert_matrix(path)
 
-    return nnx.split_state(state, is_kept, ...)
+    kept_state, others = nnx.split_state(state, is_kept, ...)
+    return kept_state, others
 
 
 def _stacked(first: int, decoder: Decoder, options: BuildOptions, repeats: int, *, rngs: nnx.Rngs) -> DecoderLayer:

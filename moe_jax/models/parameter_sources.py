@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from moe_jax.config import MoEConfig
+from moe_jax.device_layouts import Home, home_row_by_row
 from moe_jax.experts.replicas import PlacementTable, ReplicaMap
 from moe_jax.families.decoder import Decoder
 from moe_jax.models.partitioning import Partitioning
@@ -59,6 +60,33 @@ def parameter_shardings(model: "CausalLM") -> Mapping[StatePath, Sharding]:
             prefix = ("stacks", index, "blocks", position)
             specs |= {(*prefix, *path): PartitionSpec(None, *spec) for path, spec in layer_specs.items()}
     return {path: NamedSharding(model.partitioning.mesh, spec) for path, spec in specs.items()}
+
+
+def parameter_homes(model: "CausalLM", *, without_mesh: Sharding | None = None) -> Mapping[StatePath, Home]:
+    """Where every parameter lives, and how those lie there that are read by rows.
+
+    Args:
+        model: whose parameters.
+        without_mesh: where all of them live if the model has no mesh; None: on the default device.
+    """
+    shardings = parameter_shardings(model)
+    if model.partitioning is None and without_mesh is not None:
+        shardings = dict.fromkeys(shardings, without_mesh)
+    variables = dict(nnx.to_flat_state(nnx.state(model)))
+    return {
+        path: home_row_by_row(sharding, variables[path].ndim) if is_read_by_rows(path) else sharding
+        for path, sharding in shardings.items()
+    }
+
+
+def is_read_by_rows(path: StatePath) -> bool:
+    """Whether kernels, or the lookup of tokens, read the rows of a parameter one by one."""
+    return is_expert_matrix(path) or path == ("embedder", "embedding")
+
+
+def is_expert_matrix(path: StatePath) -> bool:
+    """Whether a parameter is a projection of routed experts; `path` may be that in a layer, too."""
+    return path[-2:] in (("routed_experts", "gate_up_proj"), ("routed_experts", "down_proj"))
 
 
 def layer_partition_specs(

@@ -19,7 +19,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.aot.targets import check_environment, target_named
-from moe_jax.load_balancing.exchange import ExpertSharding, move_in_place
+from moe_jax.device_layouts import home_row_by_row
+from moe_jax.load_balancing.exchange import ExpertSharding, jitted_move
 
 NUM_LAYERS, SLOTS = 3, 16
 ROWS = {"gate_up_proj of Qwen3-30B-A3B": (2, 768, 2048), "down_proj of gpt-oss-120b": (2880, 2880)}
@@ -33,11 +34,13 @@ def compile_move(target: Any, row: tuple[int, ...]) -> Any:
     mesh = Mesh(devices, ("expert",), axis_types=(AxisType.Auto,))
     spec = PartitionSpec(None, "expert")
     slots = SLOTS * devices.size
-    experts = jax.ShapeDtypeStruct((NUM_LAYERS, slots, *row), jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+    shape = (NUM_LAYERS, slots, *row)
+    home = home_row_by_row(NamedSharding(mesh, spec), len(shape))
+    experts = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=home)
     source = jax.ShapeDtypeStruct((NUM_LAYERS, slots), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     sharding = ExpertSharding(mesh, spec, is_stacked=True)
     with target.lowering():
-        return move_in_place.lower((experts,), (source,), shardings=(sharding,)).compile()
+        return jitted_move((sharding,), (experts.format,)).lower((experts,), (source,)).compile()
 
 
 def main() -> int:

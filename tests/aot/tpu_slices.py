@@ -3,9 +3,10 @@
     python tests/aot/tpu_slices.py [--slices v6e:2x2 v6e:16x16] [--programs layer model]
 
 The layer is `MoERunner` with the sizes of Qwen3-30B-A3B; the model is that one with fewer layers, built from its `config.json`
-as `from_pretrained` builds it. Experts are split over up to 16 chips, tokens over the others, and the kernels run inside
-`jax.shard_map`. What is asked for is the `pallas_tpu` implementation: if the compiled program has none of its kernels, that is a
-failure, which makes the exit code 1.
+as `from_pretrained` builds it; the generation is that of gpt-oss-20b, prefill and decode. Experts are split over up to 16 chips,
+tokens over the others, and the kernels run inside `jax.shard_map`. What is asked for is the `pallas_tpu` implementation: if a
+compiled program has none of its kernels, that is a failure, as is a copy of expert weights during the generation. A failure
+makes the exit code 1.
 """
 
 import argparse
@@ -23,43 +24,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from slice_models import GPT_OSS, QWEN3_MOE
 from tpu_counts import versions
+from tpu_weight_copies import copied_bytes
 
 from moe_jax import MoEConfig, MoERunner
-from moe_jax.aot.model_programs import abstract_model
+from moe_jax.aot.model_programs import abstract_model, compile_generation
+from moe_jax.aot.sizes import Sizes
 from moe_jax.aot.targets import TPU_ENVIRONMENT, TpuTarget
 from moe_jax.config import ParallelConfig
 from moe_jax.families import get_family
 
 SLICES = ("v6e:2x2", "v6e:16x16")
-PROGRAMS = ("layer", "model")
+PROGRAMS = ("layer", "model", "generation")
 MOST_EXPERT_RANKS = 16
 TOKENS = 128
 """Of each device."""
+KERNEL = 'custom_call_target="tpu_custom_call"'
 PARALLEL = ParallelConfig(expert_axis="expert", data_axis="data")
-QWEN3_MOE = {
-    "model_type": "qwen3_moe",
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "attention_bias": False,
-    "decoder_sparse_step": 1,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "max_position_embeddings": 40960,
-    "mlp_only_layers": [],
-    "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
-    "num_attention_heads": 32,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 4,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "tie_word_embeddings": False,
-    "vocab_size": 151936,
-}
 
 
 def mesh_of(target: TpuTarget) -> Mesh:
@@ -109,10 +91,12 @@ def compiled(slice_name: str, program: str) -> dict[str, Any]:
     """What came of compiling one program."""
     target = TpuTarget.named(slice_name)
     mesh = mesh_of(target)
+    if program == "generation":
+        return compiled_generation(target, mesh)
     started = time.perf_counter()
     with target.lowering():
         executable = {"layer": lowered_layer, "model": lowered_model}[program](mesh).compile()
-    kernels = executable.as_text().count('custom_call_target="tpu_custom_call"')
+    kernels = executable.as_text().count(KERNEL)
     if not kernels:
         raise ValueError("no kernel in the compiled program")
     return {
@@ -121,6 +105,25 @@ def compiled(slice_name: str, program: str) -> dict[str, Any]:
         "temporary_bytes": executable.memory_analysis().temp_size_in_bytes,
         "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def compiled_generation(target: TpuTarget, mesh: Mesh) -> dict[str, Any]:
+    """What came of compiling prefill and decode, none of which may copy expert weights."""
+    decoder = get_family(GPT_OSS).build_decoder(GPT_OSS)
+    model = abstract_model(decoder, dtype=jnp.bfloat16, mesh=mesh, parallel=PARALLEL, implementation="pallas_tpu")
+    sizes = Sizes(batch_size=mesh.size, prompt_length=TOKENS, cache_length=2 * TOKENS)
+    local_experts = GPT_OSS["num_local_experts"] // mesh.shape["expert"]
+    matrices_of_a_layer = local_experts * GPT_OSS["hidden_size"] * GPT_OSS["intermediate_size"] * 2
+    seconds = 0.0
+    for program in compile_generation(model, target, sizes):
+        if program.refused is not None:
+            raise ValueError(f"{program.name} does not compile: {program.refused}")
+        if not program.text.count(KERNEL):
+            raise ValueError(f"no kernel in {program.name}")
+        if copied := copied_bytes(program.text, matrices_of_a_layer // 2):
+            raise ValueError(f"{program.name} copies {copied} bytes of weights")
+        seconds += program.seconds
+    return {"devices": mesh.size, "copied_bytes": 0, "seconds": round(seconds, 1)}
 
 
 def compiled_in_child(slice_name: str, program: str) -> dict[str, Any]:

@@ -3,9 +3,10 @@
     python tests/aot/tpu_weight_copies.py [--tpu v6e] [--models qwen3-30b-a3b gpt-oss-120b]
 
 A kernel takes its weights from device memory, in rows of the last axis. XLA copies them for it if they lie otherwise, or are part
-of a larger array: both cost as much memory, and more traffic than the kernel itself. Compiled are one layer, and layers
-over whose stacked weights `jax.lax.scan` goes; each with the weights laid out as JAX does by default, which for sizes that
-are no multiple of 128 need not be row by row, and as `jax.experimental.layout` can demand. It is a report: copies are no failure.
+of a larger array: both cost as much memory, and more traffic than the kernel itself. Compiled are one layer; layers to which
+`jax.lax.scan` hands out their part of stacked weights; and layers that are given the stack, as a model's are
+(`fused_moe(..., layer=)`). Each with the weights laid out as JAX does by default, which for sizes that are no multiple of 128 need
+not be row by row, and as `jax.experimental.layout` can demand. It is a report: copies are no failure.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.layout import Format, Layout
 from tpu_counts import versions
 
@@ -27,7 +29,7 @@ from moe_jax.aot.targets import TPU_ENVIRONMENT, TPU_TOPOLOGIES, TpuTarget
 from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES
 from moe_jax.kernels import fused_moe
 
-PROGRAMS = ("layer", "scanned layers")
+PROGRAMS = ("layer", "layers handed out", "layers of a stack")
 LAYOUTS = ("default", "row by row")
 TOKENS = 128
 """So few that nothing but weights is large."""
@@ -67,7 +69,7 @@ def compiled(tpu: str, model: str, program: str, layout: str) -> dict[str, Any]:
     """What one program copies: bytes of a layer's weights, copies of weights, and memory for temporaries."""
     target, shape = TpuTarget.named(tpu), EXPERT_SHAPES[model]
     sharding = target.one_device()
-    is_scanned = program == "scanned layers"
+    is_scanned = program != "layer"
 
     def placed(argument: jax.ShapeDtypeStruct, *, is_weight: bool) -> jax.ShapeDtypeStruct:
         sizes = (NUM_LAYERS, *argument.shape) if is_weight and is_scanned else argument.shape
@@ -76,18 +78,23 @@ def compiled(tpu: str, model: str, program: str, layout: str) -> dict[str, Any]:
         return jax.ShapeDtypeStruct(sizes, argument.dtype, sharding=chosen)
 
     arguments = {name: value for name, value in shape.fused_moe_arguments(TOKENS).items() if value is not None}
-    weights = {name: value for name, value in arguments.items() if "proj" in name}
-    matrices = [math.prod(value.shape) * value.dtype.itemsize for name, value in weights.items() if "bias" not in name]
+    weights = {name: value for name, value in arguments.items() if name in ("gate_up_proj", "down_proj")}
+    matrices = [math.prod(value.shape) * value.dtype.itemsize for value in weights.values()]
     others = {name: placed(value, is_weight=False) for name, value in arguments.items() if name not in weights}
     weights = {name: placed(value, is_weight=True) for name, value in weights.items()}
 
-    def layer(x: jax.Array, others: dict[str, Any], weights: dict[str, Any]) -> jax.Array:
-        return fused_moe(**others | {"x": x}, **weights, activation=shape.activation, implementation="pallas_tpu")
+    options: Any = dict(activation=shape.activation, implementation="pallas_tpu")
 
     def run(others: dict[str, Any], weights: dict[str, Any]) -> jax.Array:
-        if not is_scanned:
-            return layer(others["x"], others, weights)
-        return jax.lax.scan(lambda x, weights: (layer(x, others, weights), None), others["x"], weights)[0]
+        if program == "layer":
+            return fused_moe(**others, **weights, **options)
+        if program == "layers handed out":
+            layers, of_layer = weights, lambda weights: weights
+        else:
+            layers, of_layer = jnp.arange(NUM_LAYERS), lambda layer: {**weights, "layer": layer}
+        return jax.lax.scan(
+            lambda x, layer: (fused_moe(**others | {"x": x}, **of_layer(layer), **options), None), others["x"], layers
+        )[0]
 
     with target.lowering():
         lowered = jax.jit(run).lower(others, weights)

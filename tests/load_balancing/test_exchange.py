@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from moe_jax.load_balancing.exchange import ExpertSharding, move_experts, move_in_place
+from moe_jax.load_balancing.exchange import ExpertSharding, jitted_move, move_experts, move_in_place
 
 
 def make_mesh(**sizes):
@@ -80,7 +80,7 @@ def test_moving_needs_memory_for_one_layers_local_experts_and_few_rows():
     experts = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
     source = jax.ShapeDtypeStruct(shape[:2], jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     sharding = ExpertSharding(mesh, spec, is_stacked=True)
-    memory = move_in_place.lower((experts,), (source,), shardings=(sharding,)).compile().memory_analysis()
+    memory = jitted_move((sharding,), (experts.format,)).lower((experts,), (source,)).compile().memory_analysis()
     row = 4 * width
     assert memory.alias_size_in_bytes == num_layers * slots * row  # the result takes the place of the argument
     assert memory.temp_size_in_bytes <= (slots + 4) * row

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moe_jax.assembly import assemble, split_into_blocks
@@ -44,3 +45,14 @@ def test_every_shard_is_read_once_however_many_devices_hold_it(spec, block_bytes
     assert array.sharding == sharding
     for shard in array.addressable_shards:
         np.testing.assert_array_equal(shard.data, values[shard.index])
+
+
+@pytest.mark.parametrize("block_bytes", [48, 10**6])
+def test_an_array_is_laid_out_as_asked_for(block_bytes, rng):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    values = rng.normal(size=(3, 8, 4)).astype(np.float32)
+    home = Format(Layout((0, 2, 1)), NamedSharding(mesh, PartitionSpec(None, "x")))
+    array = assemble(values.shape, home, values.dtype, values.__getitem__, stacked=True, block_bytes=block_bytes)
+    np.testing.assert_array_equal(array, values)
+    assert array.format.layout.major_to_minor == (0, 2, 1)
+    assert array.sharding == home.sharding
