@@ -18,7 +18,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array, Shaped
 
-Home = Sharding | Format
+type Home = Sharding | Format
 """Where the shards of an array live, and perhaps how they lie there."""
 
 
@@ -35,7 +35,7 @@ def sharding_of(home: Home) -> Sharding:
     return sharding
 
 
-def on_device(home: Home, device: jax.Device) -> Home:
+def on_device(home: Home, device: Any) -> Home:
     """The home of the shard on one device."""
     sharding = SingleDeviceSharding(device)
     return Format(home.layout, sharding) if isinstance(home, Format) else sharding
@@ -46,14 +46,21 @@ def described(array: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=getattr(array, "format", array.sharding))
 
 
+def format_of(array: Any) -> Format | None:
+    """The format that what takes the place of an array should have; None if the array is on no device in particular."""
+    return array.format if array.committed else None
+
+
 def zeros(shape: tuple[int, ...], dtype: Any, home: Home) -> Array:
     """An array of zeros."""
     return _zeros(shape, np.dtype(dtype), home)()
 
 
-def write_in_place(array: Shaped[Array, "..."], block: Shaped[Array, "..."], offsets: tuple[int, ...]) -> Array:
+def write_in_place(
+    array: Shaped[Array, "..."], block: Shaped[Array | np.ndarray, "..."], offsets: tuple[int, ...]
+) -> Array:
     """`array` with `block` at `offsets`, at home where it was; its memory is reused."""
-    return _write(array.format if array.committed else None)(array, block, offsets)
+    return _write(format_of(array))(array, block, offsets)
 
 
 @functools.lru_cache(maxsize=256)

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.layout import Format
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Shaped
 
+from moe_jax.device_layouts import format_of
 from moe_jax.parallel import axis_tuple
 
 
@@ -155,10 +157,13 @@ def _fetch_row_by_sums(old, row, wanted_rank, wanted_slot, rank, axes):
 
 
 def move_in_place(
-    arrays: tuple[Array, ...], sources: tuple[Int[Array, "L P"], ...], *, shardings: tuple[ExpertSharding, ...]
+    arrays: tuple[Array, ...],
+    sources: tuple[Int[Array | np.ndarray, "L P"], ...],
+    *,
+    shardings: tuple[ExpertSharding, ...],
 ) -> tuple[Array, ...]:
     """`move_experts` of several arrays, which are given up for the results; these lie in memory as the arrays did."""
-    return jitted_move(shardings, tuple(array.format if array.committed else None for array in arrays))(arrays, sources)
+    return jitted_move(shardings, tuple(map(format_of, arrays)))(arrays, sources)
 
 
 @functools.lru_cache(maxsize=64)
