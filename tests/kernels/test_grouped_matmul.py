@@ -12,6 +12,7 @@ from oracles import expert_gradients
 from oracles import experts as oracle
 from support.implementations import assert_close, each_implementation_with
 from support.implementations import each_implementation as each_implementation_of
+from support.rounding import ROUNDED_ONCE
 
 from moe_jax.kernels import explain_grouped_matmul, grouped_matmul
 from moe_jax.kernels.device import GPU_DEVICES, targeting
@@ -172,7 +173,7 @@ def test_bfloat16_accumulates_in_float32(implementation, sizes, rng):
     exact = oracle.grouped_matmul(rows, weights, sizes)
     rounded = multiply(implementation, rows, weights, sizes)
     assert rounded.dtype == jnp.bfloat16
-    assert_close(rounded, exact, 2**-8)
+    assert_close(rounded, exact, ROUNDED_ONCE["bfloat16"])
     wide = multiply(implementation, rows, weights, sizes, preferred_element_type="float32")
     assert wide.dtype == jnp.float32
     assert_close(wide, exact, ACCUMULATION)
@@ -191,7 +192,7 @@ def test_float32_weights_beside_bfloat16_rows_have_gradients_that_were_never_rou
     )
     expected = expert_gradients.grouped_matmul(rows, rounded, group_sizes, cotangent)
     assert [gradient.dtype for gradient in gradients] == [jnp.bfloat16, jnp.float32, jnp.float32]
-    assert_close(gradients[0], expected[0], 2**-8)
+    assert_close(gradients[0], expected[0], ROUNDED_ONCE["bfloat16"])
     assert_close(gradients[1], expected[1], ACCUMULATION)
     assert_close(gradients[2], expected[2], ACCUMULATION)
 

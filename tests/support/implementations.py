@@ -10,15 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.gpu_interpretation import interpreting
+from support.rounding import ROUNDED_ONCE
 from support.tpu_interpretation import interpreting_tpu
 
 from moe_jax.kernels.device import GPU_DEVICES, TPU_DEVICES, GpuDevice, TpuDevice
 
 # Of a block that computes in bfloat16. Rounded on the way, by 2**-9 each: the activated rows, each expert's result, and their
-# sum; gradients twice more, and the slope of the activation once. One value may have all errors the same way; that an
-# implementation rounds more often than it must shows in the norm.
+# sum; gradients twice more, and the slope of the activation once. One value may have all errors the same way; what is wrong
+# throughout shows in the norm, which has room for small arrays, whose errors do not average out.
 BFLOAT16_BLOCK_ERROR = 2e-2
-BFLOAT16_BLOCK_NORM_ERROR = 5e-3
+BFLOAT16_BLOCK_NORM_ERROR = 8e-3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ UNDER_TEST = {
             name="pallas_gpu",
             dtype="bfloat16",
             width_multiple=16,
-            rounding=2**-8,
+            rounding=ROUNDED_ONCE["bfloat16"],
             block_error=BFLOAT16_BLOCK_ERROR,
             block_norm_error=BFLOAT16_BLOCK_NORM_ERROR,
             running=interpreting,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from oracles import experts as oracle
 from support.gpu_interpretation import interpreting
+from support.rounding import ROUNDED_ONCE
 
 from moe_jax.kernels.activations import Activation
 from moe_jax.kernels.device import GPU_DEVICES
@@ -23,7 +24,6 @@ from moe_jax.kernels.mosaic_gpu.tiles import RowTiles
 B200 = GPU_DEVICES["b200"]
 TILES = RowTiles(rows=128, columns=64, depth=64, stages=3, panel=2)
 HOT_EMPTY_AND_SMALL = (130, 0, 17, 1)
-ROUNDING = {jnp.float32: 1e-5, jnp.bfloat16: 2**-8, jnp.float16: 2**-11}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,9 @@ def compact(sizes, start=0):
 
 def assert_close(result, expected, dtype=jnp.float32):
     scale = np.nanmax(np.abs(expected), initial=1)
-    np.testing.assert_allclose(np.asarray(result, np.float64), expected, rtol=0, atol=ROUNDING[dtype] * scale)
+    np.testing.assert_allclose(
+        np.asarray(result, np.float64), expected, rtol=0, atol=ROUNDED_ONCE[jnp.dtype(dtype).name] * scale
+    )
 
 
 def test_exactly_the_rows_of_groups_are_written_from_their_own_group_with_bias_activation_and_scale(rng):

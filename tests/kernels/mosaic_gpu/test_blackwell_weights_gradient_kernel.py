@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.gpu_interpretation import interpreting
+from support.rounding import ROUNDED_ONCE
 
 from moe_jax.kernels.device import GPU_DEVICES
 from moe_jax.kernels.groups import Groups
@@ -19,7 +20,6 @@ from moe_jax.kernels.mosaic_gpu.tiles import WeightsGradientTiles
 
 B200 = GPU_DEVICES["b200"]
 TILES = WeightsGradientTiles(out_columns=128, in_columns=64, depth=64, stages=3, panel=1)
-ROUNDING = {jnp.float32: 1e-5, jnp.bfloat16: 2**-8, jnp.float16: 2**-11}
 
 
 def assert_right_gradient(rng, sizes, *, start, num_rows, width_out, width_in, tiles, dtype, output_dtype, blocks=2):
@@ -45,7 +45,7 @@ def assert_right_gradient(rng, sizes, *, start, num_rows, width_out, width_in, t
     owned = [slice(first, first + size) for first, size in zip(starts, sizes, strict=True)]
     expected = np.stack([wide_cotangent[own].T @ wide_rows[own] for own in owned])
     assert result.dtype == output_dtype
-    atol = ROUNDING[output_dtype] * np.abs(expected).max()
+    atol = ROUNDED_ONCE[jnp.dtype(output_dtype).name] * np.abs(expected).max()
     np.testing.assert_allclose(np.asarray(result, np.float64), expected, rtol=0, atol=atol)
     np.testing.assert_array_equal(np.asarray(result[sizes == 0], np.float32), 0)
 

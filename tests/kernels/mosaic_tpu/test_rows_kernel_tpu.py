@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from oracles import experts as oracle
+from support.rounding import ROUNDED_ONCE
 from support.tpu_interpretation import DMA_MODES, interpreting_tpu
 
 from moe_jax.kernels.activations import ACTIVATIONS, Activation
@@ -21,7 +22,6 @@ from moe_jax.kernels.mosaic_tpu.tiles import RowTiles
 
 TILES = RowTiles(rows=256, columns=128, chunk=128, remainder=64, least=64)
 HOT_EMPTY_AND_SMALL = (130, 0, 17, 1, 300)
-ROUNDING = {jnp.float32: 1e-5, jnp.bfloat16: 2**-8}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,9 @@ def multiply(problem, *, dma="on_wait", tiles=TILES, device="v5e", zero_outside=
 
 def assert_close(result, expected, dtype=jnp.float32):
     scale = np.abs(expected).max(initial=1)
-    np.testing.assert_allclose(np.asarray(result, np.float64), expected, rtol=0, atol=ROUNDING[dtype] * scale)
+    np.testing.assert_allclose(
+        np.asarray(result, np.float64), expected, rtol=0, atol=ROUNDED_ONCE[jnp.dtype(dtype).name] * scale
+    )
 
 
 @pytest.mark.parametrize("dma", DMA_MODES)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from support.rounding import ROUNDED_ONCE
 from support.tpu_interpretation import interpreting_tpu
 
 from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES
@@ -71,8 +72,7 @@ def wide(array):
 
 def assert_matches(result, expected, width):
     numbers, values = expected
-    tolerance = {"float32": 1e-5, "bfloat16": 2**-8}[result.dtype.name]
-    np.testing.assert_allclose(wide(result)[numbers, :width], values, rtol=tolerance, atol=1e-5)
+    np.testing.assert_allclose(wide(result)[numbers, :width], values, rtol=ROUNDED_ONCE[result.dtype.name], atol=1e-5)
 
 
 @pytest.mark.parametrize(

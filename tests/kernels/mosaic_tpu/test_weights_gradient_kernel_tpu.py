@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from support.rounding import ROUNDED_ONCE
 from support.tpu_interpretation import interpreting_tpu
 
 from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES
@@ -44,8 +45,9 @@ def expected_gradient(cotangent, rows, sizes, start):
 
 
 def assert_matches(gradient, expected):
-    tolerance = {"float32": 1e-5, "bfloat16": 2**-8}[gradient.dtype.name]
-    np.testing.assert_allclose(gradient.astype(jnp.float32), expected, rtol=tolerance, atol=1e-4)
+    np.testing.assert_allclose(
+        gradient.astype(jnp.float32), expected, rtol=ROUNDED_ONCE[gradient.dtype.name], atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
