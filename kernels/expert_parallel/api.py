@@ -69,13 +69,11 @@ def expert_parallel_moe(
         topk_ids,
         gate_up_proj,
         down_proj,
-        gate_up_bias,
-        down_bias,
-        activation,
-        0,
-        None,
-        apply_router_weight_on_input,
-        recompute_activation,
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
+        activation=activation,
+        apply_router_weight_on_input=apply_router_weight_on_input,
+        recompute_activation=recompute_activation,
     )
     request = Request(block.equally_varying(), axis, jax.lax.axis_size(axis), collective_id)
     chosen, _ = choose("expert_parallel_moe", IMPLEMENTATIONS, request, implementation)
@@ -110,13 +108,11 @@ def explain(
         topk_ids,
         gate_up_proj,
         down_proj,
-        gate_up_bias,
-        down_bias,
-        activation,
-        0,
-        None,
-        apply_router_weight_on_input,
-        recompute_activation,
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
+        activation=activation,
+        apply_router_weight_on_input=apply_router_weight_on_input,
+        recompute_activation=recompute_activation,
     )
     request = Request(block, axis, num_ranks, collective_id)
     return choose("expert_parallel_moe", IMPLEMENTATIONS, request, implementation)[1]
