@@ -35,7 +35,7 @@ class GenerationSettings:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if self.temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature} (for 0, use do_sample=False)")
+            raise ValueError(f"temperature must be positive, got {self.temperature}; greedy decoding needs none")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, or None for all tokens; got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
