@@ -54,7 +54,8 @@ def fused_moe(
         expert_offset: id of the first expert whose weights are given.
         layer: which layer's matrices to use, if both projections are those of L layers, stacked along a leading axis. (Biases,
             which are small, are the layer's own.) Inside a scan over layers this saves what indexing before the call costs: a
-            copy of the layer's matrices, on accelerators and on CPUs. With a gradient they are indexed all the same.
+            copy of the layer's matrices, on accelerators and on CPUs. With a gradient they are indexed all the same. An array
+            outside [0, L) counts as the nearest layer; an int is refused.
         apply_router_weight_on_input: multiply the expert's input instead of its output by the router weight (Llama 4).
         recompute_activation: keep less for the gradient, and compute what enters the activation again (half a forward pass).
         implementation: "pallas_gpu", "pallas_tpu", "xla" or "reference"; None chooses by device and shape, see `explain`.

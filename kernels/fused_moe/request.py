@@ -107,6 +107,8 @@ class Request:
                 f" got shape {gate_up_proj.shape}"
             )
         num_experts, _, intermediate_size, hidden_size = gate_up_proj.shape[-4:]
+        if isinstance(layer, int) and not 0 <= layer < stacked[0]:
+            raise ValueError(f"layer must be in [0, {stacked[0]}), the layers of gate_up_proj; got {layer}")
         if num_experts < 1:
             raise ValueError(f"gate_up_proj must be [{letter}E, P, I, H] with E >= 1, got shape {gate_up_proj.shape}")
         expected = {
@@ -154,7 +156,7 @@ class Request:
             own = self.of_own_layer()
             return ExpertWeights(own.gate_up_proj, own.down_proj, own.gate_up_bias, own.down_bias)
         gate_up_proj, down_proj = (stack.reshape(-1, *stack.shape[2:]) for stack in (self.gate_up_proj, self.down_proj))
-        first_matrix = jnp.asarray(self.layer, jnp.int32) * self.num_experts
+        first_matrix = self._layer_in_stack() * self.num_experts
         return ExpertWeights(gate_up_proj, down_proj, self.gate_up_bias, self.down_bias, first_matrix)
 
     def of_own_layer(self) -> Self:
@@ -162,10 +164,14 @@ class Request:
         if self.layer is None:
             return self
         gate_up_proj, down_proj = (
-            jax.lax.dynamic_index_in_dim(stack, self.layer, keepdims=False)
+            jax.lax.dynamic_index_in_dim(stack, self._layer_in_stack(), keepdims=False)
             for stack in (self.gate_up_proj, self.down_proj)
         )
         return dataclasses.replace(self, layer=None, gate_up_proj=gate_up_proj, down_proj=down_proj)
+
+    def _layer_in_stack(self) -> Array:
+        """`layer`, or the nearest that there is: kernels would read beyond the stack."""
+        return jnp.clip(jnp.asarray(self.layer, jnp.int32), 0, self.gate_up_proj.shape[0] - 1)
 
     def equally_varying(self) -> Self:
         """The same arguments, fit to meet each other in loops and custom gradients inside `jax.shard_map`."""

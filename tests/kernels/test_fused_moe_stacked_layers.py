@@ -43,6 +43,13 @@ def test_a_layer_may_be_static(layer, rng):
     block.assert_close(result, block.expected())
 
 
+@pytest.mark.parametrize(("layer", "nearest"), [(7, 2), (-7, 0)])
+def test_of_layers_that_there_are_not_the_nearest_is_read(layer, nearest, rng):
+    block = Block.draw(rng, UNDER_TEST["xla"])
+    stacked = block.with_arrays(**among_layers(block, nearest, jnp.nan))
+    block.assert_close(stacked.run(layer=jnp.int32(layer)), block.expected())
+
+
 @each_implementation
 def test_gradients_are_those_of_the_layer_and_zero_elsewhere(implementation, rng):
     block = Block.draw(rng, implementation, tokens=13, experts=3, top_k=2, bias=True)
@@ -83,10 +90,12 @@ def test_a_scan_over_layers_copies_no_layer_on_cpus(sizes, rng):
     [
         (dict(), None, r"gate_up_proj must be \[E, 2, I, H\] for activation 'silu' and layer=None"),
         (dict(down_proj=0), 1, r"down_proj must be \[L, E, H, I\]"),
+        (dict(), 3, r"layer must be in \[0, 3\), the layers of gate_up_proj; got 3"),
+        (dict(), -1, r"layer must be in \[0, 3\)"),
         (dict(gate_up_proj=0), 1, r"gate_up_proj must be \[L, E, 2, I, H\] for activation 'silu' and layer=1"),
     ],
 )
-def test_weights_that_are_not_stacked_alike_are_refused(change, layer, message, rng):
+def test_layers_and_weights_that_do_not_fit_are_refused(change, layer, message, rng):
     block = Block.draw(rng, UNDER_TEST["xla"])
     arrays = among_layers(block, 0, 1.0)
     arrays |= {name: arrays[name][index] for name, index in change.items()}
