@@ -143,7 +143,7 @@ def test_a_wide_expert_becomes_narrow_ones_in_the_order_of_its_features(rng):
     wide = ExpertWeights(*(np.float32(rng.normal(size=shape)) for shape in shapes))
     experts = ExpertWeights(*(np.zeros(shape, np.float32) for shape in ((5, 2, 3, 4), (5, 4, 3), (5, 2, 3), (5, 4))))
     together = jax.tree.map(np.asarray, jax.jit(ExpertWeights.followed_by)(experts, wide))
-    assert not any(array[:5].any() for array in together)
+    assert not any(array[:5].any() for array in jax.tree.leaves(together))
     for expert, features in enumerate((slice(0, 3), slice(3, 6)), start=5):
         np.testing.assert_array_equal(together.gate_up_proj[expert], wide.gate_up_proj[0, :, features])
         np.testing.assert_array_equal(together.down_proj[expert], wide.down_proj[0, :, features])

@@ -101,16 +101,15 @@ class Request:
         projections = 2 if activation.is_gated else 1
         letter = "" if layer is None else "L, "
         stacked = gate_up_proj.shape[:-4]
-        if gate_up_proj.ndim != (4 if layer is None else 5) or gate_up_proj.shape[-3] != projections:
+        has_axes = gate_up_proj.ndim == (4 if layer is None else 5)
+        if not has_axes or gate_up_proj.shape[-3] != projections or gate_up_proj.shape[-4] < 1:
             raise ValueError(
-                f"gate_up_proj must be [{letter}E, {projections}, I, H] for activation {activation.name!r} and layer={layer},"
-                f" got shape {gate_up_proj.shape}"
+                f"gate_up_proj must be [{letter}E, {projections}, I, H] with E >= 1 for activation {activation.name!r}"
+                f" and layer={layer}, got shape {gate_up_proj.shape}"
             )
         num_experts, _, intermediate_size, hidden_size = gate_up_proj.shape[-4:]
         if isinstance(layer, int) and not 0 <= layer < stacked[0]:
             raise ValueError(f"layer must be in [0, {stacked[0]}), the layers of gate_up_proj; got {layer}")
-        if num_experts < 1:
-            raise ValueError(f"gate_up_proj must be [{letter}E, P, I, H] with E >= 1, got shape {gate_up_proj.shape}")
         expected = {
             "x": (x, (x.shape[0], hidden_size), "[T, H]"),
             "down_proj": (down_proj, (*stacked, num_experts, hidden_size, intermediate_size), f"[{letter}E, H, I]"),

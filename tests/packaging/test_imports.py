@@ -18,6 +18,7 @@ PYTHON_FOLDERS = (*LIBRARY_FOLDERS, "benchmarks", "examples", "tests")
 ALLOWED = {
     "kernels": set(),
     "json_files": set(),
+    "device_layouts": set(),
     "config": {"kernels"},
     "families": {"config", "kernels"},
     "placement": {"config"},
@@ -25,8 +26,8 @@ ALLOWED = {
     "experts": {"config", "kernels", "placement"},
     "parallel": {"config", "kernels", "experts"},
     "runner": {"config", "kernels", "routing", "experts", "placement", "parallel"},
-    "models": {"config", "kernels", "families", "experts", "parallel", "runner"},
-    "load_balancing": {"config", "experts", "placement", "parallel", "models", "runner"},
+    "models": {"config", "device_layouts", "kernels", "families", "experts", "parallel", "runner"},
+    "load_balancing": {"config", "device_layouts", "experts", "placement", "parallel", "models", "runner"},
     "checkpoints": {"config", "kernels", "families", "json_files"},
     "aot": {"config", "kernels", "families", "parallel", "models", "generation"},
 }
