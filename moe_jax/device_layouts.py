@@ -51,6 +51,12 @@ def format_of(array: Any) -> Format | None:
     return array.format if array.committed else None
 
 
+def moved_to(array: Shaped[Array, "..."], home: Home) -> Array:
+    """An array at another home: first to the devices, then into their layout. JAX does not do both at once from other devices."""
+    array = jax.device_put(array, sharding_of(home))
+    return jax.device_put(array, home) if isinstance(home, Format) else array
+
+
 def zeros(shape: tuple[int, ...], dtype: Any, home: Home) -> Array:
     """An array of zeros."""
     return _zeros(shape, np.dtype(dtype), home)()

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, Shaped
 
 from moe_jax.config import ParallelConfig
-from moe_jax.device_layouts import Home, sharding_of, write_in_place, zeros
+from moe_jax.device_layouts import Home, moved_to, sharding_of, write_in_place, zeros
 from moe_jax.experts import EXPERT_PARAMETERS
 from moe_jax.models.causal_lm import CausalLM
 from moe_jax.models.parameter_sources import StatePath, parameter_homes
@@ -74,7 +74,7 @@ def move_model(
             move, is_expert = moves.get(path[:5]), path[5:6] == ("routed_experts",) and path[6] in EXPERT_PARAMETERS
             array = _moved_in_blocks(array, home, move.source if move is not None and is_expert else None)
         else:
-            array = jax.device_put(array, home)
+            array = moved_to(array, home)
         variable.set_value(array)
 
 
@@ -117,7 +117,7 @@ def _moved_in_blocks(
     num_layers = array.shape[0]
     layers = min(num_layers, max(1, BLOCK_BYTES * num_layers // max(1, array.nbytes)))
     if layers == num_layers:
-        return jax.device_put(array if source is None else take_slots(array, source), home)
+        return moved_to(array if source is None else take_slots(array, source), home)
     shape = array.shape if source is None else (*source.shape, *array.shape[2:])
     moved = zeros(shape, array.dtype, home)
     for start in range(0, num_layers, layers):
