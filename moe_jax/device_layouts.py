@@ -2,7 +2,7 @@
 
 On TPUs XLA lays an array out so that least is padded. Where the last axis is no multiple of 128, that may be another one: of
 expert weights `[L, E, 2, I, H]` it puts the experts last, of an embedding the tokens. Kernels and lookups read row by row, so
-that before every call of a kernel, and in every step of a generation, all of it is copied.
+that before every call of a kernel all experts are copied, and the embedding in every call of prefill and decode.
 
 `jax.experimental.layout.Format` says both where the shards of an array live and how they lie there. Here it takes the place of a
 `Sharding` for those arrays that need it; for all others the sharding says enough.

@@ -164,7 +164,10 @@ class LayerStack(nnx.Module):
                     else forced[self.moe_positions.index(position)],
                 )
                 if cache is not None:
-                    new_caches.append(cache.arrays)
+                    arrays = cache.arrays
+                    if self.partitioning is not None:
+                        arrays = tuple(map(self.partitioning.constrain_cache, arrays))
+                    new_caches.append(arrays)
                 if aux is not None and with_aux:
                     auxes.append(aux)
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes) if auxes else None

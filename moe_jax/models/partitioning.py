@@ -79,6 +79,17 @@ class Partitioning:
         heads = self.axes_for(features[0]) if len(features) > 1 else ()
         return PartitionSpec(None, self.batch_axes_for(batch_size) or None, None, heads or None)
 
+    def constrain_cache(
+        self, array: Float[Array, "layers B slots *features"]
+    ) -> Float[Array, "layers B slots *features"]:
+        """A cache split as it was created.
+
+        Where ranks outnumber key/value heads, the compiler would split these among some of the ranks while it computes a step,
+        as it does query heads, and gather the whole cache again before the program ends: with every token that is streamed.
+        """
+        spec = self.cache_spec(array.shape[3:], array.shape[1])
+        return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, spec))
+
     def remarks(self, decoder: Decoder) -> tuple[str, ...]:
         """What the ranks that share tokens don't split among all of them, one sentence each."""
         ranks, found = self.size(self.shared), []

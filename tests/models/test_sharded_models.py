@@ -186,6 +186,19 @@ COLLECTIVE = re.compile(
 )
 
 
+def programs_of(model, prompts):
+    """Those that generate six tokens."""
+    sizes = dict(batch_size=2, prompt_length=bucket(max(map(len, prompts))), room=bucket(6), num_eos=0, do_sample=False)
+    signature, _ = signature_of(model, **sizes, top_k=None, use_top_p=False, with_expert_load=False)
+    return compile_programs(signature)
+
+
+def elements_moved(program):
+    """Of each collective's result."""
+    found = COLLECTIVE.findall(program.as_text())
+    return [math.prod(map(int, filter(None, dims.split(",")))) for dims in found]
+
+
 def test_generating_on_a_mesh_gives_the_tokens_of_transformers_and_moves_only_tokens(model):
     """Nothing of the size of a cache or an embedding table goes over the mesh."""
     expected = QWEN.expected()
@@ -193,18 +206,23 @@ def test_generating_on_a_mesh_gives_the_tokens_of_transformers_and_moves_only_to
     result = generate(model, prompts, settings)
     np.testing.assert_array_equal(result.tokens, expected.greedy_tokens[:2, :6])
 
-    sizes = dict(batch_size=2, prompt_length=bucket(max(map(len, prompts))), room=bucket(6), num_eos=0, do_sample=False)
-    signature, _ = signature_of(model, **sizes, top_k=None, use_top_p=False, with_expert_load=False)
-    programs = compile_programs(signature)  # those that have just run
+    programs = programs_of(model, prompts)  # those that have just run
     cache = programs.prefill.output_shardings[0].cache
     assert {sharding.spec for sharding in jax.tree.leaves(cache.segments)} == {
         PartitionSpec(None, "data", None, "expert")
     }
-    moved = [
-        math.prod(map(int, filter(None, dims.split(",")))) for dims in COLLECTIVE.findall(programs.decode.as_text())
-    ]
-    assert moved
-    assert max(moved) <= 4 * 2 * model.decoder.hidden_size  # rows of two tokens, from at most four ranks
+    # Rows of two tokens, from at most four ranks.
+    assert 0 < max(elements_moved(programs.decode)) <= 4 * 2 * model.decoder.hidden_size
+
+
+def test_fewer_key_value_heads_than_ranks_are_not_gathered():
+    """Query heads are split further than the keys and values of the cache, which every rank holds whole."""
+    model = load(QWEN, {"data": 2, "expert": 4})
+    assert {layer.attention.num_kv_heads for layer in model.decoder.layers} == {2}
+    programs = programs_of(model, QWEN.expected().prompts()[:2])
+    cache = programs.prefill.output_shardings[0].cache
+    assert {sharding.spec for sharding in jax.tree.leaves(cache.segments)} == {PartitionSpec(None, "data")}
+    assert 0 < max(elements_moved(programs.decode)) <= 4 * 2 * model.decoder.hidden_size
 
 
 @pytest.mark.slow
