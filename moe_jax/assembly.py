@@ -42,7 +42,8 @@ def assemble(
             Otherwise a shard is read as a whole.
         block_bytes: most bytes to read at once.
     """
-    sharding, devices_of = sharding_of(home), DevicesOf()
+    sharding = sharding_of(home)
+    devices_of: DevicesOf = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
         devices_of.setdefault(bounds, []).append(device)

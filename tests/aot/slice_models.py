@@ -55,4 +55,4 @@ GPT_OSS = {
     "tie_word_embeddings": False,
     "vocab_size": 201088,
 }
-"""gpt-oss-20b, four layers of 24: no width is a multiple of 128."""
+"""gpt-oss-20b, four layers of 24: hidden and intermediate size are no multiples of 128."""

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.implementations import (
-    BFLOAT16_BLOCK_ERROR,
-    BFLOAT16_BLOCK_NORM_ERROR,
+    BFLOAT16_GRADIENT_ERROR,
+    BFLOAT16_GRADIENT_NORM_ERROR,
     UNDER_TEST,
     assert_close,
     each_implementation_with,
@@ -84,7 +84,7 @@ def test_float32_weights_beside_bfloat16_tokens_have_gradients_that_were_never_r
     assert gradients["x"].dtype == jnp.bfloat16
     for name in names:
         assert gradients[name].dtype == jnp.float32
-        assert_close(gradients[name], expected[name], BFLOAT16_BLOCK_ERROR, BFLOAT16_BLOCK_NORM_ERROR)
+        assert_close(gradients[name], expected[name], BFLOAT16_GRADIENT_ERROR, BFLOAT16_GRADIENT_NORM_ERROR)
         assert np.mean(gradients[name] == gradients[name].astype(jnp.bfloat16)) < 0.1
 
 

@@ -15,11 +15,10 @@ from support.tpu_interpretation import interpreting_tpu
 
 from moe_jax.kernels.device import GPU_DEVICES, TPU_DEVICES, GpuDevice, TpuDevice
 
-# Of a block that computes in bfloat16. Rounded on the way, by 2**-9 each: the activated rows, each expert's result, and their
-# sum; gradients twice more, and the slope of the activation once. One value may have all errors the same way; what is wrong
-# throughout shows in the norm, which has room for small arrays, whose errors do not average out.
-BFLOAT16_BLOCK_ERROR = 2e-2
-BFLOAT16_BLOCK_NORM_ERROR = 8e-3
+# Of gradients in bfloat16. Five roundings of up to 2**-8 each may all go the same way in one value. What is wrong throughout
+# shows in the norm, which has room for small arrays, whose errors do not average out.
+BFLOAT16_GRADIENT_ERROR = 2e-2
+BFLOAT16_GRADIENT_NORM_ERROR = 8e-3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,9 +33,13 @@ class ImplementationUnderTest:
     rounding: float = 2e-5
     """Largest error of a product that is rounded to `dtype` once, relative to the largest value."""
     block_error: float = 5e-5
-    """Largest error of `fused_moe` and its gradients, relative to the largest value."""
+    """Largest error of `fused_moe`, relative to the largest value."""
     block_norm_error: float = 2e-5
-    """Norm of the error of `fused_moe` and its gradients, relative to the norm of the exact value."""
+    """Norm of the error of `fused_moe`, relative to the norm of the exact value."""
+    gradient_error: float = 5e-5
+    """The same of its gradients."""
+    gradient_norm_error: float = 2e-5
+    """The same of its gradients."""
     running: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     """Context in which calls of it run on a machine that has CPUs only."""
     is_slow: bool = False
@@ -65,8 +68,11 @@ UNDER_TEST = {
             dtype="bfloat16",
             width_multiple=16,
             rounding=ROUNDED_ONCE["bfloat16"],
-            block_error=BFLOAT16_BLOCK_ERROR,
-            block_norm_error=BFLOAT16_BLOCK_NORM_ERROR,
+            # Rounded on the way: the activated rows, each expert's result, and their sum; gradients a time or two more.
+            block_error=1e-2,
+            block_norm_error=5e-3,
+            gradient_error=BFLOAT16_GRADIENT_ERROR,
+            gradient_norm_error=BFLOAT16_GRADIENT_NORM_ERROR,
             running=interpreting,
             is_slow=True,
             runs_on_meshes=False,

@@ -139,9 +139,9 @@ class Block:
         """The exact gradients, by argument."""
         return self.exact(expert_gradients.fused_moe, cotangent=np.asarray(cotangent, np.float64), **kwargs)
 
-    def assert_close(self, result, expected, scale=0):
+    def assert_close(self, result, expected):
         """As close as the implementation promises."""
-        assert_close(result, expected, self.implementation.block_error, self.implementation.block_norm_error, scale)
+        assert_close(result, expected, self.implementation.block_error, self.implementation.block_norm_error)
 
     def assert_right(self, **kwargs):
         """The implementation's result is right, and of the dtype of x."""
@@ -157,7 +157,8 @@ class Block:
             assert gradient.dtype == self.arrays[name].dtype, name
             # A router weight's gradient is a scalar product with the cotangent: of few tokens, all may be small by cancellation.
             scale = np.linalg.norm(np.float64(cotangent), axis=1).max(initial=0) if name == "topk_weights" else 0
-            self.assert_close(gradient, expected[name], scale)
+            bounds = self.implementation.gradient_error, self.implementation.gradient_norm_error
+            assert_close(gradient, expected[name], *bounds, scale)
 
 
 @functools.partial(jax.jit, static_argnames=("activation", "apply_router_weight_on_input", "implementation"))
