@@ -83,6 +83,7 @@ def gathered_moe(
         expert_offset=jax.lax.axis_index(axis) * weights.down_proj.shape[0],
         apply_router_weight_on_input=apply_router_weight_on_input,
         recompute_activation=recompute_activation,
+        expected_rows=topk_ids.size,  # of all ranks' choices as many as one rank has tokens' for
         implementation=implementation,
     )
     wide = jnp.promote_types(x.dtype, jnp.float32)

@@ -27,6 +27,7 @@ def fused_moe(
     layer: int | Int[Array, ""] | None = None,
     apply_router_weight_on_input: bool = False,
     recompute_activation: bool = False,
+    expected_rows: int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "T H"]:
     """The experts of an MoE block: for each token, the weighted sum of its chosen experts' outputs.
@@ -58,6 +59,9 @@ def fused_moe(
             outside [0, L) counts as the nearest layer; an int is refused.
         apply_router_weight_on_input: multiply the expert's input instead of its output by the router weight (Llama 4).
         recompute_activation: keep less for the gradient, and compute what enters the activation again (half a forward pass).
+        expected_rows: about how many of the T * K choices name one of these experts, if not all of them do: where a device has
+            the experts of one rank of R, T * K / R. Kernels, formulations and tile sizes are chosen for so many; the result is
+            right for any number. None: all of them do.
         implementation: "pallas_gpu", "pallas_tpu", "xla" or "reference"; None chooses by device and shape, see `explain`.
 
     Raises:
@@ -80,6 +84,7 @@ def fused_moe(
         layer=layer,
         apply_router_weight_on_input=apply_router_weight_on_input,
         recompute_activation=recompute_activation,
+        expected_rows=expected_rows,
     )
     chosen, _ = choose("fused_moe", IMPLEMENTATIONS, request, implementation)
     request = request.equally_varying()
@@ -100,6 +105,7 @@ def explain(
     layer: int | Int[Array, ""] | None = None,
     apply_router_weight_on_input: bool = False,
     recompute_activation: bool = False,
+    expected_rows: int | None = None,
     implementation: str | None = None,
 ) -> Choice:
     """What `fused_moe` would run for these arguments (arrays or `jax.ShapeDtypeStruct`s), and why.
@@ -120,5 +126,6 @@ def explain(
         layer=layer,
         apply_router_weight_on_input=apply_router_weight_on_input,
         recompute_activation=recompute_activation,
+        expected_rows=expected_rows,
     )
     return choose("fused_moe", IMPLEMENTATIONS, request, implementation)[1]

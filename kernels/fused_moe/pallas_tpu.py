@@ -26,13 +26,13 @@ def unsupported(request: Request) -> str | None:
     itemsize = request.x.dtype.itemsize
     for name, (width_in, width_out, projections) in sizes.items():
         problem = RowsProblem(
-            num_rows=request.num_tokens * request.top_k,
+            num_rows=request.expected_rows,
             num_groups=request.num_experts,
             width_in=width_in,
             width_out=width_out,
             projections=projections,
             kept=name == "gate/up",
-            scaled=name == "down",
+            scaled_rows=request.topk_ids.size if name == "down" else 0,
             itemsize=itemsize,
             output_itemsize=itemsize,
         )

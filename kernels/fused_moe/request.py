@@ -30,6 +30,8 @@ class Request:
     layer: int | Array | None
     apply_router_weight_on_input: bool
     recompute_activation: bool
+    expected_rows: int
+    """About how many of the T * K choices name an expert whose weights are given."""
     platform: str
     gpu: Any
     """The `GpuDevice` that computes, or None."""
@@ -82,11 +84,12 @@ class Request:
         layer: int | Array | None = None,
         apply_router_weight_on_input: bool,
         recompute_activation: bool,
+        expected_rows: int | None = None,
     ) -> Self:
         """Check the arguments and describe them.
 
         Raises:
-            ValueError: shapes that do not fit each other, or an illegal activation.
+            ValueError: shapes that do not fit each other, an illegal activation, or more rows expected than there can be.
             TypeError: dtypes that are not floating (arrays) or integer (ids), or that differ.
         """
         activation = Activation.of(activation)
@@ -131,6 +134,8 @@ class Request:
                 )
         if not jnp.issubdtype(topk_ids.dtype, jnp.integer):
             raise TypeError(f"topk_ids must be integer, got {topk_ids.dtype}")
+        if expected_rows is not None and not 0 <= expected_rows <= topk_ids.size:
+            raise ValueError(f"expected_rows must be in [0, T * K] = [0, {topk_ids.size}], got {expected_rows}")
         return cls(
             x,
             topk_weights,
@@ -144,6 +149,7 @@ class Request:
             layer,
             apply_router_weight_on_input,
             recompute_activation,
+            topk_ids.size if expected_rows is None else max(1, expected_rows),
             platform_of(gate_up_proj, x),
             gpu_device_of(gate_up_proj, x),
             tpu_device_of(gate_up_proj, x),

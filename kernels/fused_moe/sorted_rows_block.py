@@ -35,6 +35,8 @@ class Computation(NamedTuple):
     activation: Activation
     apply_router_weight_on_input: bool
     recompute_activation: bool
+    expected_rows: int
+    """What kernels and tiles are chosen for."""
 
 
 class AlignedRows(NamedTuple):
@@ -85,11 +87,11 @@ class AlignedRows(NamedTuple):
 
 def formulation(request: Request, matmuls: ModuleType, device: GpuDevice | TpuDevice) -> Formulation:
     """Kernels and tiles of the forward pass."""
-    num_pairs, dtype = request.num_tokens * request.top_k, request.x.dtype
+    expected_rows, dtype = request.expected_rows, request.x.dtype
     gate_up_shape = (request.num_experts, request.projections, request.intermediate_size, request.hidden_size)
     down_shape = (request.num_experts, 1, request.hidden_size, request.intermediate_size)
-    kernel, gate_up = matmuls.chosen_for_forward(num_pairs, gate_up_shape, dtype, dtype, device)
-    _, down = matmuls.chosen_for_forward(num_pairs, down_shape, dtype, dtype, device)
+    kernel, gate_up = matmuls.chosen_for_forward(expected_rows, gate_up_shape, dtype, dtype, device)
+    _, down = matmuls.chosen_for_forward(expected_rows, down_shape, dtype, dtype, device)
     return Formulation(
         f"{kernel} kernel, gate/up {gate_up.tiles}, down {down.tiles}",
         f"gate/up: {gate_up.reason}; down: {down.reason}",
@@ -107,7 +109,12 @@ def run(request: Request, matmuls: ModuleType, device: GpuDevice | TpuDevice) ->
     topk_weights = jnp.where(aligned.is_local, request.topk_weights.astype(jnp.float32), 0)
     weights = request.expert_weights()
     computation = Computation(
-        matmuls, device, request.activation, request.apply_router_weight_on_input, request.recompute_activation
+        matmuls,
+        device,
+        request.activation,
+        request.apply_router_weight_on_input,
+        request.recompute_activation,
+        request.expected_rows,
     )
     return compute(computation, request.x, topk_weights, weights, aligned)
 
@@ -130,7 +137,7 @@ def compute(
         first_matrix=matrices.start,
         bias=weights.gate_up_bias,
         activation=computation.activation,
-        num_rows=aligned.position.size,
+        expected_rows=computation.expected_rows,
         output_dtype=x.dtype,
         device=computation.device,
     )
@@ -154,7 +161,7 @@ def _down(computation, activated, router_weight, matrices, aligned) -> Float[Arr
         first_matrix=matrices.start,
         bias=None if matrices.down_bias is None else matrices.down_bias[:, None],
         row_scale=router_weight,
-        num_rows=aligned.position.size,
+        expected_rows=computation.expected_rows,
         output_dtype=activated.dtype,
         device=computation.device,
     )
@@ -171,7 +178,7 @@ def _project(computation, rows, matrices, aligned) -> tuple[Float[Array, "M I"],
         bias=matrices.gate_up_bias,
         activation=computation.activation,
         keep_projected=True,
-        num_rows=aligned.position.size,
+        expected_rows=computation.expected_rows,
         output_dtype=rows.dtype,
         device=computation.device,
     )
@@ -190,7 +197,7 @@ def _forward(computation, x, topk_weights, weights, aligned):
 def _backward(computation, saved, cotangent):
     x, topk_weights, weights, aligned, projected = saved
     matmuls, device = computation.matmuls, computation.device
-    groups, num_pairs = aligned.groups, aligned.position.size
+    groups, expected_rows = aligned.groups, computation.expected_rows
     matrices = weights.matrices_as(x.dtype)
     rows, router_weight = _rows_of(computation, x, topk_weights, aligned)
     if projected is None:
@@ -199,7 +206,7 @@ def _backward(computation, saved, cotangent):
     # Without router weights: the gradient with respect to a router weight is the product of both sides of the down projection.
     result_gradient = cotangent.astype(x.dtype)[aligned.token]
     activated_gradient = matmuls.rows_gradient(
-        result_gradient, matrices.down_proj, groups, num_rows=num_pairs, output_dtype=x.dtype, device=device
+        result_gradient, matrices.down_proj, groups, expected_rows=expected_rows, output_dtype=x.dtype, device=device
     ).astype(jnp.float32)
     activated, activation_pullback = jax.vjp(
         lambda projected: computation.activation(*jnp.unstack(projected, axis=1)), projected.astype(jnp.float32)
@@ -209,7 +216,12 @@ def _backward(computation, saved, cotangent):
     projected_gradient = projected_gradient.astype(x.dtype)
     scaled = (activated * scale).astype(x.dtype)
     down_gradient = matmuls.weights_gradient(
-        result_gradient, scaled, groups, num_rows=num_pairs, output_dtype=weights.down_proj.dtype, device=device
+        result_gradient,
+        scaled,
+        groups,
+        expected_rows=expected_rows,
+        output_dtype=weights.down_proj.dtype,
+        device=device,
     )
 
     num_experts, projections, intermediate, hidden = matrices.gate_up_proj.shape
@@ -218,12 +230,12 @@ def _backward(computation, saved, cotangent):
         flat_gradient,
         matrices.gate_up_proj.reshape(num_experts, projections * intermediate, hidden),
         groups,
-        num_rows=num_pairs,
+        expected_rows=expected_rows,
         output_dtype=x.dtype,
         device=device,
     )
     gate_up_gradient = matmuls.weights_gradient(
-        flat_gradient, rows, groups, num_rows=num_pairs, output_dtype=weights.gate_up_proj.dtype, device=device
+        flat_gradient, rows, groups, expected_rows=expected_rows, output_dtype=weights.gate_up_proj.dtype, device=device
     ).reshape(weights.gate_up_proj.shape)
 
     gate_up_bias_gradient = down_bias_gradient = None

@@ -69,13 +69,13 @@ _MOST_ROWS_PER_BLOCK = 128
 def plan(request: Request) -> tuple[Plan, str]:
     """The formulation for these static shapes, and why.
 
-    A function of T, K, E, H, I, the dtype and the platform alone, never of values, so that a call compiles once.
+    A function of the expected rows, E, H, I, the dtype and the platform alone, never of values, so that a call compiles once.
     """
-    num_pairs, num_experts = request.num_tokens * request.top_k, request.num_experts
-    mean = num_pairs / num_experts
+    num_rows, num_experts = request.expected_rows, request.num_experts
+    mean = num_rows / num_experts
     on_cpu = request.platform == "cpu"
     slice_bytes = 4 * 2**20 if on_cpu else 2**31
-    spread = f"{num_pairs} rows for {num_experts} experts are {mean:.3g} each on average"
+    spread = f"{num_rows} rows for {num_experts} experts are {mean:.3g} each on average"
     if mean < 1:
         why = f"{spread}: many experts are not used, and only those that are need be read"
         return Plan("streamed" if on_cpu else "loop", 0, 8, slice_bytes, request.platform), why

@@ -1,6 +1,7 @@
 """The three products of a grouped matmul and its gradient, on whichever GPU: choose kernel and tiles, build tables, call.
 
-`num_rows`, where it is an argument, is the number of rows without padding, from which tiles are chosen; None: there is none.
+`expected_rows`, where it is an argument, is about how many of the rows are those of a group, from which kernel and tiles are
+chosen; None: all of them.
 """
 
 from typing import Any, Literal
@@ -40,7 +41,7 @@ __all__ = [
 
 
 def chosen_for_forward(
-    num_rows: int,
+    expected_rows: int,
     weights_shape: tuple[int, ...],
     dtype: DTypeLike,
     output_dtype: DTypeLike,
@@ -48,10 +49,10 @@ def chosen_for_forward(
 ) -> tuple[Literal["rows", "stream"], ChosenTiles]:
     """Kernel and tiles of `multiply`, for weights of shape [G, P, N, D]."""
     num_groups, projections, width_out, width_in = weights_shape
-    kernel = "stream" if streams_weights(num_rows, num_groups, device) else "rows"
+    kernel = "stream" if streams_weights(expected_rows, num_groups, device) else "rows"
     return kernel, choose_tiles(
         kernel,
-        num_rows=num_rows,
+        num_rows=expected_rows,
         num_groups=num_groups,
         width_in=width_in,
         width_out=width_out,
@@ -71,7 +72,7 @@ def multiply(
     bias: Float[Array, "G P N"] | None = None,
     activation: Activation | None = None,
     row_scale: Float[Array, "M"] | None = None,
-    num_rows: int | None = None,
+    expected_rows: int | None = None,
     output_dtype: DTypeLike,
     device: GpuDevice,
 ) -> Float[Array, "M N"]:
@@ -80,9 +81,9 @@ def multiply(
     Rows of no group hold anything afterwards. The matrices of the G groups are those from `first_matrix` on; `bias` has those of
     the groups alone. See `rows_kernel.multiply_rows`.
     """
-    num_rows = rows.shape[0] if num_rows is None else num_rows
+    expected_rows = rows.shape[0] if expected_rows is None else expected_rows
     shape = (groups.sizes.shape[0], *weights.shape[1:])
-    kernel, chosen = chosen_for_forward(num_rows, shape, rows.dtype, output_dtype, device)
+    kernel, chosen = chosen_for_forward(expected_rows, shape, rows.dtype, output_dtype, device)
     if kernel == "rows":
         return multiply_and_keep(
             rows,
@@ -93,7 +94,7 @@ def multiply(
             activation=activation,
             row_scale=row_scale,
             keep_projected=False,
-            num_rows=num_rows,
+            expected_rows=expected_rows,
             output_dtype=output_dtype,
             device=device,
         )[0]
@@ -122,7 +123,7 @@ def multiply_and_keep(
     activation: Activation | None = None,
     row_scale: Float[Array, "M"] | None = None,
     keep_projected: bool,
-    num_rows: int | None = None,
+    expected_rows: int | None = None,
     output_dtype: DTypeLike,
     device: GpuDevice,
 ) -> tuple[Float[Array, "M N"], Float[Array, "M P N"] | None]:
@@ -130,7 +131,7 @@ def multiply_and_keep(
     _, projections, width_out, width_in = weights.shape
     chosen = choose_tiles(
         "rows",
-        num_rows=rows.shape[0] if num_rows is None else num_rows,
+        num_rows=rows.shape[0] if expected_rows is None else expected_rows,
         num_groups=groups.sizes.shape[0],
         width_in=width_in,
         width_out=width_out,
@@ -180,7 +181,7 @@ def multiply_compact(
     streamed = contract == "in" and streams_weights(num_rows, num_groups, device)
     if streamed or width_out * jnp.dtype(output_dtype).itemsize % SWIZZLES[0]:
         alignment = Alignment.of(groups, num_rows)
-        common: dict[str, Any] = dict(num_rows=num_rows, output_dtype=output_dtype, device=device)
+        common: dict[str, Any] = dict(expected_rows=num_rows, output_dtype=output_dtype, device=device)
         aligned_rows = rows[alignment.source]
         if contract == "out":
             result = rows_gradient(aligned_rows, weights, alignment.groups, **common)
@@ -220,14 +221,14 @@ def rows_gradient(
     weights: Float[Array, "G N D"],
     groups: Groups,
     *,
-    num_rows: int | None = None,
+    expected_rows: int | None = None,
     output_dtype: DTypeLike,
     device: GpuDevice,
 ) -> Float[Array, "M D"]:
     """Cotangent @ matrices, in the aligned layout: the gradient of `rows @ matrices.T`. Rows of no group hold anything."""
     chosen = choose_tiles(
         "rows_gradient",
-        num_rows=cotangent.shape[0] if num_rows is None else num_rows,
+        num_rows=cotangent.shape[0] if expected_rows is None else expected_rows,
         num_groups=weights.shape[0],
         width_in=weights.shape[1],
         width_out=weights.shape[2],
@@ -254,14 +255,14 @@ def weights_gradient(
     rows: Float[Array, "M D"],
     groups: Groups,
     *,
-    num_rows: int | None = None,
+    expected_rows: int | None = None,
     output_dtype: DTypeLike,
     device: GpuDevice,
 ) -> Float[Array, "G N D"]:
     """cotangent.T @ rows over the rows of each group; zero for a group without rows. Other rows may be NaN."""
     chosen = choose_tiles(
         "weights_gradient",
-        num_rows=rows.shape[0] if num_rows is None else num_rows,
+        num_rows=rows.shape[0] if expected_rows is None else expected_rows,
         num_groups=groups.sizes.shape[0],
         width_in=rows.shape[1],
         width_out=cotangent.shape[1],

@@ -24,7 +24,7 @@ SECONDS_PER_VISIT = 0.4e-6
 """Estimate of what a visit costs besides products: some hundred instructions, in which nothing is multiplied."""
 
 
-INDISTINGUISHABLE = 0.02
+INDISTINGUISHABLE = 0.03
 """Estimated times that differ by this share are taken for the same."""
 
 
@@ -33,7 +33,7 @@ class RowsProblem:
     """Static sizes of a grouped matmul."""
 
     num_rows: int
-    """M, without padding."""
+    """Of all groups: about as many as there will be, not what there is room for."""
     num_groups: int
     width_in: int
     """The dimension that is contracted."""
@@ -43,8 +43,8 @@ class RowsProblem:
     """Matrices per group: 2 (gate and up) or 1."""
     kept: bool = False
     """Whether the projections are stored too."""
-    scaled: bool = False
-    """Whether rows of the result are scaled."""
+    scaled_rows: int = 0
+    """Rows of the array of factors, if rows of the result are scaled."""
     itemsize: int
     """Bytes of an operand's element."""
     output_itemsize: int
@@ -185,11 +185,10 @@ def _cores_used(passes: int, device: TpuDevice) -> float:
 def _vmem_bytes(tiles: RowTiles, problem: RowsProblem) -> int:
     return rows_vmem_bytes(
         tiles,
-        num_rows=problem.num_rows,
         width_in=problem.width_in,
         projections=problem.projections,
         kept=problem.kept,
-        scaled=problem.scaled,
+        scaled_rows=problem.scaled_rows,
         itemsize=problem.itemsize,
         output_itemsize=problem.output_itemsize,
     )

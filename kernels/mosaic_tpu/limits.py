@@ -40,11 +40,10 @@ def compiler_vmem_limit_bytes(device: TpuDevice) -> int:
 def rows_vmem_bytes(
     tiles: RowTiles,
     *,
-    num_rows: int,
     width_in: int,
     projections: int,
     kept: bool,
-    scaled: bool,
+    scaled_rows: int,
     itemsize: int,
     output_itemsize: int,
 ) -> int:
@@ -55,12 +54,10 @@ def rows_vmem_bytes(
     weights = 2 * projections * tiles.columns * depth * itemsize
     results = (2 * tiles.rows + 16) * parts * tiles.columns * output_itemsize
     bias = 2 * 8 * tiles.columns * 4
-    scale = (
-        (tiles.rows + LANES) * LANES * 4 + 2 * 4 * round_up(num_rows + tiles.rows + LANES, LANES * 8) if scaled else 0
-    )
+    scale = (tiles.rows + LANES) * LANES * 4 + 2 * 4 * round_up(scaled_rows + tiles.rows + LANES, LANES * 8)
     # A strip's products, and what the compiler keeps of them.
     temporaries = 4 * tiles.chunk * projections * 256 * 4
-    return rows + weights + results + bias + scale + temporaries
+    return rows + weights + results + bias + (scale if scaled_rows else 0) + temporaries
 
 
 def check_row_tiles(tiles: RowTiles, device: TpuDevice, needed_bytes: int) -> None:

@@ -1,8 +1,8 @@
 """The three products of a grouped matmul and its gradient on TPUs: choose tiles, build tables, call.
 
 Results of `multiply` and `multiply_and_keep` are padded to a multiple of 128 columns, which hold anything, and rows may be
-padded likewise: what one kernel returns, the next takes, without a copy between them. `num_rows`, where it is an argument, is
-the number of rows without padding, from which tiles are chosen; None: there is none.
+padded likewise: what one kernel returns, the next takes, without a copy between them. `expected_rows`, where it is an argument,
+is about how many of the rows are those of a group, from which kernel and tiles are chosen; None: all of them.
 """
 
 from typing import Literal
@@ -37,14 +37,14 @@ __all__ = [
 
 
 def chosen_for_forward(
-    num_rows: int,
+    expected_rows: int,
     weights_shape: tuple[int, ...],
     dtype: DTypeLike,
     output_dtype: DTypeLike,
     device: TpuDevice,
 ) -> tuple[Literal["rows", "stream"], ChosenTiles]:
     """Kernel and tiles of `multiply`, for weights of shape [G, P, N, D]."""
-    problem = _problem(num_rows, weights_shape, dtype, output_dtype)
+    problem = _problem(expected_rows, weights_shape, dtype, output_dtype)
     if streams_weights(problem):
         return "stream", choose_stream_tiles(problem, device)
     return "rows", choose_row_tiles(problem, device)
@@ -59,7 +59,7 @@ def multiply(
     bias: Float[Array, "G P N"] | None = None,
     activation: Activation | None = None,
     row_scale: Float[Array, "M"] | None = None,
-    num_rows: int | None = None,
+    expected_rows: int | None = None,
     output_dtype: DTypeLike,
     device: TpuDevice,
 ) -> Float[Array, "M Npadded"]:
@@ -68,7 +68,9 @@ def multiply(
     The matrices of the G groups are those from `first_matrix` on; `bias` has those of the groups alone.
     """
     shape = (groups.sizes.shape[0], *weights.shape[1:])
-    kernel, chosen = chosen_for_forward(num_rows or rows.shape[0], shape, rows.dtype, output_dtype, device)
+    if expected_rows is None:
+        expected_rows = rows.shape[0]
+    kernel, chosen = chosen_for_forward(expected_rows, shape, rows.dtype, output_dtype, device)
     if kernel == "stream":
         tiles = chosen.tiles
 
@@ -96,7 +98,7 @@ def multiply(
         activation=activation,
         row_scale=row_scale,
         keep_projected=False,
-        num_rows=num_rows,
+        expected_rows=expected_rows,
         output_dtype=output_dtype,
         device=device,
     )[0]
@@ -112,13 +114,15 @@ def multiply_and_keep(
     activation: Activation | None = None,
     row_scale: Float[Array, "M"] | None = None,
     keep_projected: bool,
-    num_rows: int | None = None,
+    expected_rows: int | None = None,
     output_dtype: DTypeLike,
     device: TpuDevice,
 ) -> tuple[Float[Array, "M Npadded"], Float[Array, "M P N"] | None]:
     """The same, and what enters the activation if it is to be kept for the backward pass."""
     shape = (groups.sizes.shape[0], *weights.shape[1:])
-    problem = _problem(num_rows or rows.shape[0], shape, rows.dtype, output_dtype, keep_projected, row_scale)
+    if expected_rows is None:
+        expected_rows = rows.shape[0]
+    problem = _problem(expected_rows, shape, rows.dtype, output_dtype, keep_projected, row_scale)
     tiles = choose_row_tiles(problem, device).tiles
 
     @jax.custom_batching.sequential_vmap
@@ -164,7 +168,7 @@ def multiply_compact(
                 matrices,
                 groups,
                 bias=None if bias is None else bias[:, None],
-                num_rows=num_rows,
+                expected_rows=num_rows,
                 output_dtype=output_dtype,
                 device=device,
             )
@@ -177,13 +181,13 @@ def rows_gradient(
     weights: Float[Array, "G N D"],
     groups: Groups,
     *,
-    num_rows: int | None = None,
+    expected_rows: int | None = None,
     output_dtype: DTypeLike,
     device: TpuDevice,
 ) -> Float[Array, "M D"]:
     """Cotangent @ matrices: the gradient of `rows @ matrices.T`. Rows of no group hold anything."""
     return _multiply_plainly(
-        cotangent, weights, groups, "out", None, output_dtype, device, zero_outside=False, num_rows=num_rows
+        cotangent, weights, groups, "out", None, output_dtype, device, zero_outside=False, expected_rows=expected_rows
     )
 
 
@@ -192,13 +196,13 @@ def weights_gradient(
     rows: Float[Array, "M D"],
     groups: Groups,
     *,
-    num_rows: int | None = None,
+    expected_rows: int | None = None,
     output_dtype: DTypeLike,
     device: TpuDevice,
 ) -> Float[Array, "G N D"]:
     """cotangent.T @ rows over the rows of each group; zero for a group without rows. Other rows may be NaN."""
     tiles = default_weights_gradient_tiles(
-        num_rows or rows.shape[0],
+        rows.shape[0] if expected_rows is None else expected_rows,
         cotangent.shape[1],
         rows.shape[1],
         rows.dtype.itemsize,
@@ -225,13 +229,15 @@ def _multiply_plainly(
     device: TpuDevice,
     *,
     zero_outside: bool,
-    num_rows: int | None = None,
+    expected_rows: int | None = None,
 ) -> Array:
     """Rows times one matrix of each group, without padding of the result."""
     num_groups, *matrix = weights.shape
     width_out, width_in = matrix if contract == "in" else reversed(matrix)
     shape = (num_groups, 1, width_out, width_in)
-    tiles = choose_row_tiles(_problem(num_rows or rows.shape[0], shape, rows.dtype, output_dtype), device).tiles
+    if expected_rows is None:
+        expected_rows = rows.shape[0]
+    tiles = choose_row_tiles(_problem(expected_rows, shape, rows.dtype, output_dtype), device).tiles
 
     @jax.custom_batching.sequential_vmap
     def call(rows, weights, groups, bias):
@@ -252,7 +258,7 @@ def _multiply_plainly(
 
 
 def _problem(
-    num_rows: int,
+    expected_rows: int,
     weights_shape: tuple[int, ...],
     dtype: DTypeLike,
     output_dtype: DTypeLike,
@@ -261,13 +267,13 @@ def _problem(
 ) -> RowsProblem:
     num_groups, projections, width_out, width_in = weights_shape
     return RowsProblem(
-        num_rows=num_rows,
+        num_rows=expected_rows,
         num_groups=num_groups,
         width_in=width_in,
         width_out=width_out,
         projections=projections,
         kept=kept,
-        scaled=row_scale is not None,
+        scaled_rows=0 if row_scale is None else row_scale.shape[0],
         itemsize=jnp.dtype(dtype).itemsize,
         output_itemsize=jnp.dtype(output_dtype).itemsize,
     )

@@ -87,11 +87,10 @@ def multiply_rows(
     parts = 1 + (projections if keep_projected else 0)
     needed_bytes = rows_vmem_bytes(
         tiles,
-        num_rows=num_rows,
         width_in=width_in,
         projections=projections,
         kept=keep_projected,
-        scaled=row_scale is not None,
+        scaled_rows=0 if row_scale is None else num_rows,
         itemsize=dtype.itemsize,
         output_itemsize=output_dtype.itemsize,
     )

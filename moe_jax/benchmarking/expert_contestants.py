@@ -71,7 +71,12 @@ def why_not(shape: ExpertShape, tokens: int, implementation: str) -> str | None:
     """Why `fused_moe` can't compute this shape with an implementation; None if it can."""
     arguments = shape.fused_moe_arguments(tokens)
     try:
-        explain_fused_moe(**arguments, activation=shape.activation, implementation=implementation)  # pyright: ignore
+        explain_fused_moe(
+            **arguments,  # pyright: ignore[reportArgumentType]
+            activation=shape.activation,
+            expected_rows=shape.expected_rows(tokens),
+            implementation=implementation,
+        )
     except (ValueError, NotImplementedError) as error:
         return str(error)
     return None
@@ -86,6 +91,7 @@ def ours(shape: ExpertShape, implementation: str) -> Contestant:
             topk_weights,
             topk_ids,
             activation=shape.activation,
+            expected_rows=shape.expected_rows(x.shape[0]),
             implementation=implementation,
             **weights,  # pyright: ignore[reportArgumentType]
         )

@@ -1,6 +1,7 @@
 """Shapes of published models' experts, and the numbers of tokens that kernels are compiled for and measured with."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -45,6 +46,10 @@ class ExpertShape:
     def rows_per_expert(self, tokens: int) -> float:
         """Mean number of rows of an expert, of `tokens` tokens routed uniformly over all `num_experts`."""
         return tokens * self.top_k / self.num_experts
+
+    def expected_rows(self, tokens: int) -> int:
+        """How many of the choices of `tokens` tokens name a local expert, if every expert is as likely as any."""
+        return math.ceil(tokens * self.top_k / self.ranks)
 
     def fused_moe_arguments(self, tokens: int, dtype: Any = jnp.bfloat16) -> dict[str, jax.ShapeDtypeStruct | None]:
         """Shapes and dtypes of the arrays that `moe_jax.kernels.fused_moe` takes, by name.

@@ -73,7 +73,7 @@ def describe_failure(error: BaseException) -> str:
 def gradient_parts(case: Case, contestant: str) -> dict[str, tuple[Callable[..., Any], tuple]]:
     """Gradients of `grouped_matmul` in rows and in weights for the gate/up projection, each alone, and their arguments."""
     shape = case.shape
-    rows = max(8, int(case.tokens * shape.top_k / shape.ranks))
+    rows = max(8, shape.expected_rows(case.tokens))
     width = (2 if shape.activation.is_gated else 1) * shape.intermediate_size
     implementation = contestant.removeprefix("moe_jax ")
     describe = jax.ShapeDtypeStruct

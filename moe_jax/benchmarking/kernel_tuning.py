@@ -54,14 +54,14 @@ class Problem:
         return f"{self.kernel} of {self.place}, {self.shape.name}, {self.tokens} tokens"
 
     @property
-    def num_rows(self) -> int:
-        """Pairs of a token and an expert: what tiles are chosen by."""
-        return self.tokens * self.shape.top_k
+    def expected_rows(self) -> int:
+        """Pairs of a token and a local expert, about: what tiles are chosen by."""
+        return self.shape.expected_rows(self.tokens)
 
     @property
     def layout_rows(self) -> int:
-        """With the padding of the layout in which the op calls the kernel."""
-        return aligned_num_rows(self.num_rows, self.shape.local_experts)
+        """Rows of the layout in which the op calls the kernel: room for all pairs, and padding."""
+        return aligned_num_rows(self.tokens * self.shape.top_k, self.shape.local_experts)
 
     @property
     def weights_shape(self) -> tuple[int, int, int, int]:
@@ -83,7 +83,7 @@ class Problem:
             width_out=width_out,
             projections=projections,
             dtype="bfloat16",
-            rows_bucket=rows_bucket(self.num_rows, groups),
+            rows_bucket=rows_bucket(self.expected_rows, groups),
         )
 
 
@@ -92,7 +92,7 @@ def problems(shape: ExpertShape, tokens: int, device: GpuDevice, *, backward: bo
     for place in ("gate_up", "down"):
         forward = Problem(kernel="rows", place=place, shape=shape, tokens=tokens)
         kernel, _ = matmuls.chosen_for_forward(
-            forward.num_rows, forward.weights_shape, jnp.bfloat16, jnp.bfloat16, device
+            forward.expected_rows, forward.weights_shape, jnp.bfloat16, jnp.bfloat16, device
         )
         yield dataclasses.replace(forward, kernel=kernel)
         if backward:
@@ -223,7 +223,11 @@ def _function(
 
     def call(rows: Array, cotangent: Array, weights: Array, sizes: Array) -> Array:
         groups: Groups = aligned_groups(sizes)
-        options: dict[str, Any] = {"num_rows": problem.num_rows, "output_dtype": jnp.bfloat16, "device": device}
+        options: dict[str, Any] = {
+            "expected_rows": problem.expected_rows,
+            "output_dtype": jnp.bfloat16,
+            "device": device,
+        }
         as_one = weights.reshape(weights.shape[0], -1, weights.shape[3])
         with targeting(device), trying(problem.kernel, tiles):
             match problem.kernel:
@@ -242,7 +246,7 @@ def chosen_tiles(problem: Problem, device: GpuDevice) -> ChosenTiles:
     shape = problem.kernel_shape
     return choose_tiles(
         problem.kernel,  # pyright: ignore[reportArgumentType]
-        num_rows=problem.num_rows,
+        num_rows=problem.expected_rows,
         num_groups=shape.groups,
         width_in=shape.width_in,
         width_out=shape.width_out,

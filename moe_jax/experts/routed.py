@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import TYPE_CHECKING, Optional, Self
 
 import jax
@@ -44,7 +45,7 @@ class ExpertComputation:
             implementation=config.implementation,
         )
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0, static_argnames="expected_rows")
     def __call__(
         self,
         x: Float[Array, "T H"],
@@ -52,8 +53,12 @@ class ExpertComputation:
         topk_ids: Int[Array, "T K"],
         weights: ExpertWeights,
         expert_offset: Int[Array, ""] | None = None,
+        *,
+        expected_rows: int | None = None,
     ) -> Float[Array, "T H"]:
         """Run `weights`, those of the experts from `expert_offset` (None: 0) on; other ids contribute nothing.
+
+        `expected_rows` is about how many choices name one of these experts (None: all), see `fused_moe`.
 
         Computes in the dtype of `x`, to which the weights are converted. Jitted, because outside of `jax.jit` the
         loops of an implementation would run operation by operation.
@@ -71,6 +76,7 @@ class ExpertComputation:
             expert_offset=0 if expert_offset is None else expert_offset,
             layer=weights.layer,
             apply_router_weight_on_input=self.apply_router_weight_on_input,
+            expected_rows=expected_rows,
             implementation=self.implementation,
         )
 
@@ -159,9 +165,17 @@ class RoutedExperts(nnx.Module):
             topk_weights: float32 router weights.
             topk_ids: physical expert ids; -1, and ids of experts that are not held here, contribute nothing.
         """
-        if self.expert_map_manager is not None:
-            topk_ids = _map_to_local(topk_ids, self.expert_map_manager.expert_map)
-        return self.computation(x, topk_weights, topk_ids, self.weights())
+        placement = self.expert_map_manager
+        if placement is None:
+            return self.computation(x, topk_weights, topk_ids, self.weights())
+        local_share = min(1.0, placement.local_num_experts / placement.global_num_experts)
+        return self.computation(
+            x,
+            topk_weights,
+            _map_to_local(topk_ids, placement.expert_map),
+            self.weights(),
+            expected_rows=math.ceil(topk_ids.size * local_share),
+        )
 
 
 def _map_to_local(topk_ids: Int[Array, "T K"], expert_map: np.ndarray | None) -> Int[Array, "T K"]:

@@ -40,8 +40,9 @@ def dispatch(
     """Gather the tokens of all ranks, with their choices; nothing has to be remembered."""
     names = settings.axes.exchanged
     sent = x.shape[0] * (settings.axes.size(names) - 1)
-    gathered = gather_tokens(names, x, topk_weights, topk_ids)
-    return ReceivedRows(*gathered, sent_rows=jnp.full((), sent, jnp.int32), dropped_rows=no_rows()), ()
+    x, topk_weights, topk_ids = gather_tokens(names, x, topk_weights, topk_ids)
+    expected_rows = settings.share_of(topk_ids.size)
+    return ReceivedRows(x, topk_weights, topk_ids, jnp.full((), sent, jnp.int32), no_rows(), expected_rows), ()
 
 
 def combine(settings: DispatchSettings, results: Float[Array, "R H"], sent: tuple[()]) -> Float[Array, "T H"]:

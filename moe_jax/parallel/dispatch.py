@@ -32,6 +32,8 @@ class ReceivedRows:
     """Rows that this rank has sent to other ranks."""
     dropped_rows: Int[Array, ""]
     """Choices of this rank's tokens that found no room."""
+    expected_rows: int = dataclasses.field(metadata={"static": True})
+    """About how many of the R * k choices name an expert of this rank: as many as if every expert is as likely as any."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,10 @@ class DispatchSettings:
     def comparisons(self) -> int:
         """So many comparisons of all pairs with all take less time than a sort."""
         return 0 if self.axes.platform == "cpu" else ACCELERATORS_COMPARISONS
+
+    def share_of(self, num_choices: int) -> int:
+        """How many of all ranks' choices name an expert of one rank, if every expert is as likely as any."""
+        return math.ceil(num_choices / self.num_ranks)
 
     def most_rows(self, num_tokens: int, top_k: int) -> int:
         """Most rows that `num_tokens` tokens can have for one rank."""

@@ -125,6 +125,7 @@ class WithFusedSharedExperts:
                 [received.topk_weights, jnp.full(ids.shape, self.weight, received.topk_weights.dtype)]
             ),
             topk_ids=jnp.concatenate([received.topk_ids, ids]),
+            expected_rows=received.expected_rows + own.shape[0] * self.count,
         )
 
     def _as_on_rank(self, settings: DispatchSettings, topk_ids: Int[Array, "R k"]) -> Int[Array, "R k"]:

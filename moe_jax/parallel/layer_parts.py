@@ -96,7 +96,8 @@ def routed_partials(
     def of_some_tokens(tokens, weights):
         received, sent = strategy.dispatch(settings, *tokens)
         first_expert = settings.rank * settings.local_experts if axes.expert else None
-        results = compute(received.x, received.topk_weights, received.topk_ids, weights, first_expert)
+        arrived = (received.x, received.topk_weights, received.topk_ids)
+        results = compute(*arrived, weights, first_expert, expected_rows=received.expected_rows)
         return strategy.combine(settings, results, sent), received
 
     def on_rank(x, topk_weights, topk_ids, weights, shared):

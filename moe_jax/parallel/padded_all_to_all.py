@@ -65,6 +65,7 @@ def dispatch(
         topk_ids=_exchange(settings, jnp.where(rows.is_row[:, None], ids, -1)),
         sent_rows=jnp.sum(rows.sizes) - rows.sizes[settings.rank],
         dropped_rows=outgoing.dropped_rows,
+        expected_rows=min(topk_ids.size, ids.size),
     )
     return received, outgoing
 

@@ -98,6 +98,7 @@ def dispatch(
         topk_ids=ids,
         sent_rows=jnp.sum(sizes[settings.rank]) - sizes[settings.rank, settings.rank],
         dropped_rows=outgoing.dropped_rows,
+        expected_rows=min(topk_ids.size, ids.size),
     )
     return received, sent
 

@@ -37,8 +37,8 @@ def dispatch(
     settings: DispatchSettings, x: Float[Array, "T H"], topk_weights: Float[Array, "T K"], topk_ids: Int[Array, "T K"]
 ) -> tuple[ReceivedRows, tuple[()]]:
     """All tokens are here."""
-    del settings
-    return ReceivedRows(x, topk_weights, topk_ids, sent_rows=no_rows(), dropped_rows=no_rows()), ()
+    expected_rows = settings.share_of(topk_ids.size)
+    return ReceivedRows(x, topk_weights, topk_ids, no_rows(), no_rows(), expected_rows), ()
 
 
 def combine(settings: DispatchSettings, results: Float[Array, "R H"], sent: tuple[()]) -> Float[Array, "T H"]:

@@ -57,14 +57,20 @@ def fused_moe_program(shape: ExpertShape, tokens: int) -> Program:
     topk_ids = floating.pop("topk_ids")
 
     def block(floating: dict[str, Any], topk_ids: jax.Array) -> jax.Array:
-        return fused_moe(**floating, topk_ids=topk_ids, activation=shape.activation, implementation=IMPLEMENTATION)
+        return fused_moe(
+            **floating,
+            topk_ids=topk_ids,
+            activation=shape.activation,
+            expected_rows=shape.expected_rows(tokens),
+            implementation=IMPLEMENTATION,
+        )
 
     return block, (floating, topk_ids)
 
 
 def grouped_matmul_program(shape: ExpertShape, tokens: int) -> Program:
     """The down projection alone, of rows that are sorted already."""
-    rows = math.ceil(tokens * shape.top_k / shape.ranks)
+    rows = shape.expected_rows(tokens)
     down_proj = shape.fused_moe_arguments(tokens)["down_proj"]
     assert down_proj is not None
     arguments = (

@@ -37,7 +37,13 @@ def experts_block(shape, device, ids) -> list[TpuKernelCall]:
 
     def block(ids, *leaves):
         floating = jax.tree.unflatten(structure, leaves)
-        return fused_moe(**floating, topk_ids=ids, activation=shape.activation, implementation="pallas_tpu")
+        return fused_moe(
+            **floating,
+            topk_ids=ids,
+            activation=shape.activation,
+            expected_rows=shape.expected_rows(len(ids)),
+            implementation="pallas_tpu",
+        )
 
     return calls_of(block, device, {0: jnp.asarray(ids, jnp.int32)}, arguments["topk_ids"], *leaves)
 

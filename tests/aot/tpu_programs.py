@@ -61,7 +61,13 @@ def traced_experts(target: TpuTarget, model: str, tokens: int, program: str) -> 
 
     def forward(ids: jax.Array, *leaves: jax.Array) -> jax.Array:
         floating = jax.tree.unflatten(structure, leaves)
-        return fused_moe(**floating, topk_ids=ids, activation=shape.activation, implementation="pallas_tpu")
+        return fused_moe(
+            **floating,
+            topk_ids=ids,
+            activation=shape.activation,
+            expected_rows=shape.expected_rows(tokens),
+            implementation="pallas_tpu",
+        )
 
     def gradient(ids: jax.Array, *leaves: jax.Array) -> Any:
         result, backward = jax.vjp(functools.partial(forward, ids), *leaves)

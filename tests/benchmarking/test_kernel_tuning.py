@@ -123,7 +123,12 @@ def test_problems_are_the_kernels_that_the_op_looks_tiles_up_for(name, tokens, k
     shape, forward = EXPERT_SHAPES[name], [(p.kernel, p.kernel_shape) for p in found if p.kernel == kernel]
     looked_up.clear()
     with targeting(H200):
-        explain_fused_moe(**shape.fused_moe_arguments(tokens), activation=shape.activation, implementation="pallas_gpu")
+        explain_fused_moe(
+            **shape.fused_moe_arguments(tokens),
+            activation=shape.activation,
+            expected_rows=shape.expected_rows(tokens),
+            implementation="pallas_gpu",
+        )
     assert set(looked_up) == set(forward)
 
 

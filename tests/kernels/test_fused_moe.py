@@ -104,6 +104,13 @@ def test_devices_that_hold_parts_of_the_experts_add_up_to_the_whole(implementati
     block.assert_close(whole, block.expected())
 
 
+@each_implementation_with(MODULES, "expected_rows", [0, 15, 400], left_out=[15, 400])
+def test_result_is_right_however_many_rows_were_expected(implementation, expected_rows, rng):
+    block = Block.draw(rng, implementation, tokens=200, experts=5, top_k=2, bias=True)
+    ids = block.arrays["topk_ids"].at[:, 1].set(3).at[::3].set(-1)
+    block.with_arrays(topk_ids=ids).assert_right(expected_rows=expected_rows)
+
+
 ACTIVATIONS = [
     Activation("silu", limit=0.5),
     Activation("gelu"),

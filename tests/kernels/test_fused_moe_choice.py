@@ -11,7 +11,7 @@ from support.implementations import UNDER_TEST
 from support.moe_blocks import Block
 
 from moe_jax.kernels import explain_fused_moe, fused_moe
-from moe_jax.kernels.device import GPU_DEVICES, targeting
+from moe_jax.kernels.device import GPU_DEVICES, TPU_DEVICES, targeting
 from moe_jax.kernels.fused_moe.api import IMPLEMENTATIONS as MODULES
 from moe_jax.kernels.fused_moe.xla import Plan
 
@@ -44,6 +44,8 @@ GATE_UP, DOWN = jnp.ones((3, 2, 6, 4)), jnp.ones((3, 4, 6))
             "gate_up_proj must have the dtype of x, bfloat16, or float32.*got float16",
             {"x": X.astype(jnp.bfloat16), "gate_up_proj": GATE_UP.astype(jnp.float16)},
         ),
+        (ValueError, r"expected_rows must be in \[0, T \* K\] = \[0, 10\], got 11", {"expected_rows": 11}),
+        (ValueError, "expected_rows must be .*, got -1", {"expected_rows": -1}),
         (ValueError, "unknown activation 'swish'", {"activation": "swish"}),
         (
             ValueError,
@@ -60,7 +62,7 @@ def test_invalid_arguments_are_refused(error, message, arguments):
 
 
 def describe(tokens, experts, top_k, intermediate, dtype=jnp.float32, *, hidden=1024, device=None, **kwargs):
-    """What `explain` says for these sizes, on a GPU of that name, or on the machine at hand."""
+    """What `explain` says for these sizes, on a GPU or TPU of that name, or on the machine at hand."""
     shapes = [
         ((tokens, hidden), dtype),
         ((tokens, top_k), jnp.float32),
@@ -68,7 +70,7 @@ def describe(tokens, experts, top_k, intermediate, dtype=jnp.float32, *, hidden=
         ((experts, 2, intermediate, hidden), dtype),
         ((experts, hidden, intermediate), dtype),
     ]
-    with targeting(GPU_DEVICES[device]) if device else contextlib.nullcontext():
+    with targeting((GPU_DEVICES | TPU_DEVICES)[device]) if device else contextlib.nullcontext():
         return explain_fused_moe(*(jax.ShapeDtypeStruct(*shape) for shape in shapes), **kwargs)
 
 
@@ -136,6 +138,17 @@ def test_explain_names_kernel_tiles_and_where_they_come_from(device, tokens, ker
     assert re.search(f"^{kernel} kernel, gate/up {tiles}.*, down {tiles}", choice.formulation)
     for part, shape in {"gate/up": "64 groups, gate and up of 1024 -> 384", "down": "64 groups, 384 -> 1024"}.items():
         assert f"{part}: analytic default, no tuned entry of {device} for {shape}" in choice.reason
+
+
+@pytest.mark.parametrize("device", [None, "h200", "v6e"])
+def test_one_rank_of_many_chooses_for_the_rows_that_it_expects_not_for_all_choices(device):
+    """128 tokens of DeepSeek-V3 on one of 32 ranks: 1024 choices, of which 32 are expected to be its experts'."""
+    sizes = dict(experts=8, intermediate=2048, dtype=jnp.bfloat16, hidden=7168, device=device)
+    all_choices = describe(128, top_k=8, **sizes)
+    expecting = describe(128, top_k=8, **sizes, expected_rows=32)
+    # Four rows for each expert, all of which are its own, are what a device without other ranks would compute.
+    assert expecting.formulation == describe(16, top_k=2, **sizes).formulation != all_choices.formulation
+    assert "32 rows" in expecting.reason or "4 to 7 rows per group" in expecting.reason
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,11 @@ def test_gradients_are_the_same_if_the_activation_is_computed_again(implementati
     check_gradients(rng, implementation, block, recompute_activation=True)
 
 
+@each_implementation_with(MODULES, "expected_rows", [1, 39], left_out=[39])
+def test_gradients_are_right_however_many_rows_were_expected(implementation, expected_rows, rng):
+    check_gradients(rng, implementation, dict(tokens=39, experts=2, top_k=1, bias=True), expected_rows=expected_rows)
+
+
 @each_implementation
 def test_gradients_of_a_device_that_holds_some_experts(implementation, rng):
     block = Block.draw(rng, implementation, tokens=21, experts=7, bias=True).held(2, 5)

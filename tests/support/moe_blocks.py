@@ -161,6 +161,8 @@ class Block:
             assert_close(gradient, expected[name], *bounds, scale)
 
 
-@functools.partial(jax.jit, static_argnames=("activation", "apply_router_weight_on_input", "implementation"))
+@functools.partial(
+    jax.jit, static_argnames=("activation", "apply_router_weight_on_input", "expected_rows", "implementation")
+)
 def _run(arrays, **kwargs):
     return fused_moe(**arrays, **kwargs)

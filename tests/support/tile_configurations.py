@@ -52,7 +52,7 @@ def _of_fused_moe(shape: ExpertShape, tokens: int, device: GpuDevice) -> Iterato
     """Forward; forward that keeps what enters the activation; gradients."""
     H, I, E = shape.hidden_size, shape.intermediate_size, shape.local_experts  # noqa: E741
     P = 2 if shape.activation.is_gated else 1
-    num_rows = tokens * shape.top_k
+    num_rows = shape.expected_rows(tokens)
     for weights_shape in ((E, P, I, H), (E, 1, H, I)):
         yield _forward(num_rows, weights_shape, device)
     yield _chosen("rows", num_rows, E, H, I, device, projections=P)
@@ -63,7 +63,7 @@ def _of_fused_moe(shape: ExpertShape, tokens: int, device: GpuDevice) -> Iterato
 def _of_grouped_matmul(shape: ExpertShape, tokens: int, device: GpuDevice) -> Iterator[TileConfiguration]:
     """Gate and up by one matmul of twice the width; down is as in `fused_moe`."""
     H, I, E = shape.hidden_size, shape.intermediate_size, shape.local_experts  # noqa: E741
-    num_rows = tokens * shape.top_k
+    num_rows = shape.expected_rows(tokens)
     yield _forward(num_rows, (E, 1, 2 * I, H), device)
     yield from _gradients(num_rows, E, H, 2 * I, device)
 

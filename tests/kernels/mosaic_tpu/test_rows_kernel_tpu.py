@@ -240,7 +240,7 @@ def test_chosen_tiles_fit_the_device(num_rows, num_groups, width_in, width_out, 
         width_out=width_out,
         projections=projections,
         kept=True,
-        scaled=True,
+        scaled_rows=num_rows,
         itemsize=itemsize,
         output_itemsize=itemsize,
     )
