@@ -1,7 +1,8 @@
 """Every dispatch strategy: the layer on a mesh equals the layer on one device, forward and backward, and counts what it moves.
 
 A case is a strategy, where tokens are, sizes of the mesh, and what the layer is made of. `make test` runs a design in which every
-pair of options meets at least once; the whole product is run with `MOE_JAX_WHOLE_PRODUCT=1`.
+pair of options meets at least once; `make test-slow` every strategy with every mesh and every layer, where tokens are and the
+options in turn; `MOE_JAX_WHOLE_PRODUCT=1` makes either run the whole product.
 """
 
 import functools
@@ -78,7 +79,24 @@ def covering(cases):
     return chosen
 
 
-CASES = PRODUCT if os.environ.get("MOE_JAX_WHOLE_PRODUCT") else covering(PRODUCT)
+def in_turn(cases):
+    """One of `cases` for each strategy, mesh and layer: from one to the next, with other tokens and options."""
+
+    def without_tokens_and_option(case):
+        strategy, _, expert, tensor, data, layer, _ = case
+        return STRATEGIES.index(strategy), expert, tensor, data, tuple(LAYERS).index(layer)
+
+    ordered = sorted(cases, key=without_tokens_and_option)
+    groups = [list(group) for _, group in itertools.groupby(ordered, without_tokens_and_option)]
+    # Layers follow each other; after the last of them one step more, so that none always meets the same tokens.
+    return [group[(turn + turn // len(LAYERS)) % len(group)] for turn, group in enumerate(groups)]
+
+
+if os.environ.get("MOE_JAX_WHOLE_PRODUCT"):
+    CASES, SLOW_CASES = PRODUCT, []
+else:
+    CASES = covering(PRODUCT)
+    SLOW_CASES = [case for case in in_turn(PRODUCT) if case not in CASES]
 
 
 @functools.cache
@@ -95,7 +113,11 @@ def on_one_device(layer):
     return single, parts, x, direction, value_and_gradients(single, x, direction)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: ", ".join(map(str, case)))
+@pytest.mark.parametrize(
+    "case",
+    [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW_CASES)],
+    ids=lambda case: ", ".join(map(str, case)),
+)
 def test_layer_on_a_mesh_equals_the_layer_on_one_device(case):
     strategy, tokens, expert, tensor, data, layer, option = case
     single, parts, x, direction, expected = on_one_device(layer)
