@@ -12,6 +12,7 @@ from typing import Any, Literal, Self, get_args
 import jax.numpy as jnp
 
 from moe_jax.kernels import Activation
+from moe_jax.kernels.fused_moe.api import IMPLEMENTATIONS
 
 ScoringFunction = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 SCORING_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
@@ -28,8 +29,9 @@ class GroupLimit:
     """Experts are split into this many equal, contiguous groups."""
     groups_kept: int
     """How many groups stay eligible per token."""
-    score: Literal["max", "top2_sum"] = "top2_sum"
-    """How a group is scored: its best expert (DeepSeek-V2), or the sum of its two best biased scores (V3)."""
+    score: Literal["max", "top2_sum"] | None = None
+    """How a group is scored: its best expert (DeepSeek-V2), or the sum of its two best biased scores (V3). None, as in vLLM: the
+    latter with a correction bias, the former without; in a `RouterConfig` this is the one in use."""
     masked_score: float = float("-inf")
     """What experts outside the kept groups score in the final choice: -inf (vLLM, DeepSeek-V3) or 0 (DeepSeek-V2)."""
 
@@ -109,6 +111,9 @@ class RouterConfig:
             raise ValueError(f"input_norm_epsilon must be positive, got {self.input_norm_epsilon}")
         if self.custom is not None and not callable(self.custom):
             raise ValueError(f"custom must be a function, got {self.custom!r}")
+        if self.group_limit is not None and self.group_limit.score is None:
+            score = "top2_sum" if self.correction_bias else "max"
+            object.__setattr__(self, "group_limit", dataclasses.replace(self.group_limit, score=score))
         if self.simulation is None:  # which overrides the rest, so that any router can be simulated
             self._validate_combination()
 
@@ -318,6 +323,11 @@ class MoEConfig:
         if self.fuse_shared_experts:
             self._validate_fused_shared_experts()
         Activation.of(self.activation)
+        legal = [module.NAME for module in IMPLEMENTATIONS]
+        if self.implementation not in (None, *legal):
+            raise ValueError(
+                f"implementation must be one of {', '.join(map(repr, legal))} or None; got {self.implementation!r}"
+            )
         self.router.validate(self.num_experts, self.top_k)
 
     def _validate_scaling(self) -> None:

@@ -129,7 +129,7 @@ def test_any_router_may_be_simulated():
             "score must be 'max' or 'top2_sum', got 'sum'",
         ),
         (
-            {"group_limit": GroupLimit(num_groups=8, groups_kept=4)},
+            {"correction_bias": True, "group_limit": GroupLimit(num_groups=8, groups_kept=4)},
             {},
             "score='top2_sum' needs at least 2 experts per group, got 1",
         ),
@@ -144,6 +144,11 @@ def test_any_router_may_be_simulated():
         ({}, {"num_redundant_experts": -1}, "num_redundant_experts must not be negative, got -1"),
         ({}, {"apply_router_weight_on_input": True}, "apply_router_weight_on_input needs top_k=1, got top_k=2"),
         ({}, {"activation": "siluu"}, "siluu"),
+        (
+            {},
+            {"implementation": "palas_gpu"},
+            "implementation must be one of 'pallas_gpu', .* or None; got 'palas_gpu'",
+        ),
     ],
 )
 def test_layers_that_cannot_work_are_refused(router, changes, message):

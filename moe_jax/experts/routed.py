@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 import math
-from typing import TYPE_CHECKING, Optional, Self
+from typing import TYPE_CHECKING, Any, Optional, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.nn import initializers
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from moe_jax.config import MoEConfig
 from moe_jax.experts.replicas import initial_physical_to_logical
@@ -20,9 +20,14 @@ from moe_jax.kernels import Activation, fused_moe
 if TYPE_CHECKING:
     from moe_jax.placement import ExpertMapManager
 
-default_expert_init = initializers.variance_scaling(
-    1.0, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2, batch_axis=(0,)
-)
+
+def default_expert_init(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any = jnp.float32, **kwargs: Any) -> Array:
+    """LeCun normal for each (out, in) matrix: experts, and gate and up, are matrices of their own."""
+    matrices = tuple(range(len(shape) - 2))
+    draw = initializers.variance_scaling(
+        1.0, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2, batch_axis=matrices
+    )
+    return draw(key, shape, dtype, **kwargs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

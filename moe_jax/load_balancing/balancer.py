@@ -14,7 +14,7 @@ from moe_jax.experts.replicas import ReplicaMap
 from moe_jax.load_balancing.config import EplbConfig
 from moe_jax.load_balancing.exchange import ExpertSharding, move_in_place
 from moe_jax.load_balancing.gradients import placement_of, sum_replica_gradients
-from moe_jax.load_balancing.layers import BalancedLayers, find_expert_arrays, find_layers
+from moe_jax.load_balancing.layers import BalancedLayers, ExpertArrays, find_expert_arrays, find_layers
 from moe_jax.load_balancing.moves import Moves, plan_moves
 from moe_jax.load_balancing.report import Rearrangement
 from moe_jax.load_balancing.state import (
@@ -151,13 +151,22 @@ class ExpertLoadBalancer:
 
         Returns:
             The `Moves`, and `others`.
+
+        Raises:
+            ValueError: an array that should move lacks the axis of experts; nothing has moved then.
         """
         moves = plan_moves(self.physical_to_logical(model), physical_to_logical, self.num_ranks)
+        for tree in others:
+            self._expert_arrays(nnx.state(tree) if isinstance(tree, (nnx.Module, nnx.Optimizer)) else tree)
         moved = [self._move(tree, moves) for tree in (model, *others)]
         for layers in self.layers:
             table = physical_to_logical[list(layers.rows)]
             placement_of(model, layers).replace(table if layers.is_stacked else table[0])
         return moves, *moved[1:]
+
+    def _expert_arrays(self, tree: Any) -> list[ExpertArrays]:
+        """Which leaves of a tree of arrays move."""
+        return list(find_expert_arrays(tree, self.layers, self.num_physical))
 
     def _move(self, tree: Any, moves: Moves) -> Any:
         """`tree` with its expert arrays moved: a new tree, or the same module."""
@@ -165,7 +174,7 @@ class ExpertLoadBalancer:
             nnx.update(tree, self._move(nnx.state(tree), moves))
             return tree
         leaves, structure = jax.tree.flatten(tree)
-        found = list(find_expert_arrays(tree, self.layers, self.num_physical))
+        found = self._expert_arrays(tree)
         arrays = tuple(leaves[entry.leaf] for entry in found)
         shardings = tuple(
             ExpertSharding.of(array, is_stacked=entry.layers.is_stacked)

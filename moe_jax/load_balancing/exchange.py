@@ -146,10 +146,11 @@ def _fetch_row_by_sums(old, row, wanted_rank, wanted_slot, rank, axes):
     Every rank but the sender adds zeros; the sum is one of bits, so that any number arrives unchanged.
     """
     bits = jnp.dtype(f"uint{8 * row.dtype.itemsize}")
+    summed = jnp.promote_types(bits, jnp.uint32)
 
     def serve(receiver, row):
         sent = jax.lax.dynamic_slice_in_dim(old, wanted_slot[receiver], 1)
-        sent = jax.lax.bitcast_convert_type(sent, bits).astype(jnp.uint32)
+        sent = jax.lax.bitcast_convert_type(sent, bits).astype(summed)
         total = jax.lax.psum(jnp.where(wanted_rank[receiver] == rank, sent, 0), axes)
         return jnp.where(receiver == rank, jax.lax.bitcast_convert_type(total.astype(bits), row.dtype), row)
 

@@ -77,20 +77,24 @@ class ExpertArrays(NamedTuple):
 def find_expert_arrays(tree: Any, layers: tuple[BalancedLayers, ...], num_physical: int) -> Iterator[ExpertArrays]:
     """The leaves of `tree` that have to move with the experts: weights, gradients, or an optimizer's moments.
 
-    A leaf belongs to a layer if its path contains the layer's and goes on with `routed_experts`. Scalars do not move.
+    A leaf belongs to a layer if its path contains the layer's and goes on with `routed_experts`; of several such layers, to that
+    with the longest path, for one layer's path may be the end of another's. Scalars do not move.
 
     Raises:
         ValueError: such a leaf lacks the axis of experts.
     """
+    longest_first = sorted(layers, key=lambda group: len(group.path), reverse=True)
     for index, (keys, leaf) in enumerate(jax.tree_util.tree_flatten_with_path(tree)[0]):
         names = tuple(_name(key) for key in keys)
-        for group in layers:
+        if jax.numpy.size(leaf) == 1:
+            continue
+        for group in longest_first:
             start = _position_of((*group.path, "routed_experts"), names)
-            if start is None or jax.numpy.size(leaf) == 1:
+            if start is None:
                 continue
             name = names[start + len(group.path) + 1]
             if name not in EXPERT_PARAMETERS:
-                continue
+                break
             axis = int(group.is_stacked)
             if leaf.ndim <= axis or leaf.shape[axis] != num_physical:
                 raise ValueError(

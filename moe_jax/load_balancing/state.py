@@ -60,8 +60,8 @@ def record_load(
 
 
 def is_rearrangement_due(state: EplbState, config: EplbConfig) -> Bool[Array, ""]:
-    """Whether `config.step_interval` steps have passed."""
-    return state.step >= config.step_interval
+    """Whether `config.step_interval` steps have passed, and any of them has left a load to go by."""
+    return (state.step >= config.step_interval) & (state.num_recorded > 0)
 
 
 def after_rearrangement(state: EplbState) -> EplbState:

@@ -18,7 +18,7 @@ from moe_jax.experts.routed import ExpertComputation
 from moe_jax.experts.shared import SharedExperts
 from moe_jax.experts.weights import ExpertWeights
 from moe_jax.parallel.axes import LayerAxes
-from moe_jax.parallel.dispatch import DispatchSettings, ReceivedRows, Strategy
+from moe_jax.parallel.dispatch import DispatchSettings, ReceivedRows, Strategy, tensor_exchanged
 from moe_jax.parallel.sharding import expert_weight_specs, fused_shared_expert_specs, shared_expert_spec
 
 
@@ -109,7 +109,7 @@ def routed_partials(
         # The halves don't depend on each other, which leaves the compiler free to overlap them.
         halves = zip(*(jnp.split(array, dispatch.micro_batches) for array in (x, topk_weights, topk_ids)), strict=True)
         results, received = zip(*(of_some_tokens(half, weights) for half in halves), strict=True)
-        sent_rows, dropped_rows = _counts(layout, received)
+        sent_rows, dropped_rows = _counts(axes, layout, received)
         return RoutedResult(jnp.concatenate(results)[None], sent_rows, dropped_rows)
 
     rows = axes.spec(layout.tokens, ())
@@ -131,12 +131,15 @@ def _specs_of(weights: ExpertWeights, specs: ExpertWeights) -> ExpertWeights:
     return given._replace(**specs_of_stack)
 
 
-def _counts(layout: TokenLayout, received: tuple[ReceivedRows, ...]) -> tuple[Array, Array]:
+def _counts(axes: LayerAxes, layout: TokenLayout, received: tuple[ReceivedRows, ...]) -> tuple[Array, Array]:
+    """Rows sent by each rank with tokens, and choices that all of them together have dropped."""
     sent = jnp.sum(jnp.stack([part.sent_rows for part in received]), axis=0)[None]
     dropped = jnp.sum(jnp.stack([part.dropped_rows for part in received]), axis=0)
     if not layout.tokens:
         return sent, dropped
-    return jax.lax.all_gather(sent, layout.tokens, tiled=True), jax.lax.psum(dropped, layout.tokens)
+    # Ranks that exchange tensors dispatch each other's tokens as well, and each of them counts what is dropped of these.
+    dropped = jax.lax.psum(dropped, layout.tokens) // axes.size(tensor_exchanged(axes))
+    return jax.lax.all_gather(sent, layout.tokens, tiled=True), dropped
 
 
 def shared_partials(

@@ -3,7 +3,7 @@
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_jax.config import MoEConfig
+from moe_jax.config import MoEConfig, ParallelConfig
 from moe_jax.experts.replicas import ReplicaMap, initial_physical_to_logical
 from moe_jax.parallel import LayerAxes
 from moe_jax.parallel.choice import STRATEGIES
@@ -17,6 +17,13 @@ def resolve_axes(config: MoEConfig, mesh: Mesh | None) -> LayerAxes | None:
     parallel = config.parallel
     if any((parallel.expert_axis, parallel.tensor_axis, parallel.data_axis, parallel.sequence_axis)):
         raise ValueError(f"a layer with parallel axes needs mesh=, got None with {parallel}")
+    ignored = [
+        f"{name}={getattr(parallel, name)!r}"
+        for name in ("strategy", "capacity_factor", "one_row_per_rank", "micro_batches")
+        if getattr(parallel, name) != getattr(ParallelConfig(), name)
+    ]
+    if ignored:
+        raise ValueError(f"a layer that dispatches tokens needs mesh=, got None with {', '.join(ignored)}")
     return None
 
 

@@ -32,6 +32,7 @@ from moe_jax.parallel.sharding import expert_weight_specs, shared_expert_spec
 from moe_jax.placement import ExpertMapManager
 from moe_jax.routing import Router, append_fused_shared_experts, split_zero_experts
 from moe_jax.runner.aux import MoEAux, count_expert_load
+from moe_jax.runner.built_for import check_built_for
 from moe_jax.runner.fused_shared_experts import check_fused_shared_experts
 from moe_jax.runner.interface import MoERunnerInterface
 from moe_jax.runner.physical_experts import expert_map_manager, initial_replicas, resolve_axes
@@ -54,7 +55,8 @@ class MoERunner(MoERunnerInterface):
     4. `routed_output_transform`, then the shared output is added, then the zero experts' part: the routed input times
        the weight that its zero experts got.
 
-    Every part may be replaced after construction: the plans are derived from the parts that are there.
+    Every part may be replaced after construction, by a module, a function or None: the plans are derived from the parts that are
+    there, and a part that does not fit is refused by the next call, or by `check_parts`.
 
     Attributes:
         router: hidden states -> weights and ids.
@@ -91,7 +93,9 @@ class MoERunner(MoERunnerInterface):
 
         Raises:
             ValueError: the scaling plan cannot be kept; the config names mesh axes without a mesh, axes that the mesh
-                lacks, or ranks that do not divide the layer; shared experts that cannot be split over ranks.
+                lacks, or ranks that do not divide the layer; shared experts that cannot be split over ranks; a router or
+                experts that were built for another config.
+            NotImplementedError: the dispatch strategy that the config names, or every one, cannot run on the mesh.
         """
         parts = {"router": router, "routed_experts": routed_experts, "shared_experts": shared_experts}
         self.config = config
@@ -100,13 +104,16 @@ class MoERunner(MoERunnerInterface):
         self.routed_experts = RoutedExperts(config, rngs=rngs) if routed_experts is None else routed_experts
         if shared_experts is None and config.shared_experts is not None:
             shared_experts = SharedExperts(config, rngs=rngs)
-        self.shared_experts = _as_part(shared_experts)
+        self.shared_experts = shared_experts
         self.replicas = nnx.data(initial_replicas(config, self.axes))
-        self.routed_input_transform = _as_part(routed_input_transform)
-        self.routed_output_transform = _as_part(routed_output_transform)
+        self.routed_input_transform = routed_input_transform
+        self.routed_output_transform = routed_output_transform
         self.check_parts()
         if self.axes is not None:
             self._place_on(self.axes.mesh, [name for name, given in parts.items() if given is None])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, _as_part(value) if name in _REPLACEABLE else value)
 
     @property
     def is_internal_router(self) -> bool:
@@ -270,6 +277,7 @@ class MoERunner(MoERunnerInterface):
         plan = self._reduction_plan(dispatch)
         routed_factor, shared_factor = self.scaling_plan.output_factors(routed_input.dtype)
         split = split_zero_experts(topk_weights, topk_ids, num_experts=self.config.num_experts)
+        has_unknown_id = jnp.any(topk_ids >= self.config.num_experts + self.config.router.num_zero_experts, axis=-1)
         physical_ids = split.topk_ids if self.replicas is None else self.replicas(split.topk_ids)
 
         result = self._run_routed(dispatch, routed_input, split.topk_weights, physical_ids)
@@ -300,7 +308,8 @@ class MoERunner(MoERunnerInterface):
                     f"({output.shape[-1]}), got {routed_input.shape[-1]}"
                 )
             output = output + split.identity_weight[:, None].astype(output.dtype) * routed_input
-        return output, physical_ids, result
+        # Under `jit` nothing can be raised, and an id that is no expert's must not pass for a token without one.
+        return jnp.where(has_unknown_id[:, None], jnp.nan, output), physical_ids, result
 
     def _dispatch_request(self, axes: LayerAxes, num_tokens: int) -> DispatchRequest:
         config = self.config
@@ -347,6 +356,7 @@ class MoERunner(MoERunnerInterface):
 
     def _run_shared(self, dispatch: RoutedDispatch | None, x: Array, *, summed: bool) -> Array:
         """`[T, D]`, or `[ranks, Tpadded, D]` partial results that are still to be summed."""
+        self._check_shared_experts()  # they may have been replaced
         if dispatch is None or not isinstance(self.shared_experts, SharedExperts):
             return self.shared_experts(x)
         partials = shared_partials(dispatch, self.shared_experts, x)
@@ -389,13 +399,20 @@ class MoERunner(MoERunnerInterface):
                 "routed_experts must hold every expert of the layer, or be split by mesh=; "
                 f"got those of rank {manager.ranks.ep_rank} of {manager.ranks.ep_size}"
             )
+        check_built_for(self.config, self.router, self.routed_experts)
         if self.config.fuse_shared_experts:
             check_fused_shared_experts(self)
         if self.axes is None:
             return
         self.axes.validate(self.config)
-        has_foreign_shared = self.shared_experts is not None and not isinstance(self.shared_experts, SharedExperts)
-        if has_foreign_shared and self.axes.num_ranks > 1:
+        self._check_shared_experts()
+        choose_strategy(self._dispatch_request(self.axes, num_tokens=1))
+
+    def _check_shared_experts(self) -> None:
+        """Raise ValueError for a module that cannot be split over the ranks there are: each would add the whole of its output."""
+        if self.axes is None or self.axes.num_ranks == 1 or self.shared_experts is None:
+            return
+        if not isinstance(self.shared_experts, SharedExperts):
             raise ValueError(
                 f"shared_experts must be a SharedExperts, which can be split over {self.axes.num_ranks} ranks, "
                 f"got {type(self.shared_experts).__name__}"
@@ -422,9 +439,15 @@ class MoERunner(MoERunnerInterface):
             yield reprlib.Attr("dispatch_strategy", self.config.parallel.strategy or "chosen by number of tokens")
 
 
+_REPLACEABLE = ("shared_experts", "routed_input_transform", "routed_output_transform")
+"""Parts that may be a module, a function or None, one after the other."""
+
+
 def _as_part(part: Any) -> Any:
-    """`part` as an attribute that may later change between a module and None; functions stay static."""
-    return nnx.data(part) if part is None or isinstance(part, nnx.Module) else part
+    """`part` marked as what it is now: a module or None has state, or might; a function has none."""
+    if isinstance(part, dataclasses.Field):  # what `nnx.data` and `nnx.static` return: the caller has marked it
+        return part
+    return nnx.data(part) if part is None or isinstance(part, nnx.Module) else nnx.static(part)
 
 
 def _first(result: Any) -> Array:

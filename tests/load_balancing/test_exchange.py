@@ -53,9 +53,14 @@ def test_moved_experts_are_those_that_indexing_gives(layout, rng):
     assert array.is_deleted()
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8, jnp.float32, jnp.float64])
 def test_every_bit_arrives(dtype, rng):
     """Negative zeros and numbers that are none, too, which a sum of numbers would change."""
+    with jax.enable_x64(dtype == jnp.float64):
+        check_every_bit(dtype, rng)
+
+
+def check_every_bit(dtype, rng):
     bits = rng.integers(256, size=(8, 16), dtype=np.uint8)
     bits[0, :2] = [0, 128]  # -0.0 in bfloat16
     values = bits.view(dtype)

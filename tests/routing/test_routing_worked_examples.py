@@ -57,20 +57,22 @@ def test_llama4_scores_its_one_expert_with_a_sigmoid():
     assert_routes(LOGITS, config, (1,), (0.952574,), top_k=1)
 
 
+@pytest.mark.parametrize("score", ["top2_sum", None], ids=["named", "by default"])
 @pytest.mark.parametrize(("scale", "weights"), [(1.0, (0.507486, 0.492514)), (2.5, (1.268715, 1.231285))])
-def test_groups_by_their_two_best_biased_scores(scale, weights):
+def test_groups_by_their_two_best_biased_scores(scale, weights, score):
     config = RouterConfig(
         scoring="sigmoid",
         correction_bias=True,
-        group_limit=GroupLimit(num_groups=4, groups_kept=2, score="top2_sum"),
+        group_limit=GroupLimit(num_groups=4, groups_kept=2, score=score),
         routed_scaling_factor=scale,
     )
     bias = jnp.zeros(8).at[4].set(-0.2)
     assert_routes(GROUP_LOGITS, config, (1, 2), weights, correction_bias=bias)
 
 
-def test_groups_by_their_best_score():
-    config = RouterConfig(scoring="sigmoid", group_limit=GroupLimit(num_groups=4, groups_kept=2, score="max"))
+@pytest.mark.parametrize("score", ["max", None], ids=["named", "by default"])
+def test_groups_by_their_best_score_without_a_correction_bias(score):
+    config = RouterConfig(scoring="sigmoid", group_limit=GroupLimit(num_groups=4, groups_kept=2, score=score))
     assert_digits(
         SCORES["sigmoid"](GROUP_LOGITS), [0.524979, 0.710950, 0.689974, 0.668188, 0.880797, 0.047426, 0.5, 0.549834]
     )

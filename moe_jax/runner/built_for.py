@@ -1,0 +1,31 @@
+"""Whether parts that a layer was given belong to its config."""
+
+from typing import Any
+
+from moe_jax.config import MoEConfig
+from moe_jax.experts import RoutedExperts
+from moe_jax.experts.routed import ExpertComputation
+from moe_jax.routing import Router
+
+
+def check_built_for(config: MoEConfig, router: Any, routed_experts: Any) -> None:
+    """Raise ValueError for a `Router` or `RoutedExperts` built for another config; parts of other kinds are their author's own.
+
+    A router that scales by another plan than the layer's would apply the factor twice or not at all, and tokens of experts that
+    are missing would get nothing, both without a word.
+    """
+    if isinstance(router, Router):
+        _compare("router", "router", router.config, config.router)
+        _compare("router", "num_experts", router.num_experts, config.num_experts)
+        _compare("router", "top_k", router.top_k, config.top_k)
+    if isinstance(routed_experts, RoutedExperts):
+        held = routed_experts.num_local_experts
+        _compare("routed_experts", "number of physical experts", held, config.num_physical_experts)
+        _compare("routed_experts", "computation", routed_experts.computation, ExpertComputation.of(config))
+
+
+def _compare(part: str, what: str, given: Any, of_config: Any) -> None:
+    if given != of_config:
+        raise ValueError(
+            f"{part} must be built for the layer's config: its {what} is {given}, that of the config {of_config}"
+        )
