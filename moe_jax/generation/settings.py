@@ -1,6 +1,7 @@
 """What a generation is asked to do, and what a checkpoint's `generation_config.json` says about it."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,8 +35,10 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}; greedy decoding needs none")
+        if not 0 < self.temperature < math.inf:  # said so that NaN is refused
+            raise ValueError(
+                f"temperature must be positive and finite, got {self.temperature}; greedy decoding needs none"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, or None for all tokens; got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -120,8 +123,8 @@ def settings_from_hf(
         **overrides: fields of `GenerationSettings`; those that are not None win over the checkpoint's.
 
     Raises:
-        ValueError: the checkpoint asks for something that would change the result and is not supported, or a value is
-            illegal.
+        ValueError: the checkpoint asks for something that would change the result and is not supported, a value is
+            illegal, or the caller restricts what is drawn although nothing is.
     """
     overrides = {name: value for name, value in overrides.items() if value is not None}
     given = {name: value for name, value in generation_config.items() if value is not None}
@@ -138,6 +141,10 @@ def settings_from_hf(
         pad = settings["eos_token_ids"][0] if settings["eos_token_ids"] else 0
     settings["pad_token_id"] = pad
     merged = GenerationSettings(**{**settings, **overrides})
+    if not merged.do_sample and (ignored := [name for name in ("temperature", "top_k", "top_p") if name in overrides]):
+        raise ValueError(
+            f"{', '.join(ignored)} would have no effect: greedy decoding draws nothing; set do_sample=True"
+        )
     refuse_unsupported(generation_config, sampling=merged.do_sample)
     return merged
 

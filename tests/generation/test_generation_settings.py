@@ -39,6 +39,13 @@ def test_the_callers_settings_win_and_none_means_the_checkpoints():
     assert (settings.do_sample, settings.top_k, settings.max_new_tokens) == (False, 20, 3)
 
 
+@pytest.mark.parametrize("generation_config", [{}, {"do_sample": True, "temperature": 0}], ids=str)
+def test_the_callers_restrictions_of_sampling_are_refused_where_nothing_is_drawn(generation_config):
+    with pytest.raises(ValueError, match="top_k, top_p would have no effect.*do_sample=True"):
+        settings_from_hf(generation_config, {}, top_k=3, top_p=0.5)
+    assert settings_from_hf(generation_config, {}, top_k=3, do_sample=True).top_k == 3
+
+
 @pytest.mark.parametrize(
     ("generation_config", "field", "value"),
     [({"top_k": 0}, "top_k", None), ({"do_sample": True, "temperature": 0}, "do_sample", False)],
@@ -81,10 +88,13 @@ def test_settings_of_sampling_matter_only_when_sampling():
     ("field", "value", "message"),
     [
         ("max_new_tokens", 0, "max_new_tokens must be at least 1, got 0"),
-        ("temperature", -1.0, "temperature must be positive, got -1.0"),
+        ("temperature", -1.0, "temperature must be positive and finite, got -1.0"),
+        ("temperature", float("nan"), "got nan"),
+        ("temperature", float("inf"), "got inf"),
         ("top_k", -3, "top_k must be at least 1.*got -3"),
         ("top_p", 1.2, r"top_p must be in \(0, 1\].*got 1.2"),
         ("top_p", 0.0, "got 0.0"),
+        ("top_p", float("nan"), "got nan"),
         ("eos_token_ids", (-1,), "must not be negative"),
     ],
 )

@@ -142,9 +142,12 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The generation settings that the command line gives, as overrides of the checkpoint's."""
     sampling = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}
     given = [f"--{name.replace('_', '-')}" for name, value in sampling.items() if value is not None]
-    if arguments.greedy and given:
-        raise ValueError(f"--greedy takes the most likely token and cannot be combined with {', '.join(given)}")
-    if arguments.greedy or arguments.temperature == 0:
+    greedy = "--greedy" if arguments.greedy else "--temperature 0" if arguments.temperature == 0 else None
+    if greedy == "--temperature 0":
+        given.remove("--temperature")
+    if greedy is not None and given:
+        raise ValueError(f"{greedy} takes the most likely token and cannot be combined with {', '.join(given)}")
+    if greedy is not None:
         return {"max_new_tokens": arguments.max_new_tokens, "do_sample": False}
     return {"max_new_tokens": arguments.max_new_tokens, "do_sample": True if given else None, **sampling}
 
