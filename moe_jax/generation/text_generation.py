@@ -83,15 +83,17 @@ def generate(
             padding.
         settings: greedy for 128 tokens by default; `read_generation_settings` gives a checkpoint's own.
         attention_mask: [B, S], nonzero at the tokens of a padded array of prompts, whichever side the padding is on.
-        seed: where randomness starts from, when `settings.do_sample`.
+        seed: where randomness starts from, when `settings.do_sample`; from -2^63 to 2^63 - 1.
         on_token: called with (row, token) for every new token when it is known, and then tokens are computed one by
             one. Without it the whole loop runs on the device.
         with_expert_load: count how often each expert is chosen.
 
     Raises:
-        ValueError: there is no prompt, one is empty or holds an id outside the vocabulary, or prompt and new tokens
-            together exceed the positions that the model was made for.
+        ValueError: there is no prompt, one is empty or holds an id outside the vocabulary, prompt and new tokens
+            together exceed the positions that the model was made for, or the seed is out of range.
     """
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be from -2^63 to 2^63 - 1, got {seed}")
     settings = settings or GenerationSettings()
     rows = unpadded(prompts, attention_mask)
     max_new_tokens = check_prompts(rows, settings.max_new_tokens, model.decoder)

@@ -62,7 +62,9 @@ def run(checkpoint, *arguments, status=0):
 
 
 def give_stdin(monkeypatch, text, *, is_terminal=False):
-    stdin = io.StringIO(text)
+    """Standard input as a process has it, of these bytes or this text."""
+    content = text if isinstance(text, bytes) else text.encode()
+    stdin = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", newline="\n")
     stdin.isatty = lambda: is_terminal
     monkeypatch.setattr(sys, "stdin", stdin)
 
@@ -80,10 +82,33 @@ def test_several_prompts_run_as_one_batch_and_stand_apart(checkpoint, capsys):
 
 
 def test_lines_of_standard_input_are_prompts(checkpoint, capsys, monkeypatch):
-    give_stdin(monkeypatch, "first\n\n  \nsecond one\n")
+    give_stdin(monkeypatch, "first\n second one\n \nlast")
     run(checkpoint, "--json", *LIMIT)
     results = json.loads(capsys.readouterr().out)["results"]
-    assert [result["prompt"] for result in results] == ["first", "second one"]
+    assert [result["prompt"] for result in results] == ["first", " second one", " ", "last"]
+
+
+def test_only_a_line_feed_ends_a_line_of_standard_input(checkpoint, capsys, monkeypatch):
+    lines = ["form\ffeed", "line\u2028separator", "next\x85line", "group\x1dseparator", "carriage\rreturn"]
+    give_stdin(monkeypatch, "\r\n".join([*lines, ""]))
+    run(checkpoint, "--json", *LIMIT)
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert [result["prompt"] for result in results] == lines
+
+
+@pytest.mark.parametrize(("text", "number"), [("a\n\nb\n", 2), ("\n", 1), ("a\r\n\r\n", 2), ("a\nb\n\n", 3)], ids=repr)
+def test_an_empty_line_of_standard_input_is_refused_with_its_number(checkpoint, capsys, monkeypatch, text, number):
+    give_stdin(monkeypatch, text)
+    run(checkpoint, status=2)
+    assert f"line {number} of standard input is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [(), ("--prompt", "-")], ids=["lines", "whole"])
+def test_standard_input_that_is_not_utf8_is_refused(checkpoint, capsys, monkeypatch, arguments):
+    give_stdin(monkeypatch, b"tea\ncaf\xe9\n")
+    run(checkpoint, *arguments, status=2)
+    assert re.fullmatch(r"moe-jax generate: a prompt is not valid UTF-8 after '.*caf'\n", capsys.readouterr().err)
+    assert checkpoint.loaded_with == []
 
 
 def test_a_dash_is_the_whole_of_standard_input(checkpoint, capsys, monkeypatch):
@@ -218,6 +243,8 @@ def test_stats_are_drawn_as_a_picture(checkpoint, ending, magic):
         (("--prompt", "x", "--temperature", "-1"), "temperature must be positive and finite, got -1.0"),
         (("--prompt", "x", "--system", "y"), "--system needs --chat"),
         (("--prompt", ""), "a prompt is empty"),
+        (("--prompt", "caf\udce9"), "a prompt is not valid UTF-8 after 'caf'"),  # how Python hands over other bytes
+        (("--prompt", "x", "--chat", "--system", "\udce9"), "--system is not valid UTF-8 after ''"),
         (("--prompt", "x" * 99, "--max-new-tokens", "2"), "99 tokens, .* exceeds the model's 100 positions"),
     ],
 )
@@ -227,6 +254,14 @@ def test_what_cannot_be_done_is_one_message_and_status_2(checkpoint, arguments, 
     assert captured.out == ""
     assert re.search(message, captured.err)
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("seed", ["99999999999999999999999", "-9223372036854775809"])
+def test_a_seed_that_jax_does_not_take_is_wrong_usage(seed, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "absent", "--prompt", "x", "--seed", seed])
+    assert ended.value.code == 2
+    assert f"argument --seed: must be from -2^63 to 2^63 - 1, got {seed}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("is_terminal", "message"), [(True, "give --prompt TEXT"), (False, "standard input is empty")])

@@ -201,6 +201,12 @@ def test_prompts_that_cannot_be_continued_are_refused(model, prompts, max_new_to
         generate(model, prompts, GenerationSettings(max_new_tokens=max_new_tokens))
 
 
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1])
+def test_a_seed_of_more_than_64_bits_is_refused(model, seed):
+    with pytest.raises(ValueError, match=rf"seed must be from -2\^63 to 2\^63 - 1, got {seed}"):
+        generate(model, [[1]], GenerationSettings(max_new_tokens=2), seed=seed)
+
+
 def test_a_mask_of_another_shape_is_refused(model):
     with pytest.raises(ValueError, match=r"\(1, 3\).*\(1, 2\)"):
         generate(model, np.ones((1, 3), int), attention_mask=np.ones((1, 2), int))
