@@ -43,8 +43,10 @@ class GenerationSettings:
             raise ValueError(f"top_k must be at least 1, or None for all tokens; got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], or None for all tokens; got {self.top_p}")
-        if any(token < 0 for token in self.eos_token_ids):
-            raise ValueError(f"eos_token_ids must not be negative, got {self.eos_token_ids}")
+        if not all(0 <= token < 2**31 for token in self.eos_token_ids):
+            raise ValueError(f"eos_token_ids must be from 0 to 2^31 - 1, got {self.eos_token_ids}")
+        if not -(2**31) <= self.pad_token_id < 2**31:
+            raise ValueError(f"pad_token_id must be from -2^31 to 2^31 - 1, got {self.pad_token_id}")
 
 
 NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
@@ -102,6 +104,28 @@ def refuse_unsupported(generation_config: Mapping[str, Any], *, sampling: bool) 
         )
 
 
+SETTING_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "max_new_tokens": ((int,), "an integer"),
+    "do_sample": ((bool,), "true or false"),
+    "temperature": ((int, float), "a number"),
+    "top_k": ((int,), "an integer"),
+    "top_p": ((int, float), "a number"),
+    "eos_token_id": ((int,), "an integer or a list of integers"),
+    "pad_token_id": ((int,), "an integer"),
+}
+"""Supported settings: the types that a value may have in a file (a list's members, for `eos_token_id`), and in words."""
+
+
+def check_types(file: str, settings: Mapping[str, Any]) -> None:
+    """ValueError naming `file`, where `settings` stand, if one of `SETTING_TYPES` has a value of another type."""
+    for name, (types, meaning) in SETTING_TYPES.items():
+        value = settings.get(name)
+        values = value if name == "eos_token_id" and isinstance(value, list) else [value]
+        # Not `isinstance`, which takes true and false for integers.
+        if value is not None and any(type(member) not in types for member in values):
+            raise ValueError(f"{file}: {name} must be {meaning}, got {value!r}")
+
+
 def token_ids(setting: int | list[int] | None) -> tuple[int, ...]:
     """An `eos_token_id` as Hugging Face writes it (null, an int, or a list of ints) as a tuple."""
     if setting is None:
@@ -124,10 +148,13 @@ def settings_from_hf(
 
     Raises:
         ValueError: the checkpoint asks for something that would change the result and is not supported, a value is
-            illegal, or the caller restricts what is drawn although nothing is.
+            illegal or of the wrong type, or the caller restricts what is drawn although nothing is.
     """
     overrides = {name: value for name, value in overrides.items() if value is not None}
     given = {name: value for name, value in generation_config.items() if value is not None}
+    inherited = {name: config.get(name) for name in ("eos_token_id", "pad_token_id") if name not in given}
+    check_types("generation_config.json", given)
+    check_types("config.json", inherited)
     settings: dict[str, Any] = {name: given[name] for name in ("max_new_tokens", "do_sample", "top_p") if name in given}
     # `temperature: 0` and `top_k: 0` are in use for "greedy" and "all tokens".
     if given.get("temperature") == 0:
@@ -135,8 +162,9 @@ def settings_from_hf(
     elif "temperature" in given:
         settings["temperature"] = given["temperature"]
     settings["top_k"] = given.get("top_k") or None
-    settings["eos_token_ids"] = token_ids(given.get("eos_token_id", config.get("eos_token_id")))
-    pad = given.get("pad_token_id", config.get("pad_token_id"))
+    ids = {**given, **inherited}
+    settings["eos_token_ids"] = token_ids(ids.get("eos_token_id"))
+    pad = ids.get("pad_token_id")
     if pad is None:
         pad = settings["eos_token_ids"][0] if settings["eos_token_ids"] else 0
     settings["pad_token_id"] = pad

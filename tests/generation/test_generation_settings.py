@@ -1,6 +1,7 @@
 """What `generation_config.json` means, and what is refused."""
 
 import json
+import re
 
 import pytest
 
@@ -95,12 +96,39 @@ def test_settings_of_sampling_matter_only_when_sampling():
         ("top_p", 1.2, r"top_p must be in \(0, 1\].*got 1.2"),
         ("top_p", 0.0, "got 0.0"),
         ("top_p", float("nan"), "got nan"),
-        ("eos_token_ids", (-1,), "must not be negative"),
+        ("eos_token_ids", (-1,), r"must be from 0 to 2\^31 - 1, got \(-1,\)"),
+        ("eos_token_ids", (2**31,), "must be from 0"),
+        ("pad_token_id", 2**31, r"must be from -2\^31"),
     ],
 )
 def test_illegal_values_are_refused(field, value, message):
     with pytest.raises(ValueError, match=message):
         GenerationSettings(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "meaning"),
+    [
+        ("temperature", "0.7", "a number"),
+        ("top_p", [0.5], "a number"),
+        ("top_k", 20.5, "an integer"),
+        ("max_new_tokens", "5", "an integer"),
+        ("max_new_tokens", True, "an integer"),
+        ("do_sample", "true", "true or false"),
+        ("do_sample", 1, "true or false"),
+        ("eos_token_id", "0", "an integer or a list of integers"),
+        ("eos_token_id", [0, "1"], "an integer or a list of integers"),
+        ("pad_token_id", {}, "an integer"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_with_file_and_key(setting, value, meaning):
+    message = re.escape(f"{setting} must be {meaning}, got {value!r}")
+    with pytest.raises(ValueError, match=rf"^generation_config\.json: {message}$"):
+        settings_from_hf({setting: value}, {})
+    if setting.endswith("token_id"):
+        with pytest.raises(ValueError, match=rf"^config\.json: {message}$"):
+            settings_from_hf({}, {setting: value})
+        settings_from_hf({setting: 7}, {setting: value})  # what is not used may be anything
 
 
 def test_settings_are_read_from_a_checkpoint_folder(tmp_path):
