@@ -22,11 +22,14 @@ class GenerationSettings:
     do_sample: bool = False
     """Draw tokens at random; otherwise take the most likely one, and the three settings below have no effect."""
     temperature: float = 1.0
-    """Logits are divided by this before anything else; below 1 sharpens, above 1 flattens."""
+    """Logits are divided by this before `top_k` and `top_p`; below 1 sharpens, above 1 flattens."""
     top_k: int | None = None
     """Draw from this many of the most likely tokens; None: from all."""
     top_p: float | None = None
     """Draw from the smallest set of tokens that reaches this probability; None: from all."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that the row already holds, in its prompt or after it, are divided by this where positive and
+    multiplied where negative, before anything else; above 1 discourages repetition, 1 changes nothing."""
     eos_token_ids: tuple[int, ...] = ()
     """A row ends with the first of these; the token itself is part of the result."""
     pad_token_id: int = 0
@@ -39,6 +42,8 @@ class GenerationSettings:
             raise ValueError(
                 f"temperature must be positive and finite, got {self.temperature}; greedy decoding needs none"
             )
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty must be positive and finite, got {self.repetition_penalty}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, or None for all tokens; got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -55,7 +60,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "num_return_sequences": (1,),
     "penalty_alpha": (0.0,),
     "dola_layers": (),
-    "repetition_penalty": (1.0,),
     "encoder_repetition_penalty": (1.0,),
     "no_repeat_ngram_size": (0,),
     "encoder_no_repeat_ngram_size": (0,),
@@ -99,8 +103,9 @@ def refuse_unsupported(generation_config: Mapping[str, Any], *, sampling: bool) 
     ]
     if unsupported:
         raise ValueError(
-            f"generation_config.json asks for {', '.join(unsupported)}, which is not supported; supported are "
-            "do_sample, temperature, top_k, top_p, max_new_tokens, eos_token_id and pad_token_id"
+            f"generation_config.json asks for {', '.join(unsupported)}, which is not supported (supported are "
+            f"{', '.join(SETTING_TYPES)}); leave the file aside with --ignore-generation-config "
+            "(ignore_generation_config=True)"
         )
 
 
@@ -110,6 +115,7 @@ SETTING_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
     "temperature": ((int, float), "a number"),
     "top_k": ((int,), "an integer"),
     "top_p": ((int, float), "a number"),
+    "repetition_penalty": ((int, float), "a number"),
     "eos_token_id": ((int,), "an integer or a list of integers"),
     "pad_token_id": ((int,), "an integer"),
 }
@@ -155,7 +161,8 @@ def settings_from_hf(
     inherited = {name: config.get(name) for name in ("eos_token_id", "pad_token_id") if name not in given}
     check_types("generation_config.json", given)
     check_types("config.json", inherited)
-    settings: dict[str, Any] = {name: given[name] for name in ("max_new_tokens", "do_sample", "top_p") if name in given}
+    taken_over = ("max_new_tokens", "do_sample", "top_p", "repetition_penalty")
+    settings: dict[str, Any] = {name: given[name] for name in taken_over if name in given}
     # `temperature: 0` and `top_k: 0` are in use for "greedy" and "all tokens".
     if given.get("temperature") == 0:
         settings["do_sample"] = False
@@ -177,8 +184,16 @@ def settings_from_hf(
     return merged
 
 
-def read_generation_settings(folder: str | os.PathLike[str], **overrides: Any) -> GenerationSettings:
+def read_generation_settings(
+    folder: str | os.PathLike[str], *, ignore_generation_config: bool = False, **overrides: Any
+) -> GenerationSettings:
     """`settings_from_hf` of a checkpoint folder (Hugging Face's or a converted one).
+
+    Args:
+        folder: the checkpoint.
+        ignore_generation_config: go on as if there was no `generation_config.json`; the tokens that end a row are then
+            those of `config.json`, which may be fewer.
+        **overrides: see `settings_from_hf`.
 
     Raises:
         FileNotFoundError: the folder has no `config.json`.
@@ -186,5 +201,6 @@ def read_generation_settings(folder: str | os.PathLike[str], **overrides: Any) -
     """
     folder = Path(folder)
     generation_config_file = folder / "generation_config.json"
-    generation_config = read_json_object(generation_config_file) if generation_config_file.exists() else {}
+    is_read = not ignore_generation_config and generation_config_file.exists()
+    generation_config = read_json_object(generation_config_file) if is_read else {}
     return settings_from_hf(generation_config, read_json_object(folder / "config.json"), **overrides)

@@ -75,7 +75,9 @@ def generate(
     """Continue every prompt until it ends or has `settings.max_new_tokens` new tokens.
 
     Prompts are padded to a power of two, and so is the room for new tokens; only another padded shape (or batch size)
-    compiles. What a row gets depends on its prompt, its number in the batch and `seed`, not on the other rows.
+    compiles. What a row gets depends on its prompt, its number in the batch and `seed`, not on the other rows. So
+    `settings.repetition_penalty` leaves padding out, while `transformers` penalizes the padding token of a row that is
+    shorter than others.
 
     Args:
         model: a causal language model, see `moe_jax.from_pretrained`.
@@ -106,6 +108,7 @@ def generate(
         do_sample=settings.do_sample,
         top_k=settings.top_k if settings.do_sample else None,
         use_top_p=settings.do_sample and settings.top_p is not None,
+        penalizes_repetition=settings.repetition_penalty != 1,
         with_expert_load=with_expert_load,
     )
     return run(signature, state, rows, settings, max_new_tokens, seed, on_token)
@@ -169,6 +172,7 @@ def run(
         seed_key=jax.random.key(seed),
         temperature=np.float32(settings.temperature),
         top_p=np.float32(1.0 if settings.top_p is None else settings.top_p),
+        repetition_penalty=np.float32(settings.repetition_penalty),
         eos_token_ids=np.asarray(settings.eos_token_ids, np.int32),
         pad_token_id=np.int32(settings.pad_token_id),
     )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_tokenizers
-from fading_memory_model import FadingMemoryModel, expected_greedy, expected_load
+from fading_memory_model import FadingMemoryModel, expected_greedy, expected_load, expected_penalized
 from golden_cases import golden_cases
 from small_tokenizers import CHATML, END_OF_TEXT
 
@@ -276,6 +276,25 @@ def test_a_setting_that_is_not_supported_is_refused_before_the_model_is_loaded(c
     run(checkpoint, "--prompt", "x", status=2)
     assert "num_beams=4" in capsys.readouterr().err
     assert checkpoint.loaded_with == []
+
+
+def test_a_generation_config_that_is_not_supported_can_be_left_aside(checkpoint, capsys):
+    (checkpoint.folder / "generation_config.json").write_text('{"num_beams": 4, "max_new_tokens": 1}')
+    run(checkpoint, "--prompt", "x", "--ignore-generation-config", *LIMIT)
+    assert capsys.readouterr().out == f"x{checkpoint.text('x')}\n"
+
+
+@pytest.mark.parametrize("file", [{"repetition_penalty": 1.7}, {}], ids=["checkpoint", "command line"])
+def test_a_repetition_penalty_comes_from_the_checkpoint_or_the_command_line(checkpoint, capsys, file):
+    (checkpoint.folder / "generation_config.json").write_text(json.dumps(file))
+    options = ("--greedy",) if file else ("--greedy", "--repetition-penalty", "1.7")
+    run(checkpoint, "--prompt", "ab", "--json", *options, *LIMIT)
+    document = json.loads(capsys.readouterr().out)
+    prompt_ids = checkpoint.tokenizer.encode("ab")
+    assert document["settings"]["repetition_penalty"] == 1.7
+    assert document["results"][0]["token_ids"] == expected_penalized(checkpoint.table, prompt_ids, NEW_TOKENS, 1.7)
+    run(checkpoint, "--prompt", "ab", "--json", "--repetition-penalty", "1", *LIMIT)
+    assert json.loads(capsys.readouterr().out)["results"][0]["token_ids"] == checkpoint.tokens("ab")
 
 
 def test_a_checkpoint_without_tokenizer_json_says_so(checkpoint, capsys):

@@ -19,6 +19,7 @@ def test_every_supported_setting_is_read():
         "temperature": 0.6,
         "top_k": 20,
         "top_p": 0.95,
+        "repetition_penalty": 1.05,
         "max_new_tokens": 77,
         "eos_token_id": [151645, 151643],
         "pad_token_id": 151643,
@@ -29,6 +30,7 @@ def test_every_supported_setting_is_read():
         temperature=0.6,
         top_k=20,
         top_p=0.95,
+        repetition_penalty=1.05,
         max_new_tokens=77,
         eos_token_ids=(151645, 151643),
         pad_token_id=151643,
@@ -59,7 +61,7 @@ def test_customary_ways_to_switch_a_setting_off_are_understood(generation_config
     ("setting", "value"),
     [
         ("num_beams", 4),
-        ("repetition_penalty", 1.05),
+        ("encoder_repetition_penalty", 1.05),
         ("no_repeat_ngram_size", 3),
         ("suppress_tokens", [5]),
         ("bad_words_ids", [[7]]),
@@ -70,7 +72,7 @@ def test_customary_ways_to_switch_a_setting_off_are_understood(generation_config
     ],
 )
 def test_a_setting_that_would_change_the_result_is_refused_by_name(setting, value):
-    with pytest.raises(ValueError, match=setting):
+    with pytest.raises(ValueError, match=rf"{setting}.*--ignore-generation-config \(ignore_generation_config=True\)$"):
         settings_from_hf({setting: value}, {})
 
 
@@ -93,6 +95,8 @@ def test_settings_of_sampling_matter_only_when_sampling():
         ("temperature", float("nan"), "got nan"),
         ("temperature", float("inf"), "got inf"),
         ("top_k", -3, "top_k must be at least 1.*got -3"),
+        ("repetition_penalty", 0.0, "repetition_penalty must be positive and finite, got 0.0"),
+        ("repetition_penalty", float("nan"), "got nan"),
         ("top_p", 1.2, r"top_p must be in \(0, 1\].*got 1.2"),
         ("top_p", 0.0, "got 0.0"),
         ("top_p", float("nan"), "got nan"),
@@ -111,6 +115,7 @@ def test_illegal_values_are_refused(field, value, message):
     [
         ("temperature", "0.7", "a number"),
         ("top_p", [0.5], "a number"),
+        ("repetition_penalty", "1.05", "a number"),
         ("top_k", 20.5, "an integer"),
         ("max_new_tokens", "5", "an integer"),
         ("max_new_tokens", True, "an integer"),
@@ -137,6 +142,14 @@ def test_settings_are_read_from_a_checkpoint_folder(tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2], "do_sample": True}))
     settings = read_generation_settings(tmp_path, max_new_tokens=5)
     assert settings == GenerationSettings(do_sample=True, eos_token_ids=(1, 2), pad_token_id=4, max_new_tokens=5)
+
+
+@pytest.mark.parametrize("content", ['{"num_beams": 4, "eos_token_id": 1}', '{"top_p": "x"}', "{not json"])
+def test_a_generation_config_can_be_left_aside(tmp_path, content):
+    (tmp_path / "config.json").write_text('{"eos_token_id": 9}')
+    (tmp_path / "generation_config.json").write_text(content)
+    settings = read_generation_settings(tmp_path, ignore_generation_config=True, max_new_tokens=3)
+    assert settings == GenerationSettings(eos_token_ids=(9,), pad_token_id=9, max_new_tokens=3)
 
 
 def test_a_broken_file_is_named(tmp_path):

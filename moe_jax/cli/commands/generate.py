@@ -19,8 +19,8 @@ SUMMARY = "continue prompts, or answer them"
 DESCRIPTION = """\
 Continue one or several prompts. Without --prompt, every line of standard input is one; none may be empty.
 
-How tokens are chosen is up to the checkpoint's generation_config.json; --greedy, --temperature, --top-k and --top-p
-replace what it says. One prompt is printed as it is written; several run as one batch. Remarks and speed go to
+How tokens are chosen is up to the checkpoint's generation_config.json; --greedy, --temperature, --top-k, --top-p and
+--repetition-penalty replace what it says. One prompt is printed as it is written; several run as one batch. Remarks and speed go to
 standard error.
 
 --mesh spreads the model over several devices. On several hosts, start the same command with --distributed on each;
@@ -63,6 +63,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-p", type=float, metavar="P", help="draw from the smallest set that reaches probability P"
     )
     choice.add_argument(
+        "--repetition-penalty",
+        type=float,
+        metavar="X",
+        help="above 1 makes tokens less likely that are in the prompt or were generated; 1 switches it off",
+    )
+    choice.add_argument(
+        "--ignore-generation-config",
+        action="store_true",
+        help="leave the checkpoint's generation_config.json aside; ends are then those of config.json",
+    )
+    choice.add_argument(
         "--seed", type=seed_number, default=0, metavar="N", help="where randomness starts from (default: 0)"
     )
     chat = parser.add_argument_group("conversation")
@@ -100,7 +111,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     mesh = processes.join(arguments)
     folder = resolve_source(arguments.model)
-    settings = read_generation_settings(folder, **overrides)
+    settings = read_generation_settings(
+        folder, ignore_generation_config=arguments.ignore_generation_config, **overrides
+    )
     tokenizer = Tokenizer.from_folder(folder)
     prompt_ids = [encode(tokenizer, prompt, arguments) for prompt in prompts]
     processes.check_agreement(prompt_ids, settings, arguments.seed)
@@ -152,9 +165,10 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
         given.remove("--temperature")
     if greedy is not None and given:
         raise ValueError(f"{greedy} takes the most likely token and cannot be combined with {', '.join(given)}")
+    always = {name: getattr(arguments, name) for name in ("max_new_tokens", "repetition_penalty")}
     if greedy is not None:
-        return {"max_new_tokens": arguments.max_new_tokens, "do_sample": False}
-    return {"max_new_tokens": arguments.max_new_tokens, "do_sample": True if given else None, **sampling}
+        return {**always, "do_sample": False}
+    return {**always, "do_sample": True if given else None, **sampling}
 
 
 def seed_number(text: str) -> int:
