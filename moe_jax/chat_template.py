@@ -67,7 +67,7 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, **variables: Any
     ) -> str:
-        """The text of a conversation; ValueError with the template's own words if it rejects the conversation.
+        """The text of a conversation; ValueError with the template's own words if it rejects the conversation or fails.
 
         Args:
             messages: each with "role" and "content", as the template expects them.
@@ -80,3 +80,5 @@ class ChatTemplate:
             return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
         except (jinja2.TemplateError, TypeError) as error:  # TypeError: such as text + none
             raise ValueError(f"the chat template rejects this conversation: {error}") from error
+        except Exception as error:  # a template is the checkpoint's own program, which can fail in any way
+            raise ValueError(f"the chat template fails with {type(error).__name__}: {error}") from error

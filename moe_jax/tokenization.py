@@ -60,8 +60,9 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
         except Exception as error:  # the package raises nothing more specific
             raise ValueError(f"{file} is not a tokenizer: {error}") from error
+        special_tokens = _special_tokens(folder / "special_tokens_map.json")
+        special_tokens |= _special_tokens(folder / "tokenizer_config.json")
         config = _read_if_present(folder / "tokenizer_config.json")
-        special_tokens = _special_tokens(_read_if_present(folder / "special_tokens_map.json")) | _special_tokens(config)
         return cls(backend, special_tokens=special_tokens, chat_template=_chat_template_source(folder, config))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -155,11 +156,15 @@ def _read_if_present(path: Path) -> dict[str, Any]:
     return read_json_object(path) if path.exists() else {}
 
 
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens as text; files hold the text itself or an object with "content"."""
-    values = {name: config.get(name) for name in SPECIAL_TOKEN_NAMES}
-    texts = {name: value["content"] if isinstance(value, Mapping) else value for name, value in values.items()}
-    return {name: text for name, text in texts.items() if text is not None}
+def _special_tokens(file: Path) -> dict[str, str]:
+    """Special tokens in `file` as text; it holds the text itself or an object with "content"."""
+    config = _read_if_present(file)
+    values = {name: config[name] for name in SPECIAL_TOKEN_NAMES if config.get(name) is not None}
+    texts = {name: value.get("content") if isinstance(value, Mapping) else value for name, value in values.items()}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise ValueError(f'{file}: {name} must be a text or an object with "content", got {values[name]!r}')
+    return texts
 
 
 def _chat_template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
@@ -170,10 +175,14 @@ def _chat_template_source(folder: Path, config: Mapping[str, Any]) -> str | None
     template = config.get("chat_template")
     if template is None or isinstance(template, str):
         return template
+    file = folder / "tokenizer_config.json"
+    if not isinstance(template, list) or not all(map(_is_named_template, template)):
+        raise ValueError(f'{file}: chat_template must be a text or a list of objects with "name" and "template"')
     named = {entry["name"]: entry["template"] for entry in template}
     if "default" not in named:
-        raise ValueError(
-            f"{folder / 'tokenizer_config.json'} has the chat templates {', '.join(sorted(named))}, "
-            "but none called 'default'"
-        )
+        raise ValueError(f"{file} has the chat templates {', '.join(sorted(named))}, but none called 'default'")
     return named["default"]
+
+
+def _is_named_template(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and all(isinstance(entry.get(key), str) for key in ("name", "template"))

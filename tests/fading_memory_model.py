@@ -90,6 +90,17 @@ def expected_greedy(table: np.ndarray, prompt: list[int], max_new_tokens: int, e
     return tokens[len(prompt) :]
 
 
+def expected_penalized(table: np.ndarray, prompt: list[int], max_new_tokens: int, penalty: float) -> list[int]:
+    """`expected_greedy` with a repetition penalty, token by token as its definition goes."""
+    tokens = list(prompt)
+    for _ in range(max_new_tokens):
+        logits = expected_logits(table, tokens)
+        for token in set(tokens):
+            logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+        tokens.append(int(np.argmax(logits)))
+    return tokens[len(prompt) :]
+
+
 def expected_load(tokens: list[int]) -> np.ndarray:
     """How often each expert of each layer is chosen for `tokens`."""
     load = np.zeros((NUM_LAYERS, NUM_EXPERTS), int)

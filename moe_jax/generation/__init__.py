@@ -1,6 +1,6 @@
 """Text generation: sampling, the settings of a checkpoint, and the compiled loop."""
 
-from moe_jax.generation.sampling import greedy, in_nucleus, sample
+from moe_jax.generation.sampling import greedy, in_nucleus, penalize_repetition, sample
 from moe_jax.generation.settings import GenerationSettings, read_generation_settings, settings_from_hf
 from moe_jax.generation.text_generation import FinishReason, Generation, Timing, generate
 
@@ -12,6 +12,7 @@ __all__ = [
     "generate",
     "greedy",
     "in_nucleus",
+    "penalize_repetition",
     "read_generation_settings",
     "sample",
     "settings_from_hf",

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.device_layouts import described
-from moe_jax.generation.sampling import greedy, row_keys, sample
+from moe_jax.generation.sampling import greedy, penalize_repetition, row_keys, sample
 
 SMALLEST_BUCKET = 16
 MAX_PROGRAMS = 32
@@ -40,6 +40,7 @@ class Controls:
     seed_key: Key[Array, ""]
     temperature: Float[Any, ""]
     top_p: Float[Any, ""]
+    repetition_penalty: Float[Any, ""]
     eos_token_ids: Int[Any, "N"]
     pad_token_id: Int[Any, ""]
 
@@ -59,6 +60,8 @@ class Progress:
     positions: Int[Array, "B"]
     """Position of the next token."""
     step: Int[Array, ""]
+    seen: Bool[Array, "B V"] | None
+    """Which tokens each row holds, those of its prompt included; None if repetition is not penalized."""
     expert_load: Int[Array, "L E"] | None
     """Chosen (token, slot) pairs per MoE layer and expert so far; None if not asked for."""
 
@@ -84,6 +87,7 @@ class Signature:
     do_sample: bool
     top_k: int | None
     use_top_p: bool
+    penalizes_repetition: bool = False
     with_expert_load: bool
 
     @property
@@ -117,9 +121,15 @@ def signature_of(model: nnx.Module, **sizes: Any) -> tuple[Signature, Any]:
 
 
 def choose_tokens(
-    logits: Float[Array, "B V"], controls: Controls, step: Int[Array, ""], signature: Signature
+    logits: Float[Array, "B V"],
+    controls: Controls,
+    step: Int[Array, ""],
+    signature: Signature,
+    seen: Bool[Array, "B V"] | None,
 ) -> Int[Array, "B"]:
-    """The next token of each row, greedy or drawn."""
+    """The next token of each row, greedy or drawn; tokens that a row has `seen` are penalized first."""
+    if seen is not None:
+        logits = penalize_repetition(logits, seen, controls.repetition_penalty)
     if not signature.do_sample:
         return greedy(logits)
     return sample(
@@ -137,6 +147,17 @@ def run_model(
     """Logits after the last token of each row, the new cache, and the expert load if asked for."""
     hidden, cache, aux = model.hidden_states(input_ids, with_aux=signature.with_expert_load, **inputs)
     return model.logits(hidden[:, -1]), cache, None if aux is None else aux.expert_load
+
+
+def with_tokens(
+    seen: Bool[Array, "B V"], tokens: Int[Array, "B S"], counted: Bool[Array, "B S"] | bool = True
+) -> Bool[Array, "B V"]:
+    """`seen`, and of each row those of its `tokens` that are `counted`."""
+    vocab_size = seen.shape[-1]
+    rows = jnp.arange(len(tokens))[:, None]
+    # An id that is outside the vocabulary is dropped; a negative one would count from its end.
+    is_token = counted & (tokens >= 0)
+    return seen.at[rows, jnp.where(is_token, tokens, vocab_size)].set(True, mode="drop")
 
 
 def is_any_of(tokens: Int[Array, "B"], candidates: Int[Array, "N"]) -> Bool[Array, "B"]:
@@ -174,7 +195,10 @@ def prefill(
         positions=positions,
         cache=model.init_cache(signature.batch_size, signature.cache_length),
     )
-    first = choose_tokens(logits, controls, jnp.int32(0), signature)
+    seen = None
+    if signature.penalizes_repetition:
+        seen = with_tokens(jnp.zeros(logits.shape, bool), input_ids, attention_mask)
+    first = choose_tokens(logits, controls, jnp.int32(0), signature, seen)
     tokens = jnp.full((signature.batch_size, signature.room), controls.pad_token_id, jnp.int32)
     ended = is_any_of(first, controls.eos_token_ids)
     progress = Progress(
@@ -184,6 +208,7 @@ def prefill(
         ended=ended,
         positions=positions[:, -1] + 1,
         step=jnp.int32(1),
+        seen=None if seen is None else with_tokens(seen, first[:, None]),
         expert_load=expert_load,
     )
     return progress, first, jnp.copy(ended)
@@ -212,7 +237,7 @@ def decode(
             positions=progress.positions[:, None],
             cache=progress.cache,
         )
-        chosen = choose_tokens(logits, controls, progress.step, signature)
+        chosen = choose_tokens(logits, controls, progress.step, signature, progress.seen)
         chosen = jnp.where(progress.ended, controls.pad_token_id, chosen)
         return Progress(
             cache=cache,
@@ -221,6 +246,7 @@ def decode(
             ended=progress.ended | is_any_of(chosen, controls.eos_token_ids),
             positions=progress.positions + 1,
             step=progress.step + 1,
+            seen=None if progress.seen is None else with_tokens(progress.seen, chosen[:, None]),
             expert_load=jax.tree.map(jnp.add, progress.expert_load, expert_load),
         )
 
@@ -256,7 +282,14 @@ def lower_prefill(signature: Signature) -> jax.stages.Lowered:
     placed: Any = whole  # shardings stand where arrays will
     # The cache keeps the sharding in which the model creates it.
     delivered = Progress(
-        cache=None, tokens=placed, lengths=placed, ended=placed, positions=placed, step=placed, expert_load=placed
+        cache=None,
+        tokens=placed,
+        lengths=placed,
+        ended=placed,
+        positions=placed,
+        step=placed,
+        seen=placed,
+        expert_load=placed,
     )
     return jax.jit(functools.partial(prefill, signature), out_shardings=(delivered, whole, whole)).lower(
         _state(signature),
@@ -295,6 +328,7 @@ def _controls(signature: Signature) -> Controls:
         seed_key=seed_key,
         temperature=jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
         top_p=jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
+        repetition_penalty=jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
         eos_token_ids=jax.ShapeDtypeStruct((signature.num_eos,), jnp.int32, sharding=whole),
         pad_token_id=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
     )

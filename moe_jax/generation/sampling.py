@@ -10,6 +10,17 @@ def greedy(logits: Float[Array, "B V"]) -> Int[Array, "B"]:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
+def penalize_repetition(
+    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: float | Float[Array, ""]
+) -> Float[Array, "B V"]:
+    """Logits, float32, in which those of `seen` tokens are divided by `penalty` if positive and multiplied otherwise.
+
+    Source: Keskar et al. 2019, arXiv 1909.05858, section 4.1, as in `transformers`' `RepetitionPenaltyLogitsProcessor`.
+    """
+    logits = logits.astype(jnp.float32)
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
 def in_nucleus(ranked_logits: Float[Array, "B V"], top_p: float | Float[Array, ""]) -> Bool[Array, "B V"]:
     """Which tokens form the smallest set whose probabilities sum to at least `top_p`.
 

@@ -1,6 +1,7 @@
 """What a generation is asked to do, and what a checkpoint's `generation_config.json` says about it."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,11 +22,14 @@ class GenerationSettings:
     do_sample: bool = False
     """Draw tokens at random; otherwise take the most likely one, and the three settings below have no effect."""
     temperature: float = 1.0
-    """Logits are divided by this before anything else; below 1 sharpens, above 1 flattens."""
+    """Logits are divided by this before `top_k` and `top_p`; below 1 sharpens, above 1 flattens."""
     top_k: int | None = None
     """Draw from this many of the most likely tokens; None: from all."""
     top_p: float | None = None
     """Draw from the smallest set of tokens that reaches this probability; None: from all."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that the row already holds, in its prompt or after it, are divided by this where positive and
+    multiplied where negative, before anything else; above 1 discourages repetition, 1 changes nothing."""
     eos_token_ids: tuple[int, ...] = ()
     """A row ends with the first of these; the token itself is part of the result."""
     pad_token_id: int = 0
@@ -34,14 +38,20 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}; greedy decoding needs none")
+        if not 0 < self.temperature < math.inf:  # said so that NaN is refused
+            raise ValueError(
+                f"temperature must be positive and finite, got {self.temperature}; greedy decoding needs none"
+            )
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty must be positive and finite, got {self.repetition_penalty}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, or None for all tokens; got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], or None for all tokens; got {self.top_p}")
-        if any(token < 0 for token in self.eos_token_ids):
-            raise ValueError(f"eos_token_ids must not be negative, got {self.eos_token_ids}")
+        if not all(0 <= token < 2**31 for token in self.eos_token_ids):
+            raise ValueError(f"eos_token_ids must be from 0 to 2^31 - 1, got {self.eos_token_ids}")
+        if not -(2**31) <= self.pad_token_id < 2**31:
+            raise ValueError(f"pad_token_id must be from -2^31 to 2^31 - 1, got {self.pad_token_id}")
 
 
 NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
@@ -50,7 +60,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "num_return_sequences": (1,),
     "penalty_alpha": (0.0,),
     "dola_layers": (),
-    "repetition_penalty": (1.0,),
     "encoder_repetition_penalty": (1.0,),
     "no_repeat_ngram_size": (0,),
     "encoder_no_repeat_ngram_size": (0,),
@@ -94,9 +103,33 @@ def refuse_unsupported(generation_config: Mapping[str, Any], *, sampling: bool) 
     ]
     if unsupported:
         raise ValueError(
-            f"generation_config.json asks for {', '.join(unsupported)}, which is not supported; supported are "
-            "do_sample, temperature, top_k, top_p, max_new_tokens, eos_token_id and pad_token_id"
+            f"generation_config.json asks for {', '.join(unsupported)}, which is not supported (supported are "
+            f"{', '.join(SETTING_TYPES)}); leave the file aside with --ignore-generation-config "
+            "(ignore_generation_config=True)"
         )
+
+
+SETTING_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "max_new_tokens": ((int,), "an integer"),
+    "do_sample": ((bool,), "true or false"),
+    "temperature": ((int, float), "a number"),
+    "top_k": ((int,), "an integer"),
+    "top_p": ((int, float), "a number"),
+    "repetition_penalty": ((int, float), "a number"),
+    "eos_token_id": ((int,), "an integer or a list of integers"),
+    "pad_token_id": ((int,), "an integer"),
+}
+"""Supported settings: the types that a value may have in a file (a list's members, for `eos_token_id`), and in words."""
+
+
+def check_types(file: str, settings: Mapping[str, Any]) -> None:
+    """ValueError naming `file`, where `settings` stand, if one of `SETTING_TYPES` has a value of another type."""
+    for name, (types, meaning) in SETTING_TYPES.items():
+        value = settings.get(name)
+        values = value if name == "eos_token_id" and isinstance(value, list) else [value]
+        # Not `isinstance`, which takes true and false for integers.
+        if value is not None and any(type(member) not in types for member in values):
+            raise ValueError(f"{file}: {name} must be {meaning}, got {value!r}")
 
 
 def token_ids(setting: int | list[int] | None) -> tuple[int, ...]:
@@ -120,30 +153,47 @@ def settings_from_hf(
         **overrides: fields of `GenerationSettings`; those that are not None win over the checkpoint's.
 
     Raises:
-        ValueError: the checkpoint asks for something that would change the result and is not supported, or a value is
-            illegal.
+        ValueError: the checkpoint asks for something that would change the result and is not supported, a value is
+            illegal or of the wrong type, or the caller restricts what is drawn although nothing is.
     """
     overrides = {name: value for name, value in overrides.items() if value is not None}
     given = {name: value for name, value in generation_config.items() if value is not None}
-    settings: dict[str, Any] = {name: given[name] for name in ("max_new_tokens", "do_sample", "top_p") if name in given}
+    inherited = {name: config.get(name) for name in ("eos_token_id", "pad_token_id") if name not in given}
+    check_types("generation_config.json", given)
+    check_types("config.json", inherited)
+    taken_over = ("max_new_tokens", "do_sample", "top_p", "repetition_penalty")
+    settings: dict[str, Any] = {name: given[name] for name in taken_over if name in given}
     # `temperature: 0` and `top_k: 0` are in use for "greedy" and "all tokens".
     if given.get("temperature") == 0:
         settings["do_sample"] = False
     elif "temperature" in given:
         settings["temperature"] = given["temperature"]
     settings["top_k"] = given.get("top_k") or None
-    settings["eos_token_ids"] = token_ids(given.get("eos_token_id", config.get("eos_token_id")))
-    pad = given.get("pad_token_id", config.get("pad_token_id"))
+    ids = {**given, **inherited}
+    settings["eos_token_ids"] = token_ids(ids.get("eos_token_id"))
+    pad = ids.get("pad_token_id")
     if pad is None:
         pad = settings["eos_token_ids"][0] if settings["eos_token_ids"] else 0
     settings["pad_token_id"] = pad
     merged = GenerationSettings(**{**settings, **overrides})
+    if not merged.do_sample and (ignored := [name for name in ("temperature", "top_k", "top_p") if name in overrides]):
+        raise ValueError(
+            f"{', '.join(ignored)} would have no effect: greedy decoding draws nothing; set do_sample=True"
+        )
     refuse_unsupported(generation_config, sampling=merged.do_sample)
     return merged
 
 
-def read_generation_settings(folder: str | os.PathLike[str], **overrides: Any) -> GenerationSettings:
+def read_generation_settings(
+    folder: str | os.PathLike[str], *, ignore_generation_config: bool = False, **overrides: Any
+) -> GenerationSettings:
     """`settings_from_hf` of a checkpoint folder (Hugging Face's or a converted one).
+
+    Args:
+        folder: the checkpoint.
+        ignore_generation_config: go on as if there was no `generation_config.json`; the tokens that end a row are then
+            those of `config.json`, which may be fewer.
+        **overrides: see `settings_from_hf`.
 
     Raises:
         FileNotFoundError: the folder has no `config.json`.
@@ -151,5 +201,6 @@ def read_generation_settings(folder: str | os.PathLike[str], **overrides: Any) -
     """
     folder = Path(folder)
     generation_config_file = folder / "generation_config.json"
-    generation_config = read_json_object(generation_config_file) if generation_config_file.exists() else {}
+    is_read = not ignore_generation_config and generation_config_file.exists()
+    generation_config = read_json_object(generation_config_file) if is_read else {}
     return settings_from_hf(generation_config, read_json_object(folder / "config.json"), **overrides)

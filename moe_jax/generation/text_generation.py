@@ -75,7 +75,9 @@ def generate(
     """Continue every prompt until it ends or has `settings.max_new_tokens` new tokens.
 
     Prompts are padded to a power of two, and so is the room for new tokens; only another padded shape (or batch size)
-    compiles. What a row gets depends on its prompt, its number in the batch and `seed`, not on the other rows.
+    compiles. What a row gets depends on its prompt, its number in the batch and `seed`, not on the other rows. So
+    `settings.repetition_penalty` leaves padding out, while `transformers` penalizes the padding token of a row that is
+    shorter than others.
 
     Args:
         model: a causal language model, see `moe_jax.from_pretrained`.
@@ -83,15 +85,17 @@ def generate(
             padding.
         settings: greedy for 128 tokens by default; `read_generation_settings` gives a checkpoint's own.
         attention_mask: [B, S], nonzero at the tokens of a padded array of prompts, whichever side the padding is on.
-        seed: where randomness starts from, when `settings.do_sample`.
+        seed: where randomness starts from, when `settings.do_sample`; from -2^63 to 2^63 - 1.
         on_token: called with (row, token) for every new token when it is known, and then tokens are computed one by
             one. Without it the whole loop runs on the device.
         with_expert_load: count how often each expert is chosen.
 
     Raises:
-        ValueError: there is no prompt, one is empty or holds an id outside the vocabulary, or prompt and new tokens
-            together exceed the positions that the model was made for.
+        ValueError: there is no prompt, one is empty or holds an id outside the vocabulary, prompt and new tokens
+            together exceed the positions that the model was made for, or the seed is out of range.
     """
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be from -2^63 to 2^63 - 1, got {seed}")
     settings = settings or GenerationSettings()
     rows = unpadded(prompts, attention_mask)
     max_new_tokens = check_prompts(rows, settings.max_new_tokens, model.decoder)
@@ -104,6 +108,7 @@ def generate(
         do_sample=settings.do_sample,
         top_k=settings.top_k if settings.do_sample else None,
         use_top_p=settings.do_sample and settings.top_p is not None,
+        penalizes_repetition=settings.repetition_penalty != 1,
         with_expert_load=with_expert_load,
     )
     return run(signature, state, rows, settings, max_new_tokens, seed, on_token)
@@ -167,6 +172,7 @@ def run(
         seed_key=jax.random.key(seed),
         temperature=np.float32(settings.temperature),
         top_p=np.float32(1.0 if settings.top_p is None else settings.top_p),
+        repetition_penalty=np.float32(settings.repetition_penalty),
         eos_token_ids=np.asarray(settings.eos_token_ids, np.int32),
         pad_token_id=np.int32(settings.pad_token_id),
     )

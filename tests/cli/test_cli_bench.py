@@ -45,3 +45,11 @@ def test_bench_moe_block_measures_every_number_of_tokens(capsys):
 def test_bench_refuses_an_impossible_layer(capsys):
     assert main(["bench", "moe-block", "--experts", "4", "--top-k", "5"]) == 2
     assert "top_k must be in [1, 4]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [("bench", "--debug", "moe-block"), ("bench", "moe-block", "--debug")], ids=" ".join
+)
+def test_debug_is_accepted_before_and_after_the_name_of_a_benchmark(arguments):
+    with pytest.raises(ValueError, match="top_k must be in"):
+        main([*arguments, "--experts", "4", "--top-k", "5"])

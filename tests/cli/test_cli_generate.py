@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_tokenizers
-from fading_memory_model import FadingMemoryModel, expected_greedy, expected_load
+from fading_memory_model import FadingMemoryModel, expected_greedy, expected_load, expected_penalized
 from golden_cases import golden_cases
 from small_tokenizers import CHATML, END_OF_TEXT
 
@@ -62,7 +62,9 @@ def run(checkpoint, *arguments, status=0):
 
 
 def give_stdin(monkeypatch, text, *, is_terminal=False):
-    stdin = io.StringIO(text)
+    """Standard input as a process has it, of these bytes or this text."""
+    content = text if isinstance(text, bytes) else text.encode()
+    stdin = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", newline="\n")
     stdin.isatty = lambda: is_terminal
     monkeypatch.setattr(sys, "stdin", stdin)
 
@@ -80,10 +82,33 @@ def test_several_prompts_run_as_one_batch_and_stand_apart(checkpoint, capsys):
 
 
 def test_lines_of_standard_input_are_prompts(checkpoint, capsys, monkeypatch):
-    give_stdin(monkeypatch, "first\n\n  \nsecond one\n")
+    give_stdin(monkeypatch, "first\n second one\n \nlast")
     run(checkpoint, "--json", *LIMIT)
     results = json.loads(capsys.readouterr().out)["results"]
-    assert [result["prompt"] for result in results] == ["first", "second one"]
+    assert [result["prompt"] for result in results] == ["first", " second one", " ", "last"]
+
+
+def test_only_a_line_feed_ends_a_line_of_standard_input(checkpoint, capsys, monkeypatch):
+    lines = ["form\ffeed", "line\u2028separator", "next\x85line", "group\x1dseparator", "carriage\rreturn"]
+    give_stdin(monkeypatch, "\r\n".join([*lines, ""]))
+    run(checkpoint, "--json", *LIMIT)
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert [result["prompt"] for result in results] == lines
+
+
+@pytest.mark.parametrize(("text", "number"), [("a\n\nb\n", 2), ("\n", 1), ("a\r\n\r\n", 2), ("a\nb\n\n", 3)], ids=repr)
+def test_an_empty_line_of_standard_input_is_refused_with_its_number(checkpoint, capsys, monkeypatch, text, number):
+    give_stdin(monkeypatch, text)
+    run(checkpoint, status=2)
+    assert f"line {number} of standard input is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [(), ("--prompt", "-")], ids=["lines", "whole"])
+def test_standard_input_that_is_not_utf8_is_refused(checkpoint, capsys, monkeypatch, arguments):
+    give_stdin(monkeypatch, b"tea\ncaf\xe9\n")
+    run(checkpoint, *arguments, status=2)
+    assert re.fullmatch(r"moe-jax generate: a prompt is not valid UTF-8 after '.*caf'\n", capsys.readouterr().err)
+    assert checkpoint.loaded_with == []
 
 
 def test_a_dash_is_the_whole_of_standard_input(checkpoint, capsys, monkeypatch):
@@ -208,10 +233,18 @@ def test_stats_are_drawn_as_a_picture(checkpoint, ending, magic):
         (("--prompt", "x", "--stats", "load.txt"), r"--stats must end in \.png, .*; got load\.txt"),
         (("--prompt", "x", "--stats", "absent/load.png"), "there is no folder absent"),
         (("--prompt", "x", "--greedy", "--top-p", "0.5"), "--greedy .* cannot be combined with --top-p"),
+        (
+            ("--prompt", "x", "--temperature", "0", "--top-k", "3"),
+            "--temperature 0 .* cannot be combined with --top-k$",
+        ),
+        (("--prompt", "x", "--greedy", "--temperature", "0"), "--greedy .* cannot be combined with --temperature"),
+        (("--prompt", "x", "--temperature", "nan"), "temperature must be positive and finite, got nan"),
         (("--prompt", "x", "--top-p", "1.5"), r"top_p must be in \(0, 1\].*got 1.5"),
-        (("--prompt", "x", "--temperature", "-1"), "temperature must be positive, got -1.0"),
+        (("--prompt", "x", "--temperature", "-1"), "temperature must be positive and finite, got -1.0"),
         (("--prompt", "x", "--system", "y"), "--system needs --chat"),
         (("--prompt", ""), "a prompt is empty"),
+        (("--prompt", "caf\udce9"), "a prompt is not valid UTF-8 after 'caf'"),  # how Python hands over other bytes
+        (("--prompt", "x", "--chat", "--system", "\udce9"), "--system is not valid UTF-8 after ''"),
         (("--prompt", "x" * 99, "--max-new-tokens", "2"), "99 tokens, .* exceeds the model's 100 positions"),
     ],
 )
@@ -221,6 +254,14 @@ def test_what_cannot_be_done_is_one_message_and_status_2(checkpoint, arguments, 
     assert captured.out == ""
     assert re.search(message, captured.err)
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("seed", ["99999999999999999999999", "-9223372036854775809"])
+def test_a_seed_that_jax_does_not_take_is_wrong_usage(seed, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "absent", "--prompt", "x", "--seed", seed])
+    assert ended.value.code == 2
+    assert f"argument --seed: must be from -2^63 to 2^63 - 1, got {seed}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("is_terminal", "message"), [(True, "give --prompt TEXT"), (False, "standard input is empty")])
@@ -235,6 +276,25 @@ def test_a_setting_that_is_not_supported_is_refused_before_the_model_is_loaded(c
     run(checkpoint, "--prompt", "x", status=2)
     assert "num_beams=4" in capsys.readouterr().err
     assert checkpoint.loaded_with == []
+
+
+def test_a_generation_config_that_is_not_supported_can_be_left_aside(checkpoint, capsys):
+    (checkpoint.folder / "generation_config.json").write_text('{"num_beams": 4, "max_new_tokens": 1}')
+    run(checkpoint, "--prompt", "x", "--ignore-generation-config", *LIMIT)
+    assert capsys.readouterr().out == f"x{checkpoint.text('x')}\n"
+
+
+@pytest.mark.parametrize("file", [{"repetition_penalty": 1.7}, {}], ids=["checkpoint", "command line"])
+def test_a_repetition_penalty_comes_from_the_checkpoint_or_the_command_line(checkpoint, capsys, file):
+    (checkpoint.folder / "generation_config.json").write_text(json.dumps(file))
+    options = ("--greedy",) if file else ("--greedy", "--repetition-penalty", "1.7")
+    run(checkpoint, "--prompt", "ab", "--json", *options, *LIMIT)
+    document = json.loads(capsys.readouterr().out)
+    prompt_ids = checkpoint.tokenizer.encode("ab")
+    assert document["settings"]["repetition_penalty"] == 1.7
+    assert document["results"][0]["token_ids"] == expected_penalized(checkpoint.table, prompt_ids, NEW_TOKENS, 1.7)
+    run(checkpoint, "--prompt", "ab", "--json", "--repetition-penalty", "1", *LIMIT)
+    assert json.loads(capsys.readouterr().out)["results"][0]["token_ids"] == checkpoint.tokens("ab")
 
 
 def test_a_checkpoint_without_tokenizer_json_says_so(checkpoint, capsys):

@@ -5,7 +5,13 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from fading_memory_model import FadingMemoryModel, expected_greedy, expected_load, expected_logits
+from fading_memory_model import (
+    FadingMemoryModel,
+    expected_greedy,
+    expected_load,
+    expected_logits,
+    expected_penalized,
+)
 
 from moe_jax.generation import GenerationSettings, generate
 from moe_jax.generation.programs import bucket
@@ -87,6 +93,67 @@ def test_each_row_stops_at_its_own_end_and_is_filled_with_padding(model, table, 
     assert result.tokens.shape[1] == max(map(len, expected))
     if streamed:
         assert seen == expected
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("penalty", [1.05, 3.0, 0.6])
+def test_a_repetition_penalty_counts_each_rows_prompt_and_new_tokens_and_no_padding(
+    model, table, rng, penalty, streamed
+):
+    prompts = draw_prompts(rng, 3, 16)
+    prompts[0] = [token or 1 for token in prompts[0]]  # 0 is what fills the front of the shorter row
+    settings = GenerationSettings(max_new_tokens=16, repetition_penalty=penalty)
+    result = generate(model, prompts, settings, on_token=(lambda *_: None) if streamed else None)
+    for row, prompt in enumerate(prompts):
+        assert result.row(row) == expected_penalized(table, prompt, 16, penalty)
+
+
+def test_the_token_that_pads_is_not_penalized(table):
+    table[:, 0] = 50.0  # by far the most likely token, unless it is penalized
+    prompts = [[5], list(range(1, 17))]
+    result = generate(FadingMemoryModel(table), prompts, GenerationSettings(max_new_tokens=1, repetition_penalty=1e4))
+    assert result.tokens.tolist() == [[0], [0]]
+
+
+def test_a_row_that_ended_changes_nothing_with_a_repetition_penalty(model, table, rng):
+    prompts = draw_prompts(rng, 2, 6)
+    unlimited = [expected_penalized(table, prompt, 9, 1.5) for prompt in prompts]
+    eos = unlimited[0][3]
+    expected = [tokens[: tokens.index(eos) + 1] if eos in tokens else tokens for tokens in unlimited]
+    settings = GenerationSettings(max_new_tokens=9, repetition_penalty=1.5, eos_token_ids=(eos,), pad_token_id=-1)
+    result = generate(model, prompts, settings)
+    assert [result.row(row) for row in range(2)] == expected
+
+
+def test_what_is_drawn_with_a_repetition_penalty_follows_the_penalized_distribution(table, rng):
+    """The penalty comes before temperature and top-k: only the best three of the penalized logits are drawn."""
+    (prompt,) = draw_prompts(rng, 7)
+    logits = expected_logits(table, prompt)
+    seen = np.isin(np.arange(VOCAB), prompt)
+    penalized = np.where(seen, np.where(logits > 0, logits / 2.5, logits * 2.5), logits)
+    best = np.argsort(-penalized)[:3]
+    probabilities = np.exp(penalized[best] / 1.5)
+    probabilities /= probabilities.sum()
+    draws = 4096
+    settings = GenerationSettings(max_new_tokens=1, do_sample=True, temperature=1.5, top_k=3, repetition_penalty=2.5)
+    result = generate(FadingMemoryModel(table), [prompt] * draws, settings, seed=int(rng.integers(2**31)))
+    observed = np.bincount(result.tokens[:, 0], minlength=VOCAB)[best]
+    assert observed.sum() == draws
+    deviation = np.sqrt(draws * probabilities * (1 - probabilities))
+    assert (np.abs(observed - draws * probabilities) <= 6 * deviation + 1).all()
+
+
+def test_a_repetition_penalty_of_1_runs_the_programs_without_one_and_other_values_share_theirs(model, rng):
+    prompts = draw_prompts(rng, 3, 5)
+    plain = generate(model, prompts, SAMPLING, seed=4)
+    neutral = dataclasses.replace(SAMPLING, repetition_penalty=1.0)
+    compilations, result = count_compilations(lambda: generate(model, prompts, neutral, seed=4))
+    assert compilations == 0
+    np.testing.assert_array_equal(result.tokens, plain.tokens)
+    generate(model, prompts, dataclasses.replace(SAMPLING, repetition_penalty=1.2), seed=4)
+    other = dataclasses.replace(SAMPLING, repetition_penalty=1.3)
+    compilations, _ = count_compilations(lambda: generate(model, prompts, other, seed=4))
+    assert compilations == 0
 
 
 def test_a_row_may_end_with_its_first_token(model, table, rng):
@@ -199,6 +266,12 @@ def test_lengths_are_padded_to_powers_of_two(length, padded):
 def test_prompts_that_cannot_be_continued_are_refused(model, prompts, max_new_tokens, message):
     with pytest.raises(ValueError, match=message):
         generate(model, prompts, GenerationSettings(max_new_tokens=max_new_tokens))
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1])
+def test_a_seed_of_more_than_64_bits_is_refused(model, seed):
+    with pytest.raises(ValueError, match=rf"seed must be from -2\^63 to 2\^63 - 1, got {seed}"):
+        generate(model, [[1]], GenerationSettings(max_new_tokens=2), seed=seed)
 
 
 def test_a_mask_of_another_shape_is_refused(model):

@@ -1,6 +1,7 @@
 """What `generation_config.json` means, and what is refused."""
 
 import json
+import re
 
 import pytest
 
@@ -18,6 +19,7 @@ def test_every_supported_setting_is_read():
         "temperature": 0.6,
         "top_k": 20,
         "top_p": 0.95,
+        "repetition_penalty": 1.05,
         "max_new_tokens": 77,
         "eos_token_id": [151645, 151643],
         "pad_token_id": 151643,
@@ -28,6 +30,7 @@ def test_every_supported_setting_is_read():
         temperature=0.6,
         top_k=20,
         top_p=0.95,
+        repetition_penalty=1.05,
         max_new_tokens=77,
         eos_token_ids=(151645, 151643),
         pad_token_id=151643,
@@ -37,6 +40,13 @@ def test_every_supported_setting_is_read():
 def test_the_callers_settings_win_and_none_means_the_checkpoints():
     settings = settings_from_hf({"do_sample": True, "top_k": 20}, {}, do_sample=False, top_k=None, max_new_tokens=3)
     assert (settings.do_sample, settings.top_k, settings.max_new_tokens) == (False, 20, 3)
+
+
+@pytest.mark.parametrize("generation_config", [{}, {"do_sample": True, "temperature": 0}], ids=str)
+def test_the_callers_restrictions_of_sampling_are_refused_where_nothing_is_drawn(generation_config):
+    with pytest.raises(ValueError, match="top_k, top_p would have no effect.*do_sample=True"):
+        settings_from_hf(generation_config, {}, top_k=3, top_p=0.5)
+    assert settings_from_hf(generation_config, {}, top_k=3, do_sample=True).top_k == 3
 
 
 @pytest.mark.parametrize(
@@ -51,7 +61,7 @@ def test_customary_ways_to_switch_a_setting_off_are_understood(generation_config
     ("setting", "value"),
     [
         ("num_beams", 4),
-        ("repetition_penalty", 1.05),
+        ("encoder_repetition_penalty", 1.05),
         ("no_repeat_ngram_size", 3),
         ("suppress_tokens", [5]),
         ("bad_words_ids", [[7]]),
@@ -62,7 +72,7 @@ def test_customary_ways_to_switch_a_setting_off_are_understood(generation_config
     ],
 )
 def test_a_setting_that_would_change_the_result_is_refused_by_name(setting, value):
-    with pytest.raises(ValueError, match=setting):
+    with pytest.raises(ValueError, match=rf"{setting}.*--ignore-generation-config \(ignore_generation_config=True\)$"):
         settings_from_hf({setting: value}, {})
 
 
@@ -81,16 +91,49 @@ def test_settings_of_sampling_matter_only_when_sampling():
     ("field", "value", "message"),
     [
         ("max_new_tokens", 0, "max_new_tokens must be at least 1, got 0"),
-        ("temperature", -1.0, "temperature must be positive, got -1.0"),
+        ("temperature", -1.0, "temperature must be positive and finite, got -1.0"),
+        ("temperature", float("nan"), "got nan"),
+        ("temperature", float("inf"), "got inf"),
         ("top_k", -3, "top_k must be at least 1.*got -3"),
+        ("repetition_penalty", 0.0, "repetition_penalty must be positive and finite, got 0.0"),
+        ("repetition_penalty", float("nan"), "got nan"),
         ("top_p", 1.2, r"top_p must be in \(0, 1\].*got 1.2"),
         ("top_p", 0.0, "got 0.0"),
-        ("eos_token_ids", (-1,), "must not be negative"),
+        ("top_p", float("nan"), "got nan"),
+        ("eos_token_ids", (-1,), r"must be from 0 to 2\^31 - 1, got \(-1,\)"),
+        ("eos_token_ids", (2**31,), "must be from 0"),
+        ("pad_token_id", 2**31, r"must be from -2\^31"),
     ],
 )
 def test_illegal_values_are_refused(field, value, message):
     with pytest.raises(ValueError, match=message):
         GenerationSettings(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "meaning"),
+    [
+        ("temperature", "0.7", "a number"),
+        ("top_p", [0.5], "a number"),
+        ("repetition_penalty", "1.05", "a number"),
+        ("top_k", 20.5, "an integer"),
+        ("max_new_tokens", "5", "an integer"),
+        ("max_new_tokens", True, "an integer"),
+        ("do_sample", "true", "true or false"),
+        ("do_sample", 1, "true or false"),
+        ("eos_token_id", "0", "an integer or a list of integers"),
+        ("eos_token_id", [0, "1"], "an integer or a list of integers"),
+        ("pad_token_id", {}, "an integer"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_with_file_and_key(setting, value, meaning):
+    message = re.escape(f"{setting} must be {meaning}, got {value!r}")
+    with pytest.raises(ValueError, match=rf"^generation_config\.json: {message}$"):
+        settings_from_hf({setting: value}, {})
+    if setting.endswith("token_id"):
+        with pytest.raises(ValueError, match=rf"^config\.json: {message}$"):
+            settings_from_hf({}, {setting: value})
+        settings_from_hf({setting: 7}, {setting: value})  # what is not used may be anything
 
 
 def test_settings_are_read_from_a_checkpoint_folder(tmp_path):
@@ -99,6 +142,14 @@ def test_settings_are_read_from_a_checkpoint_folder(tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2], "do_sample": True}))
     settings = read_generation_settings(tmp_path, max_new_tokens=5)
     assert settings == GenerationSettings(do_sample=True, eos_token_ids=(1, 2), pad_token_id=4, max_new_tokens=5)
+
+
+@pytest.mark.parametrize("content", ['{"num_beams": 4, "eos_token_id": 1}', '{"top_p": "x"}', "{not json"])
+def test_a_generation_config_can_be_left_aside(tmp_path, content):
+    (tmp_path / "config.json").write_text('{"eos_token_id": 9}')
+    (tmp_path / "generation_config.json").write_text(content)
+    settings = read_generation_settings(tmp_path, ignore_generation_config=True, max_new_tokens=3)
+    assert settings == GenerationSettings(eos_token_ids=(9,), pad_token_id=9, max_new_tokens=3)
 
 
 def test_a_broken_file_is_named(tmp_path):

@@ -186,10 +186,10 @@ COLLECTIVE = re.compile(
 )
 
 
-def programs_of(model, prompts):
+def programs_of(model, prompts, **options):
     """Those that generate six tokens."""
     sizes = dict(batch_size=2, prompt_length=bucket(max(map(len, prompts))), room=bucket(6), num_eos=0, do_sample=False)
-    signature, _ = signature_of(model, **sizes, top_k=None, use_top_p=False, with_expert_load=False)
+    signature, _ = signature_of(model, **sizes, top_k=None, use_top_p=False, with_expert_load=False, **options)
     return compile_programs(signature)
 
 
@@ -212,6 +212,17 @@ def test_generating_on_a_mesh_gives_the_tokens_of_transformers_and_moves_only_to
         PartitionSpec(None, "data", None, "expert")
     }
     # Rows of two tokens, from at most four ranks.
+    assert 0 < max(elements_moved(programs.decode)) <= 4 * 2 * model.decoder.hidden_size
+
+
+def test_a_repetition_penalty_on_a_mesh_gives_the_tokens_of_one_device_and_moves_only_tokens(model):
+    prompts = QWEN.expected().prompts()[:2]
+    settings = GenerationSettings(max_new_tokens=6, repetition_penalty=1.5)
+    on_mesh, alone = (generate(each, prompts, settings).tokens for each in (model, golden_model(QWEN)))
+    np.testing.assert_array_equal(on_mesh, alone)
+    unpenalized = generate(model, prompts, GenerationSettings(max_new_tokens=6)).tokens
+    assert (on_mesh != unpenalized).any()
+    programs = programs_of(model, prompts, penalizes_repetition=True)  # those that have just run
     assert 0 < max(elements_moved(programs.decode)) <= 4 * 2 * model.decoder.hidden_size
 
 

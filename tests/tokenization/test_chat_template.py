@@ -65,6 +65,21 @@ def test_an_operation_on_the_wrong_type_is_an_error_of_the_conversation():
 
 
 @pytest.mark.parametrize(
+    ("source", "failure"),
+    [
+        ("{{ 1 // (messages | length - 1) }}", "ZeroDivisionError: "),
+        ("{{ 10.0 ** 400 }}", "OverflowError: "),
+        ("{{ range(1000000000) | length }}", "OverflowError: "),
+        ("{{ 'text'.index('z') }}", "ValueError: "),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError: "),
+    ],
+)
+def test_a_template_that_fails_is_an_error_of_the_template(source, failure):
+    with pytest.raises(ValueError, match=f"^the chat template fails with {failure}"):
+        ChatTemplate(source).render(MESSAGES)
+
+
+@pytest.mark.parametrize(
     "source",
     [
         "{{ messages.__class__.__mro__ }}",

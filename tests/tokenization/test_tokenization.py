@@ -116,6 +116,26 @@ def test_of_several_named_templates_the_default_is_used(tmp_path):
         Tokenizer.from_folder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "chat_template",
+    [[{"name": "default"}], [{"template": "x"}], [{"name": "default", "template": 1}], ["x"], {"default": "x"}, 5],
+    ids=str,
+)
+def test_a_chat_template_that_is_neither_a_text_nor_named_texts_is_refused_with_its_file(tmp_path, chat_template):
+    small_tokenizers.write(small_tokenizers.byte_level(), tmp_path, chat_template=chat_template)
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: chat_template must be a text or a list of objects"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("eos_token", [{"lstrip": False}, {"content": 5}, 5, ["</s>"]], ids=str)
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_special_token_that_is_no_text_is_refused_with_its_file(tmp_path, file, eos_token):
+    folder = small_tokenizers.write(small_tokenizers.byte_level(), tmp_path)
+    (folder / file).write_text(json.dumps({"eos_token": eos_token}))
+    with pytest.raises(ValueError, match=rf"{file}: eos_token must be a text or an object with \"content\", got "):
+        Tokenizer.from_folder(folder)
+
+
 def test_a_checkpoint_without_chat_template_says_so(tmp_path):
     tokenizer = Tokenizer.from_folder(small_tokenizers.write(small_tokenizers.byte_level(), tmp_path))
     with pytest.raises(ValueError, match=r"no chat template: neither chat_template\.jinja"):

@@ -105,6 +105,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_json(kernels)
     kernels.set_defaults(run_benchmark=run_gpu_kernels)
 
+    for benchmark in (generation, block, kernels):
+        # As after other commands; a default of its own would undo a --debug in front of the benchmark's name.
+        benchmark.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the chosen benchmark; returns the exit status."""

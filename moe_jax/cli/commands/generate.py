@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +17,10 @@ if TYPE_CHECKING:
 
 SUMMARY = "continue prompts, or answer them"
 DESCRIPTION = """\
-Continue one or several prompts. Without --prompt, every line of standard input is one.
+Continue one or several prompts. Without --prompt, every line of standard input is one; none may be empty.
 
-How tokens are chosen is up to the checkpoint's generation_config.json; --greedy, --temperature, --top-k and --top-p
-replace what it says. One prompt is printed as it is written; several run as one batch. Remarks and speed go to
+How tokens are chosen is up to the checkpoint's generation_config.json; --greedy, --temperature, --top-k, --top-p and
+--repetition-penalty replace what it says. One prompt is printed as it is written; several run as one batch. Remarks and speed go to
 standard error.
 
 --mesh spreads the model over several devices. On several hosts, start the same command with --distributed on each;
@@ -61,7 +62,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choice.add_argument(
         "--top-p", type=float, metavar="P", help="draw from the smallest set that reaches probability P"
     )
-    choice.add_argument("--seed", type=int, default=0, metavar="N", help="where randomness starts from (default: 0)")
+    choice.add_argument(
+        "--repetition-penalty",
+        type=float,
+        metavar="X",
+        help="above 1 makes tokens less likely that are in the prompt or were generated; 1 switches it off",
+    )
+    choice.add_argument(
+        "--ignore-generation-config",
+        action="store_true",
+        help="leave the checkpoint's generation_config.json aside; ends are then those of config.json",
+    )
+    choice.add_argument(
+        "--seed", type=seed_number, default=0, metavar="N", help="where randomness starts from (default: 0)"
+    )
     chat = parser.add_argument_group("conversation")
     chat.add_argument("--chat", action="store_true", help="put each prompt into the checkpoint's chat template")
     chat.add_argument("--system", metavar="TEXT", help="system message of the conversation (with --chat)")
@@ -81,6 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = read_prompts(arguments.prompt)
     if arguments.system is not None and not arguments.chat:
         raise ValueError("--system needs --chat")
+    for name, text in [("a prompt", prompt) for prompt in prompts] + [("--system", arguments.system or "")]:
+        check_utf8(name, text)
     write_stats: Any = None
     if arguments.stats is not None:
         from moe_jax.cli.expert_load import writer_for
@@ -95,7 +111,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     mesh = processes.join(arguments)
     folder = resolve_source(arguments.model)
-    settings = read_generation_settings(folder, **overrides)
+    settings = read_generation_settings(
+        folder, ignore_generation_config=arguments.ignore_generation_config, **overrides
+    )
     tokenizer = Tokenizer.from_folder(folder)
     prompt_ids = [encode(tokenizer, prompt, arguments) for prompt in prompts]
     processes.check_agreement(prompt_ids, settings, arguments.seed)
@@ -142,11 +160,23 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The generation settings that the command line gives, as overrides of the checkpoint's."""
     sampling = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}
     given = [f"--{name.replace('_', '-')}" for name, value in sampling.items() if value is not None]
-    if arguments.greedy and given:
-        raise ValueError(f"--greedy takes the most likely token and cannot be combined with {', '.join(given)}")
-    if arguments.greedy or arguments.temperature == 0:
-        return {"max_new_tokens": arguments.max_new_tokens, "do_sample": False}
-    return {"max_new_tokens": arguments.max_new_tokens, "do_sample": True if given else None, **sampling}
+    greedy = "--greedy" if arguments.greedy else "--temperature 0" if arguments.temperature == 0 else None
+    if greedy == "--temperature 0":
+        given.remove("--temperature")
+    if greedy is not None and given:
+        raise ValueError(f"{greedy} takes the most likely token and cannot be combined with {', '.join(given)}")
+    always = {name: getattr(arguments, name) for name in ("max_new_tokens", "repetition_penalty")}
+    if greedy is not None:
+        return {**always, "do_sample": False}
+    return {**always, "do_sample": True if given else None, **sampling}
+
+
+def seed_number(text: str) -> int:
+    """A seed that JAX takes, for `type=`."""
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be from -2^63 to 2^63 - 1, got {value}")
+    return value
 
 
 def read_prompts(given: Sequence[str] | None) -> list[str]:
@@ -154,12 +184,41 @@ def read_prompts(given: Sequence[str] | None) -> list[str]:
     if given is None:
         if sys.stdin.isatty():
             raise ValueError("there is no prompt; give --prompt TEXT, or one prompt per line on standard input")
-        prompts = [line for line in sys.stdin.read().splitlines() if line.strip()]
-    else:
-        prompts = [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt for prompt in given]
-    if not prompts or not all(prompts):
-        raise ValueError("there is no prompt: standard input is empty" if not prompts else "a prompt is empty")
+        return lines_of(standard_input())
+    text = standard_input() if "-" in given else ""
+    prompts = [text.removesuffix("\n") if prompt == "-" else prompt for prompt in given]
+    if not all(prompts):
+        raise ValueError("a prompt is empty")
     return prompts
+
+
+def standard_input() -> str:
+    """All of standard input; bytes that are not text arrive as in arguments, for `check_utf8` to refuse."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    return sys.stdin.read()
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of `text`, one prompt each, so that answers can be matched to lines by their number.
+
+    Only a line feed ends a line: `str.splitlines` would break prompts at form feeds and U+2028, too.
+    """
+    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+    if not lines:
+        raise ValueError("there is no prompt: standard input is empty")
+    if "" in lines:
+        raise ValueError(f"line {lines.index('') + 1} of standard input is empty, and every line is a prompt")
+    return lines
+
+
+def check_utf8(name: str, text: str) -> None:
+    """ValueError if `text`, which messages call `name`, was read from bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        before = text[max(0, error.start - 20) : error.start]
+        raise ValueError(f"{name} is not valid UTF-8 after {before!r}") from error
 
 
 def encode(tokenizer: "Tokenizer", prompt: str, arguments: argparse.Namespace) -> list[int]:
