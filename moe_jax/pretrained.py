@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ def from_pretrained(
         raise ValueError(f"parallel needs mesh=, got None with {parallel}")
     if parallel is None:
         parallel = ParallelConfig() if mesh is None else parallel_of(mesh)
-    reader = open_checkpoint(resolve_source(source))
+    folder = resolve_source(source)
+    reader = open_checkpoint(folder)
     create = functools.partial(
         CausalLM,
         reader.decoder,
@@ -92,7 +94,7 @@ def from_pretrained(
         fuse_shared_experts=fuse_shared_experts,
         implementation=implementation,
         hf_config=reader.config,
-        source_folder=reader.folder,
+        source_folder=folder.absolute(),  # the process may change its folder before the model is saved
     )
 
     model = nnx.eval_shape(lambda: create(rngs=nnx.Rngs(0)))
@@ -128,8 +130,10 @@ def _initial_placements(
 def save_pretrained(model: CausalLM, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write a model as a converted folder, which `from_pretrained` and `moe-jax export` read.
 
-    Tokenizer and generation settings are copied from the folder that the model was loaded from. Of several processes,
-    all must call this: they bring the parameters together, a part at a time, and process 0 writes them.
+    Tokenizer and generation settings are copied from the folder that the model was loaded from, `model.source_folder`. If
+    that is gone, a UserWarning says that they are missing: the model is saved all the same, because it may be the result
+    of long training. Of several processes, all must call this: they bring the parameters together, a part at a time, and
+    process 0 writes them.
 
     Args:
         model: a model that knows its `config.json` (`hf_config`), as those of `from_pretrained` do.
@@ -142,12 +146,25 @@ def save_pretrained(model: CausalLM, folder: str | os.PathLike[str], *, overwrit
     """
     if model.hf_config is None:
         raise ValueError("the model has no hf_config: build it with hf_config= to say what its config.json holds")
-    source_folder = None if model.source_folder is None else Path(model.source_folder)
-    reader = InMemoryCheckpoint(config=model.hf_config, leaves=_leaves(model), folder=source_folder)
+    reader = InMemoryCheckpoint(config=model.hf_config, leaves=_leaves(model), folder=_source_folder(model, folder))
     if jax.process_count() == 1:
         write_converted(reader, folder, overwrite=overwrite)
     else:
         _write_together(reader, folder, overwrite)
+
+
+def _source_folder(model: CausalLM, target: str | os.PathLike[str]) -> Path | None:
+    """Where the model's tokenizer and generation settings are; None, with a warning, if that folder is gone."""
+    if model.source_folder is None or os.path.isdir(model.source_folder):
+        return None if model.source_folder is None else Path(model.source_folder)
+    if jax.process_index() == 0:
+        warnings.warn(
+            f"{model.source_folder}, which the model was loaded from, is no longer there: {os.fspath(target)} gets no "
+            "tokenizer and no generation_config.json. Copy them into it, or set model.source_folder to a folder that has "
+            "them and save again with overwrite=True",
+            stacklevel=3,
+        )
+    return None
 
 
 def _write_together(reader: Checkpoint, folder: str | os.PathLike[str], overwrite: bool) -> None:
