@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .checkpoint import Checkpoint
-from .dtypes import weight_dtype
+from .dtypes import MAIN_PARAMETER, naming_dtype, weight_dtype
 from .errors import CheckpointError
 from .hub import resolve_source
 from .manifest import MANIFEST_NAME, PARTS_FOLDER, Chunk, Manifest, plan_conversion
@@ -157,7 +157,7 @@ def write_converted(
         missing = [part for part in manifest.parts if part.name not in done]
         check_space(work, sum(map(manifest.part_bytes, missing)))
         _write_parts(reader, work, manifest, missing, progress)
-        copy_side_files(reader, work)
+        copy_side_files(reader, work, naming_dtype(reader.config, manifest.leaves[MAIN_PARAMETER].dtype))
         _finish(work, output)
     dtypes: dict[str, int] = {}
     for leaf in manifest.leaves.values():

@@ -25,6 +25,7 @@ from moe_jax.checkpoints import (
     write_converted,
 )
 from moe_jax.checkpoints.conversion import read_as_written
+from moe_jax.checkpoints.dtypes import MAIN_PARAMETER
 from moe_jax.checkpoints.staging import check_output
 from moe_jax.config import ParallelConfig
 from moe_jax.device_layouts import Home
@@ -39,9 +40,6 @@ from moe_jax.models.parameter_sources import (
 )
 from moe_jax.parallel import parallel_of
 from moe_jax.runner.physical_experts import initial_replicas
-
-EMBEDDING = "embedder.embedding"
-"""The parameter whose dtype a model computes in, unless it is told another."""
 
 
 def from_pretrained(
@@ -87,7 +85,7 @@ def from_pretrained(
     create = functools.partial(
         CausalLM,
         reader.decoder,
-        dtype=reader.dtype_of(EMBEDDING) if dtype is None else dtype,
+        dtype=reader.dtype_of(MAIN_PARAMETER) if dtype is None else dtype,
         parallel=parallel,
         mesh=mesh,
         num_redundant_experts=num_redundant_experts,

@@ -100,6 +100,13 @@ def test_a_model_whose_source_folder_is_gone_is_saved_with_a_warning_that_says_w
     assert (tmp_path / "saved" / "generation_config.json").read_text() == '{"eos_token_id": 3}'
 
 
+def test_a_model_saved_in_another_dtype_says_so_in_its_config_json(tmp_path):
+    model = from_pretrained(STORED_IN_BFLOAT16.folder("fused"), dtype=jnp.float32)
+    assert model.hf_config["dtype"] == "bfloat16"
+    save_pretrained(model, tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "float32"
+
+
 def test_a_changed_model_is_saved_as_it_is_now(tmp_path):
     model = from_pretrained(RENORMALIZED.folder("fused"))
     model.final_norm.scale[...] = model.final_norm.scale[...] + 1.5
