@@ -92,7 +92,7 @@ def test_thirty_kills_at_random_moments_are_survived(source, output, undisturbed
     assert_same_conversion(output, undisturbed)
 
 
-@pytest.mark.parametrize("moment", ["output.replaced", "output"])
+@pytest.mark.parametrize("moment", ["output.replaced/output", "output"])
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_a_kill_while_overwriting_keeps_the_old_folder_or_the_new_one(
     tmp_path, rng, source, undisturbed, output, moment, after
@@ -100,11 +100,13 @@ def test_a_kill_while_overwriting_keeps_the_old_folder_or_the_new_one(
     old = tiny.write_folder(tmp_path / "old", tiny.random_tensors(rng))
     convert(old, output)
     options = {**OPTIONS, "overwrite": True}
-    assert run_killed_at_rename(output.with_name(moment), after, source, output, options) == KILLED
+    assert run_killed_at_rename(output.parent / moment, after, source, output, options) == KILLED
     if output.exists():
         finished = verify(source, output).ok
         assert finished == (moment == "output" and after)
         assert finished or verify(old, output).ok
+    else:
+        assert verify(old, output.parent / "output.replaced" / "output").ok
     convert(source, output, **options)
     assert_same_conversion(output, undisturbed)
 
