@@ -67,6 +67,12 @@ def test_a_configuration_key_that_changes_the_result_and_is_unknown_is_refused(s
     refuses(source, "embedding_multiplier=12.0")
 
 
+@pytest.mark.parametrize(("key", "value"), [("rms_norm_eps", "1e-6"), ("rope_parameters", "x")])
+def test_a_configuration_value_of_a_wrong_type_is_refused_with_file_and_key(source, tensors, key, value):
+    tiny.write_folder(source, tensors, {**tiny.QWEN3, key: value})
+    refuses(source, str(source / "config.json"), f"{key} must be", repr(value))
+
+
 def test_a_missing_configuration_key_is_named(source, tensors):
     tiny.write_folder(source, tensors, {key: value for key, value in tiny.QWEN3.items() if key != "hidden_size"})
     refuses(source, str(source / "config.json"), "hidden_size")
