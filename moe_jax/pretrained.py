@@ -24,9 +24,9 @@ from moe_jax.checkpoints import (
     resolve_source,
     write_converted,
 )
-from moe_jax.checkpoints.conversion import read_as_written
+from moe_jax.checkpoints.conversion import check_unfinished_work, read_as_written
 from moe_jax.checkpoints.dtypes import MAIN_PARAMETER
-from moe_jax.checkpoints.staging import check_output
+from moe_jax.checkpoints.staging import check_output, incomplete_folder
 from moe_jax.config import ParallelConfig
 from moe_jax.device_layouts import Home
 from moe_jax.experts.replicas import ReplicaMap
@@ -136,11 +136,12 @@ def save_pretrained(model: CausalLM, folder: str | os.PathLike[str], *, overwrit
     Args:
         model: a model that knows its `config.json` (`hf_config`), as those of `from_pretrained` do.
         folder: where to write; it must not exist.
-        overwrite: replace what is there.
+        overwrite: replace what is there, and discard an interrupted conversion to `folder`.
 
     Raises:
         ValueError: the model doesn't know its `config.json`.
-        moe_jax.checkpoints.CheckpointError: the folder exists, or cannot be written.
+        moe_jax.checkpoints.CheckpointError: the folder exists, an interrupted conversion to it is waiting to be finished, or
+            it cannot be written.
     """
     if model.hf_config is None:
         raise ValueError("the model has no hf_config: build it with hf_config= to say what its config.json holds")
@@ -171,6 +172,7 @@ def _write_together(reader: Checkpoint, folder: str | os.PathLike[str], overwrit
     if writes:
         try:
             check_output(Path(folder).absolute(), overwrite)
+            check_unfinished_work(incomplete_folder(Path(folder).absolute()), reader.digest, overwrite)
         except CheckpointError as error:
             problem = error
     if multihost_utils.broadcast_one_to_all(np.array(problem is not None)):
