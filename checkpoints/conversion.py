@@ -24,13 +24,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .checkpoint import Checkpoint
-from .dtypes import weight_dtype
+from .dtypes import MAIN_PARAMETER, naming_dtype, weight_dtype
 from .errors import CheckpointError
 from .hub import resolve_source
 from .manifest import MANIFEST_NAME, PARTS_FOLDER, Chunk, Manifest, plan_conversion
 from .opening import open_checkpoint
 from .parts import Part, Slice
 from .progress import Progress, ProgressCallback
+from .safetensors_folder import read_json_object
 from .side_files import copy_side_files
 from .staging import (
     check_output,
@@ -157,7 +158,7 @@ def write_converted(
         missing = [part for part in manifest.parts if part.name not in done]
         check_space(work, sum(map(manifest.part_bytes, missing)))
         _write_parts(reader, work, manifest, missing, progress)
-        copy_side_files(reader, work)
+        copy_side_files(reader, work, naming_dtype(reader.config, manifest.leaves[MAIN_PARAMETER].dtype))
         _finish(work, output)
     dtypes: dict[str, int] = {}
     for leaf in manifest.leaves.values():
@@ -189,32 +190,48 @@ def read_as_written(reader: Checkpoint) -> None:
             reader.read_slice(s.path, s.start, s.stop, manifest.leaves[s.path].dtype)
 
 
-def _prepare(work: Path, manifest: Manifest, overwrite: bool) -> None:
-    """Make `work` a folder of this conversion, keeping what an earlier run of the same one has left."""
-    plan = manifest.to_json()
-    # Only the very last rename may be missing: then the plan is the manifest already.
-    found = next((work / name for name in (PLAN_NAME, MANIFEST_NAME) if (work / name).exists()), None)
-    if found is not None and manifest.digest is not None and found.read_text(encoding="utf-8") == plan:
-        os.replace(found, work / PLAN_NAME)
-        shutil.rmtree(work / PENDING_FOLDER, ignore_errors=True)
-    else:
-        _start_anew(work, found, manifest, overwrite)
-        write_file(work / PLAN_NAME, plan)
-    (work / PARTS_FOLDER).mkdir(exist_ok=True)
-    (work / PENDING_FOLDER).mkdir()
+def check_unfinished_work(work: Path, digest: str | None, overwrite: bool) -> None:
+    """Raise CheckpointError unless what `work` holds may be discarded for a conversion with this digest.
 
-
-def _start_anew(work: Path, found: Path | None, manifest: Manifest, overwrite: bool) -> None:
-    """Empty `work`, unless it may hold something that is wanted."""
-    if found is not None and manifest.digest is not None and not overwrite:
+    An interrupted conversion is somebody's to go on with. A model that was being saved from memory cannot be gone on
+    with, so that saving one again discards it.
+    """
+    if not work.exists():
+        return
+    found = _find_plan(work)
+    if found is None:
+        strangers = {entry.name for entry in work.iterdir()} - {f"{PLAN_NAME}.tmp"}
+        if strangers:
+            raise CheckpointError(f"{work}: is in the way and is not an interrupted conversion: {sorted(strangers)}")
+    elif not overwrite and (digest is not None or _digest_in(found) is not None):
         raise CheckpointError(
             f"{work}: holds an interrupted conversion of another source, or with other options; "
             "delete it, or discard it with --overwrite (overwrite=True)"
         )
-    strangers = {entry.name for entry in work.iterdir()} - {f"{PLAN_NAME}.tmp"}
-    if found is None and strangers:
-        raise CheckpointError(f"{work}: is in the way and is not an interrupted conversion: {sorted(strangers)}")
-    clear(work, last=found)
+
+
+def _find_plan(work: Path) -> Path | None:
+    """What says which conversion `work` belongs to. Only the very last rename may be missing: then it is the manifest."""
+    return next((work / name for name in (PLAN_NAME, MANIFEST_NAME) if (work / name).exists()), None)
+
+
+def _digest_in(plan: Path) -> str | None:
+    return Manifest.from_json(read_json_object(plan), plan).digest
+
+
+def _prepare(work: Path, manifest: Manifest, overwrite: bool) -> None:
+    """Make `work` a folder of this conversion, keeping what an earlier run of the same one has left."""
+    plan = manifest.to_json()
+    found = _find_plan(work)
+    if found is not None and manifest.digest is not None and found.read_text(encoding="utf-8") == plan:
+        os.replace(found, work / PLAN_NAME)
+        shutil.rmtree(work / PENDING_FOLDER, ignore_errors=True)
+    else:
+        check_unfinished_work(work, manifest.digest, overwrite)
+        clear(work, last=found)
+        write_file(work / PLAN_NAME, plan)
+    (work / PARTS_FOLDER).mkdir(exist_ok=True)
+    (work / PENDING_FOLDER).mkdir()
 
 
 def _finished_parts(work: Path, manifest: Manifest) -> set[str]:

@@ -1,6 +1,8 @@
 """Reads a converted folder."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -48,9 +50,22 @@ class ConvertedCheckpoint(SlicedReader):
             raise CheckpointError(f"{folder}: not a whole converted checkpoint:", problems)
 
     @property
-    def digest(self) -> str | None:
-        """That of the source, and of what was asked for; None if the source was a model in memory."""
-        return None if self.manifest.digest is None else f"{self.manifest.digest}:{self.manifest.dtype}"
+    def digest(self) -> str:
+        """That of the source, and of what was asked for; of a model that was saved from memory, that of these files."""
+        if self.manifest.digest is None:
+            return self._digest_of_files()
+        return f"{self.manifest.digest}:{self.manifest.dtype}"
+
+    def _digest_of_files(self) -> str:
+        """SHA-256 over `config.json`, the manifest, and the name, size and time of change of every file of the parts."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        digest.update(self.manifest.to_json().encode())
+        for file in sorted((self.folder / PARTS_FOLDER).rglob("*")):
+            if file.is_file():
+                status = file.stat()
+                name = file.relative_to(self.folder)
+                digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        return digest.hexdigest()
 
     @cached_property
     def _slices(self) -> Mapping[str, list[_Stored]]:

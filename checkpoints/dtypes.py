@@ -1,6 +1,7 @@
 """Dtypes of the safetensors format and their numpy counterparts."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -34,6 +35,14 @@ SAFETENSORS_NAMES: Mapping[np.dtype, str] = {dtype: name for name, dtype in SAFE
 WEIGHT_DTYPES = tuple(np.dtype(dtype) for dtype in (ml_dtypes.bfloat16, np.float16, np.float32))
 """Dtypes that an unquantized parameter may have."""
 
+MAIN_PARAMETER = "embedder.embedding"
+"""The parameter whose dtype `config.json` names, and in which a model computes unless it is told another."""
+ASSUMED_DTYPE = "bfloat16"
+"""What a `config.json` means that names no dtype."""
+
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+"""Today's spelling and the older one; a file may have both."""
+
 
 def weight_dtype(dtype: object) -> np.dtype:
     """`dtype` (a name, numpy or JAX dtype) as numpy's; CheckpointError unless parameters may have it."""
@@ -44,3 +53,22 @@ def weight_dtype(dtype: object) -> np.dtype:
     if result not in WEIGHT_DTYPES:
         raise CheckpointError(f"dtype must be one of {', '.join(d.name for d in WEIGHT_DTYPES)}; got {result.name!r}")
     return result
+
+
+def named_dtype(config: Mapping[str, Any], where: object) -> np.dtype:
+    """The dtype that a `config.json` names; CheckpointError naming `where` and the key unless parameters may have it."""
+    legal = [dtype.name for dtype in WEIGHT_DTYPES]
+    for key in _DTYPE_KEYS:
+        if config.get(key) is not None:
+            if config[key] not in legal:
+                raise CheckpointError(f"{where}: {key} must be one of {', '.join(legal)}; got {config[key]!r}")
+            return np.dtype(config[key])
+    return np.dtype(ASSUMED_DTYPE)
+
+
+def naming_dtype(config: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
+    """`config` saying `dtype` under every spelling that it has; without any, only what would not be assumed is added."""
+    spellings = [key for key in _DTYPE_KEYS if config.get(key) is not None]
+    if not spellings and dtype.name != ASSUMED_DTYPE:
+        spellings = [_DTYPE_KEYS[0]]
+    return {**config, **dict.fromkeys(spellings, dtype.name)}

@@ -17,7 +17,7 @@ import numpy as np
 from moe_jax.families.names import CheckpointForm
 
 from .checkpoint import Checkpoint, target_dtype
-from .dtypes import SAFETENSORS_NAMES, weight_dtype
+from .dtypes import MAIN_PARAMETER, SAFETENSORS_NAMES, naming_dtype, weight_dtype
 from .errors import CheckpointError
 from .opening import open_checkpoint
 from .parts import plan_parts
@@ -227,10 +227,6 @@ def _write_index(work: Path, places: Mapping[str, _Place], total: int) -> None:
 
 
 def _exported_config(reader: Checkpoint, dtypes: Mapping[str, np.dtype]) -> dict[str, Any]:
-    """`config.json` without the quantization that is gone, and with the dtype that most bytes have."""
+    """`config.json` without the quantization that is gone, and with the dtype that was written."""
     config = {key: value for key, value in reader.config.items() if key != "quantization_config"}
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    main = dtypes["embedder.embedding"].name
-    if config.get(key) != main:
-        config[key] = main
-    return config
+    return naming_dtype(config, dtypes[MAIN_PARAMETER])

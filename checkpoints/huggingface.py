@@ -15,7 +15,7 @@ from moe_jax.families.names import CheckpointForm
 
 from .accounting import account, detect_form
 from .checkpoint import SlicedReader, describe, target_dtype
-from .dtypes import weight_dtype
+from .dtypes import ASSUMED_DTYPE, named_dtype
 from .errors import CheckpointError
 from .layout import Shape
 from .quantization_config import read_quantization
@@ -25,8 +25,6 @@ from .stored_rows import MXFP4Rows, PlainRows, StoredRows
 from .tensor_plan import StoredTensor, TensorPlan
 
 CONFIG_NAME = "config.json"
-DECODED_DTYPE = "bfloat16"
-"""Dtype of decoded quantized weights when `config.json` names none."""
 
 _TRANSPOSED_ROWS = 256
 """Rows transposed at a time: enough for whole cache lines in the result, few enough to stay in the cache."""
@@ -52,6 +50,8 @@ class HuggingFaceCheckpoint(SlicedReader):
             quantization = read_quantization(self.config)
         except CheckpointError as error:
             raise CheckpointError(f"{folder / CONFIG_NAME}: {error}") from error
+        where = folder / CONFIG_NAME
+        self._decoded_dtype = np.dtype(ASSUMED_DTYPE) if quantization is None else named_dtype(self.config, where)
         self.tensors = list_tensors(folder)
         self.plan: TensorPlan = detect_form(self.family, self.decoder, self.tensors)
         accounting = account(self.plan, self.family, self.decoder, self.tensors, quantization)
@@ -62,8 +62,6 @@ class HuggingFaceCheckpoint(SlicedReader):
         self.dropped: Mapping[str, str] = accounting.dropped
         self.shapes: Mapping[str, Shape] = self.plan.shapes
         self._rows = accounting.rows
-        named = None if quantization is None else self.config.get("dtype") or self.config.get("torch_dtype")
-        self._decoded_dtype = weight_dtype(named or DECODED_DTYPE)
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -29,7 +29,8 @@ def read_json_object(file: Path) -> dict[str, Any]:
 def list_tensors(folder: Path) -> dict[str, TensorEntry]:
     """Name -> entry of every tensor of the checkpoint in `folder`.
 
-    The files are those of `model.safetensors.index.json`, else `model.safetensors`, else every `*.safetensors`.
+    The files are `model.safetensors`, else those of `model.safetensors.index.json`, else every `*.safetensors`. An index
+    counts beside `model.safetensors`, too, if that is one of the files that it names.
 
     Raises:
         CheckpointError: With every problem found: absent or damaged files, paths outside the folder, an index that
@@ -59,13 +60,19 @@ def list_tensors(folder: Path) -> dict[str, TensorEntry]:
 
 
 def _weight_map(folder: Path) -> Mapping[str, str] | None:
+    """The index's tensor name -> file name; None without an index, or with one that is a leftover.
+
+    `transformers` takes `model.safetensors` first, and leaves the index where it is when it saves a model of several files
+    again as one.
+    """
     index = folder / INDEX_NAME
     if not index.exists():
         return None
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index}: weight_map must be an object of tensor name -> file name")
-    return weight_map
+    is_leftover = (folder / SINGLE_NAME).exists() and SINGLE_NAME not in weight_map.values()
+    return None if is_leftover else weight_map
 
 
 def _files(folder: Path, weight_map: Mapping[str, str] | None, problems: list[str]) -> list[Path]:

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .checkpoint import Checkpoint
 from .safetensors_folder import read_json_object
@@ -21,14 +23,13 @@ SIDE_FILES = (
 )
 
 
-def copy_side_files(reader: Checkpoint, target: Path, config: dict | None = None) -> None:
-    """Put `config.json` and what else belongs to `reader` into `target`; `config` replaces the reader's own."""
-    wanted = dict(reader.config) if config is None else config
+def copy_side_files(reader: Checkpoint, target: Path, config: Mapping[str, Any]) -> None:
+    """Put `config` as `config.json`, and what else belongs to `reader`, into `target`."""
     original = None if reader.folder is None else reader.folder / "config.json"
-    if original is not None and original.exists() and read_json_object(original) == wanted:
+    if original is not None and original.exists() and read_json_object(original) == config:
         shutil.copyfile(original, target / "config.json")
     else:
-        (target / "config.json").write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name in SIDE_FILES:
         if reader.folder is not None and (reader.folder / name).is_file():
             shutil.copyfile(reader.folder / name, target / name)

@@ -2,7 +2,8 @@
 
 OUT.incomplete   where the work goes on; survives an interruption
 OUT              appears by a rename
-OUT.replaced     the folder that is being overwritten, from just before that rename until just after
+OUT.replaced     holds the folder that is being overwritten, from just before that rename until just after, and a mark
+                 that says so: whatever else has this name is somebody's and stays
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from .errors import CheckpointError
 
 INCOMPLETE_SUFFIX = ".incomplete"
 REPLACED_SUFFIX = ".replaced"
+_REPLACED_MARK = "replaced.by.moe_jax"
 _MODEL_FILES = ("moe_jax.json", "config.json")
 
 
@@ -40,6 +42,7 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise CheckpointError(
             f"{output}: has neither {' nor '.join(_MODEL_FILES)}, so it is not a model and will not be overwritten"
         )
+    _check_replaced(output)
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -92,13 +95,36 @@ def write_file(path: Path, content: str) -> None:
 
 def commit(output: Path) -> None:
     """Turn the finished `OUT.incomplete` into `OUT`, in place of what may be there."""
-    replaced = output.with_name(output.name + REPLACED_SUFFIX)
+    replaced = _replaced_folder(output)
     if output.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.rename(output, replaced)
+        _check_replaced(output)
+        replaced.mkdir(exist_ok=True)
+        (replaced / _REPLACED_MARK).touch()
+        clear(replaced, last=replaced / _REPLACED_MARK)
+        (replaced / _REPLACED_MARK).touch()
+        os.rename(output, replaced / output.name)
     os.rename(incomplete_folder(output), output)
     sync(output.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    if (replaced / _REPLACED_MARK).exists():
+        with contextlib.suppress(OSError):  # the output is there, whatever becomes of the old one
+            clear(replaced, last=replaced / _REPLACED_MARK)
+            replaced.rmdir()
+
+
+def _replaced_folder(output: Path) -> Path:
+    return output.with_name(output.name + REPLACED_SUFFIX)
+
+
+def _check_replaced(output: Path) -> None:
+    """Raise CheckpointError when `OUT.replaced` is neither free nor what a killed process has left."""
+    replaced = _replaced_folder(output)
+    if not os.path.lexists(replaced):
+        return
+    is_folder = replaced.is_dir() and not replaced.is_symlink()
+    if not is_folder or (any(replaced.iterdir()) and not (replaced / _REPLACED_MARK).exists()):
+        raise CheckpointError(
+            f"{replaced}: is in the way, because {output} is kept there while it is overwritten; move it elsewhere"
+        )
 
 
 def clear(folder: Path, last: Path | None = None) -> None:

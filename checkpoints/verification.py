@@ -4,10 +4,11 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from moe_jax.families import Family
+from moe_jax.families import Decoder, Family
 
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
@@ -62,7 +63,8 @@ def verify(
     """Compare every value of `source` with `output`, bit by bit, in little memory.
 
     Either may be a Hugging Face folder, in either form, or a converted folder. Where the output has another dtype, the
-    source's values are rounded to it first; quantized weights are decoded.
+    source's values are rounded to it first; quantized weights are decoded. Of their `config.json`, what says how a model
+    computes must be the same: the rest, such as dtype and quantization, may differ.
 
     Args:
         source: Folder or hub id of the original.
@@ -70,14 +72,17 @@ def verify(
         progress: Called with `Progress(done_bytes, total_bytes, label)` after each slice.
 
     Raises:
-        CheckpointError: One of them isn't whole, or they are models of different configuration.
+        CheckpointError: One of them isn't whole, or they are models of different configuration; each field that differs
+            is named.
     """
     original, copy = open_checkpoint(resolve_source(source)), open_checkpoint(output)
-    if original.family is not copy.family or original.shapes != copy.shapes:
+    if original.family is not copy.family:
         raise CheckpointError(
             f"{source} and {output} are different models: {_describe(original.family, original)} "
             f"against {_describe(copy.family, copy)}"
         )
+    if unequal := _unequal_settings(original.decoder, copy.decoder):
+        raise CheckpointError(f"{source} and {output} are different models, by their config.json:", unequal)
     plan = plan_tensors(original.decoder, original.family, original.form)
     sizes = {}
     for path, shape in original.shapes.items():
@@ -112,6 +117,31 @@ def verify(
 
 def _describe(family: Family, checkpoint: Checkpoint) -> str:
     return f"{family.model_type} with {len(checkpoint.decoder.layers)} layers and {len(checkpoint.shapes)} parameters"
+
+
+def _unequal_settings(original: Decoder, copy: Decoder) -> list[str]:
+    """Every field that differs with both values; one that differs alike in several layers is named once."""
+    found: dict[str, list[int]] = {}
+    if len(original.layers) != len(copy.layers):
+        found[f"layers: {len(original.layers)} against {len(copy.layers)}"] = []
+    else:
+        for index, layers in enumerate(zip(original.layers, copy.layers, strict=True)):
+            for unequal in _unequal_fields(*layers):
+                found.setdefault(unequal, []).append(index)
+    without_layers = dataclasses.replace(original, layers=()), dataclasses.replace(copy, layers=())
+    return [
+        *_unequal_fields(*without_layers),
+        *(f"layers {', '.join(map(str, layers))}: {field}" if layers else field for field, layers in found.items()),
+    ]
+
+
+def _unequal_fields(one: Any, other: Any, name: str = "") -> Iterator[str]:
+    if dataclasses.is_dataclass(one) and type(one) is type(other):
+        for field in dataclasses.fields(one):
+            inner = f"{name}.{field.name}" if name else field.name
+            yield from _unequal_fields(getattr(one, field.name), getattr(other, field.name), inner)
+    elif one != other:
+        yield f"{name}: {one!r} against {other!r}"
 
 
 def _compare(

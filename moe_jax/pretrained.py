@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from moe_jax.checkpoints import (
     resolve_source,
     write_converted,
 )
-from moe_jax.checkpoints.conversion import read_as_written
-from moe_jax.checkpoints.staging import check_output
+from moe_jax.checkpoints.conversion import check_unfinished_work, read_as_written
+from moe_jax.checkpoints.dtypes import MAIN_PARAMETER
+from moe_jax.checkpoints.staging import check_output, incomplete_folder
 from moe_jax.config import ParallelConfig
 from moe_jax.device_layouts import Home
 from moe_jax.experts.replicas import ReplicaMap
@@ -38,9 +40,6 @@ from moe_jax.models.parameter_sources import (
 )
 from moe_jax.parallel import parallel_of
 from moe_jax.runner.physical_experts import initial_replicas
-
-EMBEDDING = "embedder.embedding"
-"""The parameter whose dtype a model computes in, unless it is told another."""
 
 
 def from_pretrained(
@@ -81,18 +80,19 @@ def from_pretrained(
         raise ValueError(f"parallel needs mesh=, got None with {parallel}")
     if parallel is None:
         parallel = ParallelConfig() if mesh is None else parallel_of(mesh)
-    reader = open_checkpoint(resolve_source(source))
+    folder = resolve_source(source)
+    reader = open_checkpoint(folder)
     create = functools.partial(
         CausalLM,
         reader.decoder,
-        dtype=reader.dtype_of(EMBEDDING) if dtype is None else dtype,
+        dtype=reader.dtype_of(MAIN_PARAMETER) if dtype is None else dtype,
         parallel=parallel,
         mesh=mesh,
         num_redundant_experts=num_redundant_experts,
         fuse_shared_experts=fuse_shared_experts,
         implementation=implementation,
         hf_config=reader.config,
-        source_folder=reader.folder,
+        source_folder=folder.absolute(),  # the process may change its folder before the model is saved
     )
 
     model = nnx.eval_shape(lambda: create(rngs=nnx.Rngs(0)))
@@ -128,26 +128,42 @@ def _initial_placements(
 def save_pretrained(model: CausalLM, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write a model as a converted folder, which `from_pretrained` and `moe-jax export` read.
 
-    Tokenizer and generation settings are copied from the folder that the model was loaded from. Of several processes,
-    all must call this: they bring the parameters together, a part at a time, and process 0 writes them.
+    Tokenizer and generation settings are copied from the folder that the model was loaded from, `model.source_folder`. If
+    that is gone, a UserWarning says that they are missing: the model is saved all the same, because it may be the result
+    of long training. Of several processes, all must call this: they bring the parameters together, a part at a time, and
+    process 0 writes them.
 
     Args:
         model: a model that knows its `config.json` (`hf_config`), as those of `from_pretrained` do.
         folder: where to write; it must not exist.
-        overwrite: replace what is there.
+        overwrite: replace what is there, and discard an interrupted conversion to `folder`.
 
     Raises:
         ValueError: the model doesn't know its `config.json`.
-        moe_jax.checkpoints.CheckpointError: the folder exists, or cannot be written.
+        moe_jax.checkpoints.CheckpointError: the folder exists, an interrupted conversion to it is waiting to be finished, or
+            it cannot be written.
     """
     if model.hf_config is None:
         raise ValueError("the model has no hf_config: build it with hf_config= to say what its config.json holds")
-    source_folder = None if model.source_folder is None else Path(model.source_folder)
-    reader = InMemoryCheckpoint(config=model.hf_config, leaves=_leaves(model), folder=source_folder)
+    reader = InMemoryCheckpoint(config=model.hf_config, leaves=_leaves(model), folder=_source_folder(model, folder))
     if jax.process_count() == 1:
         write_converted(reader, folder, overwrite=overwrite)
     else:
         _write_together(reader, folder, overwrite)
+
+
+def _source_folder(model: CausalLM, target: str | os.PathLike[str]) -> Path | None:
+    """Where the model's tokenizer and generation settings are; None, with a warning, if that folder is gone."""
+    if model.source_folder is None or os.path.isdir(model.source_folder):
+        return None if model.source_folder is None else Path(model.source_folder)
+    if jax.process_index() == 0:
+        warnings.warn(
+            f"{model.source_folder}, which the model was loaded from, is no longer there: {os.fspath(target)} gets no "
+            "tokenizer and no generation_config.json. Copy them into it, or set model.source_folder to a folder that has "
+            "them and save again with overwrite=True",
+            stacklevel=3,
+        )
+    return None
 
 
 def _write_together(reader: Checkpoint, folder: str | os.PathLike[str], overwrite: bool) -> None:
@@ -156,6 +172,7 @@ def _write_together(reader: Checkpoint, folder: str | os.PathLike[str], overwrit
     if writes:
         try:
             check_output(Path(folder).absolute(), overwrite)
+            check_unfinished_work(incomplete_folder(Path(folder).absolute()), reader.digest, overwrite)
         except CheckpointError as error:
             problem = error
     if multihost_utils.broadcast_one_to_all(np.array(problem is not None)):

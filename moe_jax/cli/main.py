@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import textwrap
+import traceback
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -124,7 +125,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(arguments: argparse.Namespace) -> int:
-    """Run the command that was asked for; what a user can cause ends in a message on standard error."""
+    """Run the command that was asked for; what a user can cause ends in a message on standard error.
+
+    A traceback is printed here, not left to Python, which would end with the status of a failed check.
+    """
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
@@ -134,9 +138,13 @@ def run_command(arguments: argparse.Namespace) -> int:
         raise
     except BAD_INPUT_ERRORS as error:
         if arguments.debug:
-            raise
-        print(f"moe-jax {arguments.command}: {describe(error)}", file=sys.stderr)
+            traceback.print_exc()
+        else:
+            print(f"moe-jax {arguments.command}: {describe(error)}", file=sys.stderr)
         return exit_codes.BAD_INPUT
+    except Exception:  # noqa: BLE001 - whatever a defect raises
+        traceback.print_exc()
+        return exit_codes.DEFECT
 
 
 def describe(error: Exception) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from moe_jax.families.config_types import CONFIG_TYPES, check_types
 from moe_jax.families.rope import ROPE_KEYS
 from moe_jax.families.settings import HFConfig, Key, resolve
 
@@ -35,7 +36,8 @@ ONLY_DECODERS: Mapping[str, tuple[Any, ...]] = {
 
 
 def check_keys(row: Any, config: HFConfig) -> None:
-    """Raise ValueError naming every key of `config` that `row` neither reads nor knows to be harmless."""
+    """Raise ValueError naming every key of `config` that `row` neither reads nor knows to be harmless, or of a wrong type."""
+    check_types(config, CONFIG_TYPES)
     legal = {**ONLY_DECODERS, **resolve(row.refused, config)}
     known = HARMLESS_KEYS | set(ROPE_KEYS) | set(row.read) | set(row.ignored) | set(_setting_names(row)) | set(legal)
     given = {name: value for name, value in config.items() if value is not None}

@@ -22,6 +22,6 @@ FAMILIES: Mapping[str, Family] = {
 def get_family(config: HFConfig) -> Family:
     """The family of a `config.json`; ValueError with the known ones when its `model_type` is unknown."""
     model_type = config.get("model_type")
-    if model_type is None or model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"model_type {model_type!r} is not supported; known: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[model_type]

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from moe_jax.families.config_types import ROPE_PARAMETER_TYPES, check_types
 from moe_jax.families.decoder import LinearScaling, Rope, YarnScaling
 from moe_jax.families.settings import HFConfig
 
@@ -45,9 +46,11 @@ def rope_parameters(config: HFConfig, row: RopeRow) -> dict[str, Any]:
     """The rotary parameters in today's spelling, whichever spelling the file has.
 
     Raises:
-        ValueError: an unknown `rope_type`, or parameters that its type doesn't understand.
+        ValueError: an unknown `rope_type`, parameters that its type doesn't understand, or values of a wrong type.
     """
-    given = config.get("rope_scaling") or config.get("rope_parameters") or row.parameters
+    spelling = next((name for name in ("rope_scaling", "rope_parameters") if config.get(name)), None)
+    given = row.parameters if spelling is None else config[spelling]
+    check_types(given, ROPE_PARAMETER_TYPES, inside=spelling or "")
     parameters = {name: value for name, value in given.items() if value is not None}
     rope_type = parameters.pop("type", None)
     rope_type = parameters.setdefault("rope_type", rope_type or "default")

@@ -67,6 +67,12 @@ def test_a_configuration_key_that_changes_the_result_and_is_unknown_is_refused(s
     refuses(source, "embedding_multiplier=12.0")
 
 
+@pytest.mark.parametrize(("key", "value"), [("rms_norm_eps", "1e-6"), ("rope_parameters", "x")])
+def test_a_configuration_value_of_a_wrong_type_is_refused_with_file_and_key(source, tensors, key, value):
+    tiny.write_folder(source, tensors, {**tiny.QWEN3, key: value})
+    refuses(source, str(source / "config.json"), f"{key} must be", repr(value))
+
+
 def test_a_missing_configuration_key_is_named(source, tensors):
     tiny.write_folder(source, tensors, {key: value for key, value in tiny.QWEN3.items() if key != "hidden_size"})
     refuses(source, str(source / "config.json"), "hidden_size")
@@ -111,14 +117,14 @@ def test_every_bad_shard_is_reported_at_once(source, tensors):
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/hostname", "a/../../outside.safetensors", "a\\b"])
 def test_an_index_that_names_a_file_outside_the_folder_is_refused(source, tensors, name):
-    tiny.write_folder(source, tensors)
+    tiny.write_folder(source, tensors, shards=2)
     tiny.write_file(source.with_name("outside.safetensors"), tensors)
     tiny.write_index(source, dict.fromkeys(tensors, name))
     refuses(source, str(source / INDEX), repr(name), "outside the folder")
 
 
 def test_a_shard_that_is_a_link_out_of_the_folder_is_refused(source, tensors):
-    tiny.write_folder(source, tensors)
+    tiny.write_folder(source, tensors, shards=2)
     tiny.write_file(source.with_name("outside.safetensors"), tensors)
     (source / "link.safetensors").symlink_to("../outside.safetensors")
     tiny.write_index(source, dict.fromkeys(tensors, "link.safetensors"))
@@ -152,6 +158,33 @@ def test_an_index_that_disagrees_with_its_files_is_refused(source, tensors):
     tiny.write_index(source, weight_map)
     error = refuses(source, first, second, "phantom", "model-00002-of-00002.safetensors")
     assert not any(third in problem for problem in error.problems)
+
+
+def test_an_index_of_shards_that_are_gone_does_not_hide_the_single_file(source, tensors):
+    tiny.write_folder(source, tensors, shards=2)
+    for shard in source.glob("*.safetensors"):
+        shard.unlink()
+    tiny.write_folder(source, tensors)  # as transformers saves it again: one file, and the index stays
+    assert (
+        open_checkpoint(source).read("embedder.embedding").tobytes() == tensors["model.embed_tokens.weight"].tobytes()
+    )
+
+
+def test_a_single_file_is_read_in_place_of_the_shards_beside_it(source, tensors):
+    tiny.write_folder(source, {name: np.zeros_like(values) for name, values in tensors.items()}, shards=2)
+    tiny.write_folder(source, tensors)
+    assert (
+        open_checkpoint(source).read("embedder.embedding").tobytes() == tensors["model.embed_tokens.weight"].tobytes()
+    )
+
+
+def test_an_index_that_names_the_single_file_must_agree_with_it(source, tensors):
+    tiny.write_folder(source, tensors)
+    weight_map = dict.fromkeys(tensors, "model.safetensors")
+    tiny.write_index(source, weight_map)
+    assert open_checkpoint(source).shapes
+    tiny.write_index(source, {**weight_map, "phantom": "model.safetensors"})
+    refuses(source, "phantom", "is missing, but model.safetensors.index.json says it is there")
 
 
 def test_a_tensor_in_two_files_is_refused(source, tensors):

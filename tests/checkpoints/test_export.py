@@ -101,10 +101,32 @@ def test_files_carry_the_metadata_that_transformers_demands(source, output):
         assert file.metadata() == {"format": "pt"}
 
 
-def test_the_exported_configuration_names_the_dtype_that_was_written(source, output):
-    export(source, output, dtype="bfloat16")
-    assert json.loads((output / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    assert {array.dtype for array in tiny.read_folder(output).values()} == {np.dtype(ml_dtypes.bfloat16)}
+SPELLINGS = [
+    ({"torch_dtype": "float32"}, {"torch_dtype": "bfloat16"}),
+    ({"dtype": "float32"}, {"dtype": "bfloat16"}),
+    ({"dtype": "float32", "torch_dtype": "float32"}, {"dtype": "bfloat16", "torch_dtype": "bfloat16"}),
+    ({"dtype": None, "torch_dtype": "float16"}, {"dtype": None, "torch_dtype": "bfloat16"}),
+    ({}, {}),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), SPELLINGS, ids=str)
+@pytest.mark.parametrize("write", [convert, export])
+def test_every_dtype_that_the_configuration_names_is_the_one_that_was_written(
+    tmp_path, rng, output, write, before, after
+):
+    others = {name: value for name, value in tiny.QWEN3.items() if name != "torch_dtype"}
+    source = tiny.write_folder(tmp_path / "source", tiny.random_tensors(rng), {**others, **before})
+    write(source, output, dtype="bfloat16")
+    assert json.loads((output / "config.json").read_text()) == {**others, **after}
+    assert open_checkpoint(output).dtype_of("embedder.embedding") == ml_dtypes.bfloat16
+
+
+def test_a_dtype_is_added_where_another_would_be_assumed(tmp_path, rng, output):
+    unnamed = {name: value for name, value in tiny.QWEN3.items() if name != "torch_dtype"}
+    source = tiny.write_folder(tmp_path / "source", tiny.random_tensors(rng), unnamed)
+    convert(source, output)
+    assert json.loads((output / "config.json").read_text()) == {**unnamed, "dtype": "float32"}
 
 
 def test_tokenizer_and_generation_settings_travel_along(source, converted, output):

@@ -8,7 +8,14 @@ import pytest
 import tiny_checkpoint as tiny
 from interrupted_conversion import run_killed_after, run_killed_at_rename
 
-from moe_jax.checkpoints import CheckpointError, convert, open_checkpoint, verify
+from moe_jax.checkpoints import (
+    CheckpointError,
+    InMemoryCheckpoint,
+    convert,
+    open_checkpoint,
+    verify,
+    write_converted,
+)
 
 OPTIONS = {"expert_group_bytes": 1500}
 KILLED = -9
@@ -92,7 +99,7 @@ def test_thirty_kills_at_random_moments_are_survived(source, output, undisturbed
     assert_same_conversion(output, undisturbed)
 
 
-@pytest.mark.parametrize("moment", ["output.replaced", "output"])
+@pytest.mark.parametrize("moment", ["output.replaced/output", "output"])
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_a_kill_while_overwriting_keeps_the_old_folder_or_the_new_one(
     tmp_path, rng, source, undisturbed, output, moment, after
@@ -100,11 +107,13 @@ def test_a_kill_while_overwriting_keeps_the_old_folder_or_the_new_one(
     old = tiny.write_folder(tmp_path / "old", tiny.random_tensors(rng))
     convert(old, output)
     options = {**OPTIONS, "overwrite": True}
-    assert run_killed_at_rename(output.with_name(moment), after, source, output, options) == KILLED
+    assert run_killed_at_rename(output.parent / moment, after, source, output, options) == KILLED
     if output.exists():
         finished = verify(source, output).ok
         assert finished == (moment == "output" and after)
         assert finished or verify(old, output).ok
+    else:
+        assert verify(old, output.parent / "output.replaced" / "output").ok
     convert(source, output, **options)
     assert_same_conversion(output, undisturbed)
 
@@ -143,3 +152,53 @@ def test_a_folder_in_the_way_that_is_no_conversion_is_left_alone(source, output)
     with pytest.raises(CheckpointError, match=r"thesis\.txt"):
         convert(source, output, overwrite=True)
     assert (work_of(output) / "thesis.txt").read_text() == "mine"
+
+
+def save_from_memory(source, output, **options):
+    """A converted folder as `save_pretrained` writes one: without the digest of a source."""
+    reader = open_checkpoint(source)
+    leaves = {path: reader.read(path) for path in reader.shapes}
+    write_converted(InMemoryCheckpoint(config=reader.config, leaves=leaves, folder=source), output, **options)
+
+
+def test_a_conversion_of_a_model_that_was_saved_from_memory_goes_on_too(tmp_path, source, output):
+    save_from_memory(source, tmp_path / "saved")
+    interrupt(tmp_path / "saved", output)
+    report = convert(tmp_path / "saved", output, **OPTIONS)
+    assert 0 < report.parts_resumed < report.parts
+    assert verify(source, output).ok
+
+
+def test_a_saved_model_that_was_saved_again_meanwhile_is_another_source(tmp_path, source, output):
+    save_from_memory(source, tmp_path / "saved")
+    interrupt(tmp_path / "saved", output)
+    save_from_memory(source, tmp_path / "saved", overwrite=True)
+    with pytest.raises(CheckpointError, match="interrupted conversion of another source"):
+        convert(tmp_path / "saved", output, **OPTIONS)
+
+
+def test_saving_a_model_does_not_discard_an_interrupted_conversion_without_being_told(source, output):
+    interrupt(source, output)
+    before = tree_of(work_of(output))
+    with pytest.raises(CheckpointError, match=r"interrupted conversion of another source(.|\n)*overwrite=True"):
+        save_from_memory(source, output)
+    assert tree_of(work_of(output)) == before
+    assert convert(source, output, **OPTIONS).parts_resumed > 0
+    shutil.rmtree(output)
+    interrupt(source, output)
+    save_from_memory(source, output, overwrite=True)
+    assert verify(source, output).ok
+
+
+def test_a_model_that_was_being_saved_from_memory_is_saved_again_from_the_beginning(source, output, monkeypatch):
+    def disk_is_full(*arguments):
+        raise OSError("disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("moe_jax.checkpoints.conversion.copy_side_files", disk_is_full)
+        with pytest.raises(CheckpointError, match="disk is full"):
+            save_from_memory(source, output)
+    assert work_of(output).exists()
+    save_from_memory(source, output)
+    assert verify(source, output).ok
+    assert not work_of(output).exists()

@@ -46,6 +46,18 @@ def test_overwriting_never_removes_a_folder_that_is_no_model(source, output, wri
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
+def test_overwriting_never_removes_what_happens_to_lie_where_the_old_folder_is_kept(source, output, write):
+    replaced = output.with_name("output.replaced")
+    write(source, replaced)
+    write(source, output)  # nothing is overwritten, so nothing is in the way
+    with pytest.raises(CheckpointError, match=r"output\.replaced: is in the way(.|\n)*move it elsewhere"):
+        write(source, output, overwrite=True)
+    assert verify(source, replaced).ok
+    assert verify(source, output).ok
+    assert not output.with_name("output.incomplete").exists()
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
 def test_an_empty_folder_may_be_overwritten(source, output, write):
     output.mkdir()
     write(source, output, overwrite=True)

@@ -96,8 +96,52 @@ def test_a_missing_part_is_reported_by_name(source, output):
 def test_models_of_different_shape_are_not_compared(tmp_path, source, rng):
     config = {**tiny.QWEN3, "num_experts": 6}
     other = tiny.write_folder(tmp_path / "other", tiny.random_tensors(rng, config), config)
-    with pytest.raises(CheckpointError, match="different models"):
+    with pytest.raises(CheckpointError, match=r"different models(.|\n)*num_experts: 5 against 6"):
         verify(source, other)
+
+
+def test_models_of_different_depth_are_not_compared(tmp_path, source, rng):
+    config = {**tiny.QWEN3, "num_hidden_layers": 3}
+    other = tiny.write_folder(tmp_path / "other", tiny.random_tensors(rng, config), config)
+    with pytest.raises(CheckpointError, match=r"different models(.|\n)*layers: 2 against 3"):
+        verify(source, other)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rope_theta": 1e6}, "layers 0, 1: attention.rope.theta: 1000.0 against 1000000.0"),
+        ({"num_experts_per_tok": 3}, "layers 0, 1: feed_forward.top_k: 2 against 3"),
+        ({"norm_topk_prob": False}, "layers 0, 1: feed_forward.router.renormalize: True against False"),
+        ({"rms_norm_eps": 1e-5}, "norm_epsilon: 1e-06 against 1e-05"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            "attention.rope.scaling: None against LinearScaling",
+        ),
+        ({"max_position_embeddings": 32}, "max_positions: 64 against 32"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_changes_what_is_computed_is_a_difference_though_every_value_is_the_same(
+    source, output, change, words
+):
+    (output / "config.json").write_text(json.dumps({**tiny.QWEN3, **change}))
+    with pytest.raises(CheckpointError, match="different models") as caught:
+        verify(source, output)
+    assert [problem for problem in caught.value.problems if words in problem] == list(caught.value.problems)
+
+
+def test_settings_that_change_nothing_may_differ(source, output):
+    changed = {
+        **tiny.QWEN3,
+        "torch_dtype": "bfloat16",
+        "use_cache": False,
+        "rope_theta": None,
+        "initializer_range": 0.5,
+    }
+    changed["rope_parameters"] = {"rope_type": "default", "rope_theta": 1000}
+    (output / "config.json").write_text(json.dumps(changed))
+    assert verify(source, output).ok
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,15 @@ def test_a_model_is_a_folder_or_a_config_alone(capsys, tmp_path):
         assert "model_type 'unheard_of' is not supported" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", ["auto", 16, ["float32"], "float64"])
+def test_a_dtype_that_a_model_cannot_have_is_one_message_naming_file_and_key(value, capsys, tmp_path):
+    config = json.loads((DEMO / "config.json").read_text()) | {"dtype": value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["compile", str(tmp_path), "--target", "h200:1x2"]) == 2
+    message = f"{tmp_path / 'config.json'}: dtype must be one of bfloat16, float16, float32; got {value!r}"
+    assert message in capsys.readouterr().err
+
+
 STANDING_IN = """
 import sys
 import jax

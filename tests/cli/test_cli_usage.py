@@ -8,7 +8,7 @@ import sys
 import pytest
 from golden_cases import golden_cases
 
-from moe_jax.cli import main
+from moe_jax.cli import exit_codes, main
 from moe_jax.cli.main import COMMANDS
 
 
@@ -86,9 +86,11 @@ def test_a_checkpoint_that_does_not_exist_is_one_message_and_status_2(arguments,
     assert not list(tmp_path.iterdir())
 
 
-def test_debug_shows_the_traceback(tmp_path):
-    with pytest.raises(ValueError, match="absent"):
-        main(["inspect", str(tmp_path / "absent"), "--debug"])
+def test_debug_shows_the_traceback_and_keeps_the_status(tmp_path, capsys):
+    assert main(["inspect", str(tmp_path / "absent"), "--debug"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback")
+    assert "absent: does not exist" in error
 
 
 def test_an_interrupt_is_status_130(capsys, monkeypatch):
@@ -100,13 +102,22 @@ def test_an_interrupt_is_status_130(capsys, monkeypatch):
     assert capsys.readouterr().err == "\nmoe-jax inspect: interrupted\n"
 
 
-def test_a_defect_of_the_program_is_not_hidden(monkeypatch):
+def test_a_defect_of_the_program_shows_its_traceback_with_a_status_that_no_check_has(monkeypatch, capsys):
     def defective(arguments):
-        raise ZeroDivisionError
+        raise ZeroDivisionError("by me")
 
     monkeypatch.setattr(COMMANDS["inspect"], "run", defective)
-    with pytest.raises(ZeroDivisionError):
-        main(["inspect", "anything"])
+    assert main(["inspect", "anything"]) == 70
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback")
+    assert error.endswith("ZeroDivisionError: by me\n")
+
+
+def test_help_explains_every_exit_status(capsys):
+    statuses = {value for name, value in vars(exit_codes).items() if name.isupper() and isinstance(value, int)}
+    run_usage("--help")
+    explained = capsys.readouterr().out.split("exit status:")[1]
+    assert {int(number) for number in re.findall(r"^  (\d+) ", explained, re.MULTILINE)} == statuses
 
 
 def test_help_needs_none_of_the_slow_packages():

@@ -70,6 +70,43 @@ def test_a_saved_model_is_loaded_again_with_the_same_bits(tmp_path):
         save_pretrained(model, tmp_path / "saved")
 
 
+def with_generation_settings(folder):
+    """A copy of a golden checkpoint whose `generation_config.json` is known."""
+    shutil.copytree(RENORMALIZED.folder("fused"), folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 3}')
+    return folder
+
+
+def test_generation_settings_are_saved_though_the_process_changed_its_folder(tmp_path, monkeypatch):
+    with_generation_settings(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    model = from_pretrained("model")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    save_pretrained(model, "saved")
+    assert (tmp_path / "elsewhere" / "saved" / "generation_config.json").read_text() == '{"eos_token_id": 3}'
+
+
+def test_a_model_whose_source_folder_is_gone_is_saved_with_a_warning_that_says_what_is_missing(tmp_path):
+    model = from_pretrained(with_generation_settings(tmp_path / "model"))
+    (tmp_path / "model").rename(tmp_path / "moved")
+    missing = r"model, which the model was loaded from, is no longer there: .*saved gets no tokenizer"
+    with pytest.warns(UserWarning, match=missing) as caught:
+        save_pretrained(model, tmp_path / "saved")
+    assert caught[0].filename == __file__
+    jax.tree.map(np.testing.assert_array_equal, parameters(from_pretrained(tmp_path / "saved")), parameters(model))
+    model.source_folder = str(tmp_path / "moved")
+    save_pretrained(model, tmp_path / "saved", overwrite=True)
+    assert (tmp_path / "saved" / "generation_config.json").read_text() == '{"eos_token_id": 3}'
+
+
+def test_a_model_saved_in_another_dtype_says_so_in_its_config_json(tmp_path):
+    model = from_pretrained(STORED_IN_BFLOAT16.folder("fused"), dtype=jnp.float32)
+    assert model.hf_config["dtype"] == "bfloat16"
+    save_pretrained(model, tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "float32"
+
+
 def test_a_changed_model_is_saved_as_it_is_now(tmp_path):
     model = from_pretrained(RENORMALIZED.folder("fused"))
     model.final_norm.scale[...] = model.final_norm.scale[...] + 1.5

@@ -111,6 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
     from moe_jax.aot.sizes import Sizes
     from moe_jax.aot.targets import UnfitEnvironmentError, target_named
     from moe_jax.checkpoints import describe, resolve_config
+    from moe_jax.checkpoints.dtypes import named_dtype
     from moe_jax.cli.output import print_json, remark
     from moe_jax.json_files import read_json_object
 
@@ -123,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
     file = resolve_config(arguments.model)
     config = read_json_object(file)
     _, decoder = describe(config, file)
-    dtype = jnp.dtype(arguments.dtype or config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    dtype = jnp.dtype(arguments.dtype) if arguments.dtype else named_dtype(config, file)
     try:
         devices = len(target.topology().devices)
     except UnfitEnvironmentError as error:
