@@ -160,10 +160,12 @@ def _special_tokens(file: Path) -> dict[str, str]:
     """Special tokens in `file` as text; it holds the text itself or an object with "content"."""
     config = _read_if_present(file)
     values = {name: config[name] for name in SPECIAL_TOKEN_NAMES if config.get(name) is not None}
-    texts = {name: value.get("content") if isinstance(value, Mapping) else value for name, value in values.items()}
-    for name, text in texts.items():
+    texts: dict[str, str] = {}
+    for name, value in values.items():
+        text = value.get("content") if isinstance(value, Mapping) else value
         if not isinstance(text, str):
-            raise ValueError(f'{file}: {name} must be a text or an object with "content", got {values[name]!r}')
+            raise ValueError(f'{file}: {name} must be a text or an object with "content", got {value!r}')
+        texts[name] = text
     return texts
 
 

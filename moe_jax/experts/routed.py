@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Optional, Self
 
 import jax
@@ -21,13 +22,15 @@ if TYPE_CHECKING:
     from moe_jax.placement import ExpertMapManager
 
 
-def default_expert_init(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any = jnp.float32, **kwargs: Any) -> Array:
+def default_expert_init(
+    key: Key[Array, ""], shape: Sequence[Any], dtype: Any = None, out_sharding: Any = None
+) -> Array:
     """LeCun normal for each (out, in) matrix: experts, and gate and up, are matrices of their own."""
     matrices = tuple(range(len(shape) - 2))
     draw = initializers.variance_scaling(
         1.0, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2, batch_axis=matrices
     )
-    return draw(key, shape, dtype, **kwargs)
+    return draw(key, shape, dtype, out_sharding)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
