@@ -8,13 +8,15 @@
 
 Works from a source tree in which nothing is installed. Writes `benchmarks/results/gpu_<device>.json` and the tables of
 `docs/performance.md`; while it runs, after every row, FILE or `build/gpu_<device>.json`, so that nothing measured is lost. Ends
-with status 1 if something failed or was wrong; a bar that was missed is in the table.
+with status 1 if something failed or was wrong, with 3 if something hung, and within its minutes; a bar that was missed is in
+the table.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import datetime
+import faulthandler
 import hashlib
 import importlib.metadata
 import json
@@ -52,6 +54,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 PROGRESS = ROOT / "build"
 WRITING_SECONDS = 15
+LONGEST_STEP_SECONDS = 90
+"""Longest time for a step that compiles what it runs."""
 TORCH_SECONDS = 25
 """Longest wait for an answer of torch's process."""
 REHEARSED = (
@@ -86,9 +90,13 @@ def main() -> int:
     }
     file = options.json or (None if options.rehearse else PROGRESS / f"gpu_{result['device_name']}.json")
     record = Record(result, file, tuple(case.name for case in cases), say)
+    faulthandler.dump_traceback_later(60 * options.minutes + WRITING_SECONDS, exit=True)  # if even the watchdog hangs
     with record.step("suite"), contextlib.ExitStack() as stack:
+        stack.callback(faulthandler.cancel_dump_traceback_later)
+        stack.enter_context(record.watch("the whole run", 60 * options.minutes))
         sizes = {"width": 128, "copied_bytes": 1 << 20} if options.rehearse else {}
-        ceilings = measure_ceilings(**sizes)
+        with record.watch("ceilings", LONGEST_STEP_SECONDS):
+            ceilings = measure_ceilings(**sizes)
         result["ceilings"] = dataclasses.asdict(ceilings)
         say(f"{result['device']}: {ceilings}")
         suite = gpu_suite.Suite(
@@ -100,6 +108,7 @@ def main() -> int:
             rivals=options.rivals,
             report=say,
             save=record.save,
+            watch=record.watch,
             rows=result["rows"],
             unable=result["unable"],
         )
@@ -107,7 +116,7 @@ def main() -> int:
             command = [options.torch_python, str(Path(__file__).with_name("gpu_torch.py"))]
             suite.torch = stack.enter_context(worker(command, environment=os.environ, answer_seconds=TORCH_SECONDS))
             result["versions"] |= describe_torch(suite)
-        with record.step("launches"):
+        with record.step("launches"), record.watch("launches", LONGEST_STEP_SECONDS):
             result["launches"] = launches(options)
         suite.run(cases)
     result["seconds"] = time.monotonic() - started

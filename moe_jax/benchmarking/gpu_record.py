@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_jax.benchmarking.gpu_programs import FAILURES, describe_failure
 from moe_jax.benchmarking.gpu_report import bars, write_text
+from moe_jax.benchmarking.watchdog import watch
 
 
 @dataclasses.dataclass
@@ -34,6 +35,15 @@ class Record:
         self.result["not_reached"] = [name for name in self.cases if name not in begun]
         if self.file is not None:
             write_text(self.file, json.dumps(self.result, indent=1) + "\n")
+
+    def watch(self, what: str, seconds: float) -> contextlib.AbstractContextManager[None]:
+        """Give a block so many seconds; then what there is is saved and the process ended, with status `watchdog.HUNG`."""
+        return watch(what, seconds, self._last_words)
+
+    def _last_words(self, why: str) -> None:
+        self.result["failed_steps"]["ended early"] = why
+        self.save()
+        self.report(f"ENDED EARLY, {why}; what was measured is in {self.file}")
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:

@@ -4,13 +4,13 @@ What fails is recorded and costs nothing else; only when the device itself is lo
 saved after every row.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -23,7 +23,6 @@ from moe_jax.benchmarking.expert_checks import (
     Check,
     check_backward,
     check_forward,
-    gradients_of,
     random_tokens,
     random_weights,
 )
@@ -40,19 +39,23 @@ from moe_jax.benchmarking.gpu_cases import Case
 from moe_jax.benchmarking.gpu_ceilings import Ceilings
 from moe_jax.benchmarking.gpu_programs import (
     FAILURES,
+    IN_PROGRAM_CALLS,
     Program,
     compile_all,
     describe_failure,
     device_failure,
     gradient_parts,
-    several_times,
+    programs_of,
 )
+from moe_jax.benchmarking.gpu_torch_side import measure_torch
 
 MATMUL_KERNELS = "mosaic_gpu"
 """Part of the names of Mosaic GPU kernels; XLA's own (sorting, gathering, combining) have others."""
 UNFINISHED = "not finished: the process ended, or was ended, meanwhile"
-IN_PROGRAM_CALLS = 8
-MOST_TOKENS_IN_PROGRAM = 8
+LONGEST_SECONDS = 60
+"""Longest time for one contestant's turn at a case, compiled already, and for making weights or tokens."""
+COMPILED_SHARE = 0.5
+"""Share of the time left in which the programs of a shape may be begun to be compiled: the rest is for measuring them."""
 MOST_MASKED_SECONDS = 0.05
 """A contestant that multiplies all pairs is timed where that takes at most so long at the dense rate."""
 
@@ -72,6 +75,8 @@ class Suite:
     report: Callable[[str], None] = print
     save: Callable[[], None] = lambda: None
     """Called whenever a row is begun and done."""
+    watch: Callable[[str, float], AbstractContextManager[None]] = lambda *_: contextlib.nullcontext()
+    """Gives a block so many seconds; ends the process when they are over."""
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     unable: dict[str, str] = dataclasses.field(default_factory=dict)
     """Who could not take part, with the reason."""
@@ -95,15 +100,22 @@ class Suite:
         entrants: dict[Case, list[Contestant]] = {}
         try:
             entrants |= {case: self._entrants(case) for case in cases}
-            group = self._prepare(shape, entrants)
+            with self.watch(f"weights of {shape.name}", LONGEST_SECONDS):
+                group = self._lay_out(shape, entrants)
+            group.compiled |= self._compile(shape, entrants, group)
         except FAILURES as error:
             self._fail(cases, error)
             return []
+        not_compiled: list[Case] = []
         for number, case in enumerate(cases):
             if self._is_over:
-                return cases[number:]
+                return not_compiled + cases[number:]
+            if not programs_of({case: entrants[case]}, group.layouts).keys() <= group.compiled.keys():
+                not_compiled.append(case)
+                continue
             try:
-                sets = self._draw_sets(case)
+                with self.watch(f"tokens of {case.name}", LONGEST_SECONDS):
+                    sets = self._draw_sets(case)
             except FAILURES as error:
                 self._fail([case], error)
                 continue
@@ -111,9 +123,9 @@ class Suite:
                 self._add(case, contestant.name, sets, self._measure, contestant, group)
             if self.torch is not None and self.rivals and case.kind == "forward" and case.priority == 0:
                 self._add(case, "torch grouped_mm", sets, self._measure_torch)
-        return []
+        return not_compiled
 
-    def _prepare(self, shape: ExpertShape, entrants: Mapping[Case, Sequence[Contestant]]) -> "_Group":
+    def _lay_out(self, shape: ExpertShape, entrants: Mapping[Case, Sequence[Contestant]]) -> "_Group":
         weights = random_weights(shape, self._key())
         taking_part = {contestant.name: contestant for listed in entrants.values() for contestant in listed}
         layouts: dict[Callable[..., Weights], Weights | str] = {}
@@ -122,14 +134,21 @@ class Suite:
                 layouts[prepare] = jax.block_until_ready(prepare(weights))
             except FAILURES as error:  # a copy that doesn't fit costs those who need it
                 layouts[prepare] = describe_failure(error)
-        group = _Group(weights, {name: layouts[contestant.prepare] for name, contestant in taking_part.items()})
+        return _Group(weights, {name: layouts[contestant.prepare] for name, contestant in taking_part.items()})
+
+    def _compile(
+        self, shape: ExpertShape, entrants: Mapping[Case, Sequence[Contestant]], group: "_Group"
+    ) -> dict[tuple, Program]:
+        """The programs of the first cases, of as many as leave time to measure them."""
         started = time.monotonic()
-        group.compiled |= compile_all(self._programs(entrants, group.layouts), self.compile_threads)
+        programs = programs_of(entrants, group.layouts)
+        until = started + COMPILED_SHARE * max(0, self.deadline - started)
+        compiled = compile_all(programs, self.compile_threads, until)
         self.report(
-            f"{shape.name}: {len(group.compiled)} programs compiled in {time.monotonic() - started:.0f} s,"
+            f"{shape.name}: {len(compiled)} of {len(programs)} programs compiled in {time.monotonic() - started:.0f} s,"
             f" {max(0, self.deadline - time.monotonic()):.0f} s left"
         )
-        return group
+        return compiled
 
     def _entrants(self, case: Case) -> list[Contestant]:
         able, unable = contestants(case.shape, case.tokens)
@@ -145,31 +164,6 @@ class Suite:
         for name in too_slow:
             self.unable[f"{name} on {case.name}"] = "it multiplies every row by the matrix of every expert"
         return [contestant for contestant in able if contestant.name not in too_slow]
-
-    def _programs(
-        self, entrants: Mapping[Case, Sequence[Contestant]], layouts: Mapping[str, Weights | str]
-    ) -> dict[tuple, tuple[Callable[..., Any], Sequence[Any]]]:
-        """By key: what to compile. Routings share programs, which depend on shapes alone."""
-        programs: dict[tuple, tuple[Callable[..., Any], Sequence[Any]]] = {}
-        for case, listed in entrants.items():
-            given = case.shape.fused_moe_arguments(case.tokens)
-            tokens = [given["x"], given["topk_weights"], given["topk_ids"]]
-            for contestant in listed:
-                key, layout = (case.kind, case.tokens, contestant.name), layouts[contestant.name]
-                if isinstance(layout, str):
-                    continue
-                arguments = [*tokens, layout]
-                if case.kind == "forward":
-                    programs[key] = (contestant.block, arguments)
-                    if case.tokens <= MOST_TOKENS_IN_PROGRAM and case.priority == 0:
-                        chained = several_times(contestant.block)
-                        sets = [tokens] * IN_PROGRAM_CALLS
-                        programs[("in program", *key[1:])] = (chained, [sets, layout])
-                    continue
-                programs[key] = (gradients_of(contestant.block), [*arguments, given["x"]])
-                for name, (function, shapes) in gradient_parts(case, contestant.name).items():
-                    programs[(name, *key[1:])] = (function, shapes)
-        return programs
 
     def _draw_sets(self, case: Case) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
         """Argument sets that take turns."""
@@ -188,7 +182,8 @@ class Suite:
         self.save()  # now, because what crashes or hangs can't say so afterwards
         try:
             row |= self._work(case, [np.asarray(ids) for _, _, ids in sets])
-            row |= {"failed": None, **measure(case, sets, row, *arguments)}
+            with self.watch(f"{case.name}, {name}", LONGEST_SECONDS):
+                row |= {"failed": None, **measure(case, sets, row, *arguments)}
         except FAILURES as error:
             row["failed"] = describe_failure(error)
             self.lost = device_failure()
@@ -300,43 +295,14 @@ class Suite:
     def _measure_torch(self, case: Case, sets: list, row: Mapping[str, Any]) -> dict[str, Any]:
         assert self.torch is not None
         try:
-            return self._ask_torch(self.torch, case, sets, row)
+            outcome = measure_torch(self.torch, case.shape, [np.asarray(ids) for _, _, ids in sets])
         except WorkerEndedError as error:
             self.unable["torch grouped_mm"] = str(error)
             self.torch = None
             raise
-
-    def _ask_torch(self, torch: WorkerProcess, case: Case, sets: list, row: Mapping[str, Any]) -> dict[str, Any]:
-        shape = case.shape
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "topk_ids.npy"
-            np.save(file, np.stack([np.asarray(ids) for _, _, ids in sets]))
-            description = {
-                "hidden_size": shape.hidden_size,
-                "intermediate_size": shape.intermediate_size,
-                "num_experts": shape.num_experts,
-                "local_experts": shape.local_experts,
-                "top_k": shape.top_k,
-                "activation": shape.activation.name,
-                "has_bias": shape.has_bias,
-            }
-            prepared = torch.request("prepare", shape=description, topk_ids=str(file))
-        if "failed" in prepared:
-            return prepared
-        if not prepared["error"] <= 2e-2:  # rounds between the steps
-            return {"error": prepared["error"], "failed": f"wrong: relative error {prepared['error']:.2g}"}
-        times = torch.request("measure", calls=10)
-        if "failed" in times:
-            return {**prepared, **times}
-        best = min(time for time in (times["queued"], times["graph"]) if time is not None)
-        return {
-            **prepared,
-            "seconds": best,
-            "call_seconds": best,
-            "queued_seconds": times["queued"],
-            "in_program_seconds": times["graph"],
-            "block_share": row["flops"] / best / self.ceilings.dense_flops,
-        }
+        if "seconds" in outcome:
+            outcome["block_share"] = row["flops"] / outcome["seconds"] / self.ceilings.dense_flops
+        return outcome
 
     def _time(self, call: Callable[..., Any], arguments: Sequence[Sequence[Any]]) -> Timing:
         return time_calls(call, arguments, device_events=self.ceilings.device_events)

@@ -86,3 +86,43 @@ def test_a_torch_process_that_dies_costs_its_own_rows_alone(tmp_path):
     assert failed <= {"torch grouped_mm"}
     assert "code 3" in result["unable"]["torch grouped_mm"]
     assert result["launches"][0]["programs"] == 1
+
+
+HANGS = """
+import time
+def hang(*arguments, **options):
+    while True:
+        time.sleep(1)
+"""
+
+
+def test_a_case_that_hangs_is_named_and_ends_the_process_with_what_was_measured(tmp_path):
+    fault = f"""{HANGS}
+original = gpu_suite.Suite._time
+def time_second(self, *arguments):
+    if len(self.rows) == 1:
+        return original(self, *arguments)
+    hang()
+gpu_suite.Suite._time = time_second
+original_add = gpu_suite.Suite._add
+def add(self, *arguments):
+    gpu_suite.LONGEST_SECONDS = 2 if self.rows else 60
+    original_add(self, *arguments)
+gpu_suite.Suite._add = add
+gpu.launches = lambda options: []
+"""
+    done, result = rehearse(tmp_path, fault, "--no-rivals", "--only", "forward/small/")
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert result["rows"][0]["call_seconds"] > 0
+    hung = result["rows"][1]
+    assert hung["failed"].startswith("not finished")
+    assert result["failed_steps"]["ended early"] == f"{hung['case']}, {hung['contestant']}: not done after 2 s"
+    assert "ENDED EARLY" in done.stdout
+    assert result["not_reached"]
+
+
+def test_the_run_ends_within_its_minutes_whatever_hangs(tmp_path):
+    done, result = rehearse(tmp_path, f"{HANGS}\ngpu.measure_ceilings = hang", "--minutes", "0.02")
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "the whole run" in result["failed_steps"]["ended early"]
+    assert result["rows"] == []

@@ -1,5 +1,6 @@
 """What the GPU suite measures, and how it survives failures."""
 
+import contextlib
 import dataclasses
 import time
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.benchmarking import gpu_suite
+from moe_jax.benchmarking import gpu_programs, gpu_suite
 from moe_jax.benchmarking.contest import WorkerEndedError
 from moe_jax.benchmarking.device_timer import Timing
 from moe_jax.benchmarking.expert_checks import float32_block
@@ -196,6 +197,36 @@ def test_torch_takes_part_through_its_process_and_its_failure_is_recorded(suite,
     answers["prepare"] = {"failed": "OutOfMemoryError"}
     suite.run([case])
     assert suite.rows[-1]["failed"] == "OutOfMemoryError"
+
+
+def test_cases_whose_programs_were_not_compiled_in_time_are_named_and_the_others_measured(suite, monkeypatch):
+    def compile_all(programs, threads, until):
+        assert until < suite.deadline
+        return gpu_programs.compile_all(dict(list(programs.items())[:3]), threads)  # those of the first case
+
+    monkeypatch.setattr(gpu_suite, "compile_all", compile_all)
+    assert suite.run(CASES) == CASES[1:]
+    assert {row["case"] for row in suite.rows} == {CASES[0].name}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_no_compile_is_begun_after_its_time(threads):
+    programs = {"sin": (jnp.sin, [1.0])}
+    assert compile_all(programs, threads, until=time.monotonic() - 1) == {}
+    assert compile_all(programs, threads, until=time.monotonic() + 60)["sin"].call is not None
+
+
+def test_every_turn_at_the_device_is_watched(suite):
+    watched = []
+
+    def watch(what, seconds):
+        watched.append(what)
+        return contextlib.nullcontext()
+
+    suite.watch = watch
+    suite.run([CASE])
+    turns = [f"{CASE.name}, {name}" for name in ("right", "wrong", "broken")]
+    assert watched == ["weights of small", f"tokens of {CASE.name}", *turns]
 
 
 def test_who_multiplies_all_pairs_is_left_out_where_that_takes_long(rng):
