@@ -1,6 +1,7 @@
 """The expert kernels on the GPU at hand: first right, then how fast, beside the device's ceilings and what others offer.
 
     python benchmarks/gpu.py                     # everything that fits into 8 minutes; needs jax with CUDA, nothing else
+    python benchmarks/gpu.py --smoke             # only whether each kernel is right, on one small call; under a minute or two
     python benchmarks/gpu.py --quick             # the first cases only
     python benchmarks/gpu.py --only forward/qwen3
     python benchmarks/gpu.py --json FILE         # write here only; later, in the source tree: --from-json FILE
@@ -48,6 +49,7 @@ from moe_jax.benchmarking.gpu_ceilings import measure_ceilings  # noqa: E402
 from moe_jax.benchmarking.gpu_programs import check_launches  # noqa: E402
 from moe_jax.benchmarking.gpu_record import Record  # noqa: E402
 from moe_jax.benchmarking.gpu_report import markdown, write_results  # noqa: E402
+from moe_jax.benchmarking.gpu_smoke import smoke_test  # noqa: E402
 from moe_jax.kernels.device import gpu_device_of  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -88,12 +90,19 @@ def main() -> int:
         "seed": options.seed,
         "ceilings": None,
     }
-    file = options.json or (None if options.rehearse else PROGRESS / f"gpu_{result['device_name']}.json")
+    name = f"gpu_{result['device_name']}{'_smoke' if options.smoke else ''}.json"
+    file = options.json or (None if options.rehearse else PROGRESS / name)
+    rng = np.random.default_rng(options.seed)
     record = Record(result, file, tuple(case.name for case in cases), say)
     faulthandler.dump_traceback_later(60 * options.minutes + WRITING_SECONDS, exit=True)  # if even the watchdog hangs
     with record.step("suite"), contextlib.ExitStack() as stack:
         stack.callback(faulthandler.cancel_dump_traceback_later)
         stack.enter_context(record.watch("the whole run", 60 * options.minutes))
+        failed = dict(smoke_test({case.kind for case in cases}, rng, watch=record.watch, report=say))
+        result["failed_steps"] |= {f"smoke test, {kernel}": why for kernel, why in failed.items()}
+        record.save()
+        if options.smoke or "device" in failed:
+            return finish(record)
         sizes = {"width": 128, "copied_bytes": 1 << 20} if options.rehearse else {}
         with record.watch("ceilings", LONGEST_STEP_SECONDS):
             ceilings = measure_ceilings(**sizes)
@@ -101,7 +110,7 @@ def main() -> int:
         say(f"{result['device']}: {ceilings}")
         suite = gpu_suite.Suite(
             ceilings=ceilings,
-            rng=np.random.default_rng(options.seed),
+            rng=rng,
             deadline=started + 60 * options.minutes - WRITING_SECONDS,
             l2_bytes=device.l2_bytes if device else 1 << 16,
             compile_threads=options.compile_threads,
@@ -125,6 +134,11 @@ def main() -> int:
         say("\n" + ("REHEARSAL: these times mean nothing\n\n" if options.rehearse else "") + markdown(result))
         if not options.json and not options.rehearse:
             say(f"written: {write_results(result, folder=RESULTS, page=PAGE)} and {PAGE}")
+    return finish(record)
+
+
+def finish(record: Record) -> int:
+    """Say what failed; the exit status."""
     for failure in record.failures:
         say(f"FAILED: {failure[:200]}")
     return 1 if record.failures else 0
@@ -135,6 +149,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=float, default=8, help="time to use, compiling included (default: %(default)s)"
     )
+    parser.add_argument("--smoke", action="store_true", help="only check each kernel on one small call; time nothing")
     parser.add_argument("--quick", action="store_true", help="only the cases of the first priority")
     parser.add_argument("--only", metavar="PATTERN", help="only cases whose name holds this; * is anything")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here, and nowhere else")

@@ -126,3 +126,18 @@ def test_the_run_ends_within_its_minutes_whatever_hangs(tmp_path):
     assert done.returncode == 3, done.stdout + done.stderr
     assert "the whole run" in result["failed_steps"]["ended early"]
     assert result["rows"] == []
+
+
+def test_the_smoke_test_alone_times_nothing_and_says_at_once_what_is_wrong(tmp_path):
+    fault = """
+from moe_jax.benchmarking import gpu_smoke
+gpu_smoke._forward_error = lambda *arguments: 0.5
+def measure_ceilings(**sizes):
+    raise AssertionError("timed")
+gpu.measure_ceilings = measure_ceilings
+"""
+    done, result = rehearse(tmp_path, fault, "--smoke", "--only", "forward")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert set(result["failed_steps"]) == {"smoke test, stream", "smoke test, rows"}
+    assert done.stdout.startswith("smoke test of stream (xla): wrong: relative error 0.5, 0 s\n")
+    assert "timed" not in done.stdout
