@@ -179,6 +179,8 @@ _TABLES = [
             *_TIMES,
             ("in one program µs", _micro("in_program_seconds")),
             ("weights MB", lambda row: _number(row["weight_bytes"] / 1e6, ",.0f")),
+            ("split in", lambda row: " / ".join(str(splits) for splits in (row.get("splits") or {}).values())),
+            ("second pass µs", _micro("second_pass_seconds")),
             ("matmuls", _percent("bandwidth_share")),
         ],
     ),
