@@ -140,6 +140,13 @@ def measure_memory(folder: Path) -> dict[str, Any]:
     return result
 
 
+def usable_cores() -> int:
+    """Cores that this process may use; `os.process_cpu_count` exists only from Python 3.13 on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def main() -> None:
     """Measure, print every round, write JSON if asked; exit code 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -154,7 +161,7 @@ def main() -> None:
         return
     results: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/convert.py", *sys.argv[1:]]),
-        "device": f"{platform.machine()}, {os.process_cpu_count()} cores",
+        "device": f"{platform.machine()}, {usable_cores()} cores",
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("jax", "orbax-checkpoint", "tensorstore", "numpy")},
     }

@@ -1,19 +1,23 @@
 """The expert kernels on the GPU at hand: first right, then how fast, beside the device's ceilings and what others offer.
 
     python benchmarks/gpu.py                     # everything that fits into 8 minutes; needs jax with CUDA, nothing else
+    python benchmarks/gpu.py --smoke             # only whether each kernel is right, on one small call; under a minute or two
     python benchmarks/gpu.py --quick             # the first cases only
     python benchmarks/gpu.py --only forward/qwen3
     python benchmarks/gpu.py --json FILE         # write here only; later, in the source tree: --from-json FILE
     python benchmarks/gpu.py --rehearse          # tiny shapes on the CPU: does the suite itself work?
 
 Works from a source tree in which nothing is installed. Writes `benchmarks/results/gpu_<device>.json` and the tables of
-`docs/performance.md`. Ends with status 1 if something failed or was wrong; a bar that was missed is in the table.
+`docs/performance.md`; while it runs, after every row, FILE or `build/gpu_<device>.json`, so that nothing measured is lost. Ends
+with status 1 if something failed or was wrong, with 3 if something hung, and within its minutes; a bar that was missed is in
+the table.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import datetime
+import faulthandler
 import hashlib
 import importlib.metadata
 import json
@@ -41,13 +45,21 @@ from moe_jax.benchmarking.contest import worker  # noqa: E402
 from moe_jax.benchmarking.expert_contestants import contestants  # noqa: E402
 from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES, ExpertShape  # noqa: E402
 from moe_jax.benchmarking.gpu_cases import all_cases, select  # noqa: E402
+from moe_jax.benchmarking.gpu_ceilings import measure_ceilings  # noqa: E402
 from moe_jax.benchmarking.gpu_programs import check_launches  # noqa: E402
-from moe_jax.benchmarking.gpu_report import bars, markdown, write_results, write_text  # noqa: E402
+from moe_jax.benchmarking.gpu_record import Record  # noqa: E402
+from moe_jax.benchmarking.gpu_report import markdown, write_results  # noqa: E402
+from moe_jax.benchmarking.gpu_smoke import smoke_test  # noqa: E402
 from moe_jax.kernels.device import gpu_device_of  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
+PROGRESS = ROOT / "build"
 WRITING_SECONDS = 15
+LONGEST_STEP_SECONDS = 90
+"""Longest time for a step that compiles what it runs."""
+TORCH_SECONDS = 25
+"""Longest wait for an answer of torch's process."""
 REHEARSED = (
     ExpertShape(name="small", hidden_size=64, intermediate_size=32, num_experts=8, top_k=2),
     ExpertShape(name="small-rank", hidden_size=64, intermediate_size=32, num_experts=8, top_k=2, ranks=2),
@@ -59,7 +71,7 @@ def main() -> int:
     started = time.monotonic()
     if options.from_json:
         result = json.loads(options.from_json.read_text())
-        print(f"written: {write_results(result, folder=RESULTS, page=PAGE)} and {PAGE}")
+        say(f"written: {write_results(result, folder=RESULTS, page=PAGE)} and {PAGE}")
         return 0
     device = gpu_device_of()
     if device is None and not options.rehearse:
@@ -68,9 +80,6 @@ def main() -> int:
         )
     cases = all_cases(REHEARSED, (1, 8), (8,)) if options.rehearse else all_cases()
     cases = select(cases, only=options.only, quick=options.quick)
-    sizes = {"width": 128, "copied_bytes": 1 << 20} if options.rehearse else {}
-    ceilings = gpu_suite.measure_ceilings(**sizes)
-    say(f"{jax.devices()[0].device_kind}: {ceilings}")
     result = {
         "rehearsal": options.rehearse,
         "command": shlex.join(["python", *sys.argv]),
@@ -79,41 +88,60 @@ def main() -> int:
         "device_name": device.name if device else "none",
         "versions": versions(),
         "seed": options.seed,
-        "ceilings": dataclasses.asdict(ceilings),
+        "ceilings": None,
     }
-    with contextlib.ExitStack() as stack:
+    name = f"gpu_{result['device_name']}{'_smoke' if options.smoke else ''}.json"
+    file = options.json or (None if options.rehearse else PROGRESS / name)
+    rng = np.random.default_rng(options.seed)
+    record = Record(result, file, tuple(case.name for case in cases), say)
+    faulthandler.dump_traceback_later(60 * options.minutes + WRITING_SECONDS, exit=True)  # if even the watchdog hangs
+    with record.step("suite"), contextlib.ExitStack() as stack:
+        stack.callback(faulthandler.cancel_dump_traceback_later)
+        stack.enter_context(record.watch("the whole run", 60 * options.minutes))
+        failed = dict(smoke_test({case.kind for case in cases}, rng, watch=record.watch, report=say))
+        result["failed_steps"] |= {f"smoke test, {kernel}": why for kernel, why in failed.items()}
+        record.save()
+        if options.smoke or "device" in failed:
+            return finish(record)
+        sizes = {"width": 128, "copied_bytes": 1 << 20} if options.rehearse else {}
+        with record.watch("ceilings", LONGEST_STEP_SECONDS):
+            ceilings = measure_ceilings(**sizes)
+        result["ceilings"] = dataclasses.asdict(ceilings)
+        say(f"{result['device']}: {ceilings}")
         suite = gpu_suite.Suite(
             ceilings=ceilings,
-            rng=np.random.default_rng(options.seed),
+            rng=rng,
             deadline=started + 60 * options.minutes - WRITING_SECONDS,
             l2_bytes=device.l2_bytes if device else 1 << 16,
             compile_threads=options.compile_threads,
             rivals=options.rivals,
             report=say,
+            save=record.save,
+            watch=record.watch,
+            rows=result["rows"],
+            unable=result["unable"],
         )
-        suite.save = lambda: save(options.json, {**result, "rows": suite.rows, "not_reached": ["interrupted"]})
         if options.rivals:
             command = [options.torch_python, str(Path(__file__).with_name("gpu_torch.py"))]
-            suite.torch = stack.enter_context(worker(command, environment=os.environ))
+            suite.torch = stack.enter_context(worker(command, environment=os.environ, answer_seconds=TORCH_SECONDS))
             result["versions"] |= describe_torch(suite)
-        not_reached = [case.name for case in suite.run(cases)]
-    result |= {
-        "launches": launches(options),
-        "unable": suite.unable,
-        "rows": suite.rows,
-        "bars": [{**dataclasses.asdict(bar), "met": bar.met} for bar in bars(suite.rows)],
-        "not_reached": not_reached,
-        "seconds": time.monotonic() - started,
-    }
-    say("\n" + ("REHEARSAL: these times mean nothing\n\n" if options.rehearse else "") + markdown(result))
-    if options.json:
-        save(options.json, result)
-    elif not options.rehearse:
-        say(f"written: {write_results(result, folder=RESULTS, page=PAGE)} and {PAGE}")
-    retraced = [launch for launch in result["launches"] if launch["programs"] != 1]
-    for launch in retraced:
-        say(f"RETRACED: {launch}")
-    return 1 if retraced or any(row.get("failed") for row in suite.rows) else 0
+        with record.step("launches"), record.watch("launches", LONGEST_STEP_SECONDS):
+            result["launches"] = launches(options)
+        suite.run(cases)
+    result["seconds"] = time.monotonic() - started
+    record.save()
+    with record.step("tables"):
+        say("\n" + ("REHEARSAL: these times mean nothing\n\n" if options.rehearse else "") + markdown(result))
+        if not options.json and not options.rehearse:
+            say(f"written: {write_results(result, folder=RESULTS, page=PAGE)} and {PAGE}")
+    return finish(record)
+
+
+def finish(record: Record) -> int:
+    """Say what failed; the exit status."""
+    for failure in record.failures:
+        say(f"FAILED: {failure[:200]}")
+    return 1 if record.failures else 0
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -121,6 +149,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=float, default=8, help="time to use, compiling included (default: %(default)s)"
     )
+    parser.add_argument("--smoke", action="store_true", help="only check each kernel on one small call; time nothing")
     parser.add_argument("--quick", action="store_true", help="only the cases of the first priority")
     parser.add_argument("--only", metavar="PATTERN", help="only cases whose name holds this; * is anything")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here, and nowhere else")
@@ -173,14 +202,11 @@ def digest(folder: Path) -> str:
     return sha.hexdigest()[:16]
 
 
-def save(file: Path | None, result: dict) -> None:
-    if file is not None:
-        write_text(file, json.dumps(result, indent=1) + "\n")
-
-
 def say(text: str) -> None:
     print(text, flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # a device that was lost may hang or crash on the orderly way out

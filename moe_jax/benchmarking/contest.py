@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import json
+import queue
 import statistics
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any, cast
@@ -13,43 +15,69 @@ CONTENDED = 1.5
 """A round in which a contestant of the other side takes this many times its own shortest round is void."""
 
 
+class WorkerEndedError(RuntimeError):
+    """The process is gone: it ended, or was ended because it didn't answer. Asking again is useless."""
+
+
 class WorkerProcess:
     """A process that answers requests, one JSON object per line on stdin and stdout."""
 
-    def __init__(self, command: Sequence[str], *, environment: Mapping[str, str]):
-        """Start `command` with exactly this environment."""
+    def __init__(self, command: Sequence[str], *, environment: Mapping[str, str], answer_seconds: float = 3600):
+        """Start `command` with exactly this environment; one that takes longer than `answer_seconds` to answer is ended."""
         self.command = list(command)
+        self.answer_seconds = answer_seconds
         self._process = subprocess.Popen(
             self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(environment)
         )
-        self._requests, self._answers = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
+        self._requests = cast(IO[str], self._process.stdin)
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        threading.Thread(target=self._read, args=(cast(IO[str], self._process.stdout),), daemon=True).start()
+
+    def _read(self, answers: IO[str]) -> None:
+        """In a thread of its own, because reading a line can't be given up; an empty line is the end."""
+        for line in answers:
+            self._lines.put(line)
+        self._lines.put("")
 
     def request(self, action: str, **arguments: Any) -> dict[str, Any]:
         """Send a request and wait for its answer.
 
         Raises:
-            RuntimeError: the process ended; what it printed to stderr has been shown.
+            WorkerEndedError: the process ended, or did not answer in time; what it printed to stderr has been shown.
         """
         try:
             self._requests.write(json.dumps({"action": action, **arguments}) + "\n")
             self._requests.flush()
-            answer = self._answers.readline()
-        except BrokenPipeError:
+            answer = self._lines.get(timeout=self.answer_seconds)
+        except (OSError, ValueError):  # a broken pipe, or one that was closed after it broke
             answer = ""
+        except queue.Empty:
+            self.close(patience=0)
+            late = f"worker did not answer {action!r} within {self.answer_seconds:g} s and was ended"
+            raise WorkerEndedError(f"{late}: {' '.join(self.command)}") from None
         if not answer:
-            raise RuntimeError(f"worker ended with code {self._process.wait()} at {action!r}: {' '.join(self.command)}")
+            self.close()
+            code = self._process.returncode
+            raise WorkerEndedError(f"worker ended with code {code} at {action!r}: {' '.join(self.command)}")
         return json.loads(answer)
 
-    def close(self) -> None:
-        """Let the process end."""
-        self._requests.close()
-        self._process.wait()
+    def close(self, patience: float = 10) -> None:
+        """Let the process end; after `patience` seconds, end it."""
+        with contextlib.suppress(OSError):  # what was written to a process that is gone can't be flushed
+            self._requests.close()
+        try:
+            self._process.wait(patience)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 @contextlib.contextmanager
-def worker(command: Sequence[str], *, environment: Mapping[str, str]) -> Iterator[WorkerProcess]:
+def worker(
+    command: Sequence[str], *, environment: Mapping[str, str], answer_seconds: float = 3600
+) -> Iterator[WorkerProcess]:
     """A `WorkerProcess` that ends with the block."""
-    process = WorkerProcess(command, environment=environment)
+    process = WorkerProcess(command, environment=environment, answer_seconds=answer_seconds)
     try:
         yield process
     finally:

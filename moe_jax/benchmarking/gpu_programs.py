@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,15 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.benchmarking.expert_checks import random_tokens, random_weights
-from moe_jax.benchmarking.expert_contestants import Contestant
+from moe_jax.benchmarking.expert_checks import gradients_of, random_tokens, random_weights
+from moe_jax.benchmarking.expert_contestants import Contestant, Weights
 from moe_jax.benchmarking.expert_shapes import ExpertShape
 from moe_jax.benchmarking.expert_work import draw_topk_ids
 from moe_jax.benchmarking.gpu_cases import Case
 from moe_jax.kernels import grouped_matmul
 
-FAILURES = (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError, KeyError, IndexError)
-"""What a kernel that doesn't work raises: recorded beside the other measurements, which it must not cost."""
+FAILURES = (Exception,)
+"""Whatever a kernel that doesn't work raises: recorded beside the other measurements, which it must not cost."""
+IN_PROGRAM_CALLS = 8
+MOST_TOKENS_IN_PROGRAM = 8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,10 +35,20 @@ class Program:
     """What in it makes the host wait."""
 
 
-def compile_all(programs: Mapping[Any, tuple[Callable[..., Any], Sequence[Any]]], threads: int) -> dict[Any, Program]:
-    """Compile functions for arguments (arrays or shapes), several at a time; what fails is recorded."""
+def compile_all(
+    programs: Mapping[Any, tuple[Callable[..., Any], Sequence[Any]]], threads: int, until: float | None = None
+) -> dict[Any, Program]:
+    """Compile functions for arguments (arrays or shapes), several at a time; what fails is recorded.
 
-    def compile_one(function: Callable[..., Any], arguments: Sequence[Any]) -> Program:
+    Args:
+        programs: by key, the most wanted first.
+        threads: programs that are compiled at a time.
+        until: on the clock of `time.monotonic`; programs that were not begun then are left out.
+    """
+
+    def compile_one(function: Callable[..., Any], arguments: Sequence[Any]) -> Program | None:
+        if until is not None and time.monotonic() > until:
+            return None
         try:
             compiled = jax.jit(function).lower(*arguments).compile()
         except FAILURES as error:
@@ -43,10 +56,12 @@ def compile_all(programs: Mapping[Any, tuple[Callable[..., Any], Sequence[Any]]]
         return Program(compiled, None, waits_for_host(compiled.as_text() or ""))
 
     if threads == 1:  # in this thread, with its settings of jax
-        return {key: compile_one(*program) for key, program in programs.items()}
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        futures = {key: pool.submit(compile_one, *program) for key, program in programs.items()}
-        return {key: future.result() for key, future in futures.items()}
+        outcomes = {key: compile_one(*program) for key, program in programs.items()}
+    else:
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            futures = {key: pool.submit(compile_one, *program) for key, program in programs.items()}
+            outcomes = {key: future.result() for key, future in futures.items()}
+    return {key: program for key, program in outcomes.items() if program is not None}
 
 
 def waits_for_host(hlo: str) -> tuple[str, ...]:
@@ -68,6 +83,45 @@ def waits_for_host(hlo: str) -> tuple[str, ...]:
 def describe_failure(error: BaseException) -> str:
     """Its kind and message, shortened."""
     return f"{type(error).__name__}: {error}"[:2000]
+
+
+def device_failure() -> str | None:
+    """Why the device computes nothing any more, or None: an illegal address makes every later call of a process fail."""
+    try:
+        jax.block_until_ready(jax.device_put(np.ones(8, np.float32)) + 1)
+    except FAILURES as error:
+        return describe_failure(error)
+    return None
+
+
+def programs_of(
+    entrants: Mapping[Case, Sequence[Contestant]], layouts: Mapping[str, Weights | str]
+) -> dict[tuple, tuple[Callable[..., Any], Sequence[Any]]]:
+    """What to compile for these cases, by key. Routings share programs, which depend on shapes alone.
+
+    Args:
+        entrants: those who take part in each case.
+        layouts: the weights as each contestant wants them, or why it can't have them.
+    """
+    programs: dict[tuple, tuple[Callable[..., Any], Sequence[Any]]] = {}
+    for case, listed in entrants.items():
+        given = case.shape.fused_moe_arguments(case.tokens)
+        tokens = [given["x"], given["topk_weights"], given["topk_ids"]]
+        for contestant in listed:
+            key, layout = (case.kind, case.tokens, contestant.name), layouts[contestant.name]
+            if isinstance(layout, str):
+                continue
+            arguments = [*tokens, layout]
+            if case.kind == "forward":
+                programs[key] = (contestant.block, arguments)
+                if case.tokens <= MOST_TOKENS_IN_PROGRAM and case.priority == 0:
+                    sets = [tokens] * IN_PROGRAM_CALLS
+                    programs[("in program", *key[1:])] = (several_times(contestant.block), [sets, layout])
+                continue
+            programs[key] = (gradients_of(contestant.block), [*arguments, given["x"]])
+            for name, (function, shapes) in gradient_parts(case, contestant.name).items():
+                programs[(name, *key[1:])] = (function, shapes)
+    return programs
 
 
 def gradient_parts(case: Case, contestant: str) -> dict[str, tuple[Callable[..., Any], tuple]]:

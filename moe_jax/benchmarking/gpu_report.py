@@ -90,9 +90,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines = [
         f"{result['device']}, {result['date']}, jax {result['versions']['jax']}; `{result['command']}`.",
         "",
-        f"Ceilings measured in this run: dense bf16 matmul {ceilings['dense_flops'] / 1e12:.0f} TFLOP/s,"
-        f" copy {ceilings['copy_bytes'] / 1e12:.2f} TB/s, launching an empty program"
-        f" {ceilings['launch_seconds'] * 1e6:.1f} µs. Times are {ceilings['timer']}.",
+        _ceilings(ceilings),
         "",
         *_table(
             ("asked for", "bar", "worst measured", "where", ""),
@@ -113,16 +111,31 @@ def markdown(result: Mapping[str, Any]) -> str:
         if chosen:
             body = [tuple(format_cell(row) for _, format_cell in columns) for row in chosen]
             lines += ["", f"### {title}", "", *_table(tuple(name for name, _ in columns), body)]
-    failures = [row for row in rows if row.get("failed")]
+    failures = [_failure(row) for row in rows if row.get("failed")]
+    failures += [(step, "", _in_a_cell(why)) for step, why in result.get("failed_steps", {}).items()]
     if failures:
-        lines += ["", "### Failed", "", *_table(("case", "contestant", "why"), [_failure(row) for row in failures])]
+        lines += ["", "### Failed", "", *_table(("case", "contestant", "why"), failures)]
     if result["not_reached"]:
         lines += ["", f"Not reached in the time: {len(result['not_reached'])} cases."]
     return "\n".join(lines)
 
 
+def _ceilings(ceilings: Mapping[str, Any] | None) -> str:
+    if ceilings is None:
+        return "The device's ceilings could not be measured."
+    return (
+        f"Ceilings measured in this run: dense bf16 matmul {ceilings['dense_flops'] / 1e12:.0f} TFLOP/s,"
+        f" copy {ceilings['copy_bytes'] / 1e12:.2f} TB/s, launching an empty program"
+        f" {ceilings['launch_seconds'] * 1e6:.1f} µs. Times are {ceilings['timer']}."
+    )
+
+
 def _failure(row: Row) -> tuple[str, ...]:
-    return row["case"], row["contestant"], row["failed"].splitlines()[0].replace("|", "\\|")[:160]
+    return row["case"], row["contestant"], _in_a_cell(row["failed"])
+
+
+def _in_a_cell(why: str) -> str:
+    return why.splitlines()[0].replace("|", "\\|")[:160]
 
 
 def _number(value: float | None, form: str = ".3g") -> str:
@@ -166,6 +179,8 @@ _TABLES = [
             *_TIMES,
             ("in one program µs", _micro("in_program_seconds")),
             ("weights MB", lambda row: _number(row["weight_bytes"] / 1e6, ",.0f")),
+            ("split in", lambda row: " / ".join(str(splits) for splits in (row.get("splits") or {}).values())),
+            ("second pass µs", _micro("second_pass_seconds")),
             ("matmuls", _percent("bandwidth_share")),
         ],
     ),

@@ -1,25 +1,28 @@
-"""Checks and times the experts' kernels on the device at hand, case by case, until the cases or the time are used up."""
+"""Checks and times the experts' kernels on the device at hand, case by case, until the cases or the time are used up.
 
+What fails is recorded and costs nothing else; only when the device itself is lost the rest is left out. What is measured is
+saved after every row.
+"""
+
+import contextlib
 import dataclasses
 import itertools
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.benchmarking.contest import WorkerProcess
-from moe_jax.benchmarking.device_timer import Timing, device_events_work, time_calls
+from moe_jax.benchmarking.contest import WorkerEndedError, WorkerProcess
+from moe_jax.benchmarking.device_timer import Timing, time_calls
 from moe_jax.benchmarking.expert_checks import (
     Check,
     check_backward,
     check_forward,
-    gradients_of,
     random_tokens,
     random_weights,
 )
@@ -33,63 +36,30 @@ from moe_jax.benchmarking.expert_work import (
     tile_ceiling,
 )
 from moe_jax.benchmarking.gpu_cases import Case
+from moe_jax.benchmarking.gpu_ceilings import Ceilings
 from moe_jax.benchmarking.gpu_programs import (
     FAILURES,
+    IN_PROGRAM_CALLS,
     Program,
     compile_all,
     describe_failure,
+    device_failure,
     gradient_parts,
-    several_times,
+    programs_of,
 )
+from moe_jax.benchmarking.gpu_report import OURS
+from moe_jax.benchmarking.gpu_second_pass import split_products, streamed_products
+from moe_jax.benchmarking.gpu_torch_side import measure_torch
 
 MATMUL_KERNELS = "mosaic_gpu"
 """Part of the names of Mosaic GPU kernels; XLA's own (sorting, gathering, combining) have others."""
-IN_PROGRAM_CALLS = 8
-MOST_TOKENS_IN_PROGRAM = 8
+UNFINISHED = "not finished: the process ended, or was ended, meanwhile"
+LONGEST_SECONDS = 60
+"""Longest time for one contestant's turn at a case, compiled already, and for making weights or tokens."""
+COMPILED_SHARE = 0.5
+"""Share of the time left in which the programs of a shape may be begun to be compiled: the rest is for measuring them."""
 MOST_MASKED_SECONDS = 0.05
 """A contestant that multiplies all pairs is timed where that takes at most so long at the dense rate."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Ceilings:
-    """What the device did at most in this run."""
-
-    dense_flops: float
-    """Floating-point operations per second of a dense bf16 matmul."""
-    copy_bytes: float
-    """Bytes read plus bytes written per second of a copy."""
-    launch_seconds: float
-    """From one call of an empty program to the next."""
-    device_events: bool
-    """Whether times come from the device's events."""
-    timer: str
-    """The same in words."""
-
-
-def measure_ceilings(width: int = 8192, copied_bytes: int = 4 << 30) -> Ceilings:
-    """Measure them, on random data."""
-    keys = jax.random.split(jax.random.key(int(time.time())), 4)
-    draw = jax.jit(lambda key: jax.random.normal(key, (width, width), jnp.bfloat16))
-    matrices = [draw(key) for key in keys]
-    matmul = jax.jit(lambda a, b: a @ b)
-    works, seen = device_events_work(lambda: matmul(*matrices[:2]))
-    timer = f"by device events ({seen})" if works else f"by the clock around queued calls (device events fail: {seen})"
-
-    def seconds(function: Callable[..., Any], sets: Sequence[Sequence[Any]]) -> float:
-        return time_calls(function, sets, device_events=works).seconds
-
-    dense = seconds(matmul, [(matrices[i], matrices[(i + 1) % 4]) for i in range(4)])
-    data = jax.random.normal(keys[0], (copied_bytes // 4,), jnp.float32)
-    # Two ways to read everything once and write it once; the runtime's own copy isn't always the faster.
-    copy = min(seconds(jax.jit(jnp.copy), [(data,)]), seconds(jax.jit(jnp.negative), [(data,)]))
-    nothing = time_calls(jax.jit(lambda x: x + 1), [(jnp.int32(0),)], calls=100, device_events=False)
-    return Ceilings(
-        dense_flops=2 * width**3 / dense,
-        copy_bytes=2 * data.nbytes / copy,
-        launch_seconds=nothing.queued,
-        device_events=works,
-        timer=timer,
-    )
 
 
 @dataclasses.dataclass
@@ -106,44 +76,91 @@ class Suite:
     rivals: bool = True
     report: Callable[[str], None] = print
     save: Callable[[], None] = lambda: None
-    """Called whenever cases are done."""
+    """Called whenever a row is begun and done."""
+    watch: Callable[[str, float], AbstractContextManager[None]] = lambda *_: contextlib.nullcontext()
+    """Gives a block so many seconds; ends the process when they are over."""
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     unable: dict[str, str] = dataclasses.field(default_factory=dict)
     """Who could not take part, with the reason."""
+    lost: str | None = None
+    """Why the device computes nothing any more."""
 
     def run(self, cases: Iterable[Case]) -> list[Case]:
         """Measure the cases, those of one shape and priority together; the cases that were not reached."""
         not_reached: list[Case] = []
-        for (_, shape), group in itertools.groupby(cases, lambda case: (case.priority, case.shape)):
-            group = list(group)
-            if time.monotonic() > self.deadline:
-                not_reached += group
-                continue
-            not_reached += self._run_group(shape, group)
-            self.save()
+        for (_, shape), listed in itertools.groupby(cases, lambda case: (case.priority, case.shape)):
+            not_reached += self._run_group(shape, list(listed))
         return not_reached
 
+    @property
+    def _is_over(self) -> bool:
+        return self.lost is not None or time.monotonic() > self.deadline
+
     def _run_group(self, shape: ExpertShape, cases: list[Case]) -> list[Case]:
-        weights = random_weights(shape, self._key())
-        entrants: dict[Case, list[Contestant]] = {case: self._entrants(case) for case in cases}
-        taking_part = {contestant.name: contestant for listed in entrants.values() for contestant in listed}
-        prepared = {prepare: prepare(weights) for prepare in {c.prepare for c in taking_part.values()}}
-        layouts = {name: prepared[contestant.prepare] for name, contestant in taking_part.items()}
-        started = time.monotonic()
-        compiled = compile_all(self._programs(entrants, layouts), self.compile_threads)
-        self.report(
-            f"{shape.name}: {len(compiled)} programs compiled in {time.monotonic() - started:.0f} s,"
-            f" {max(0, self.deadline - time.monotonic()):.0f} s left"
-        )
+        if self._is_over:
+            return cases
+        entrants: dict[Case, list[Contestant]] = {}
+        try:
+            entrants |= {case: self._entrants(case) for case in cases}
+            with self.watch(f"weights of {shape.name}", LONGEST_SECONDS):
+                group = self._lay_out(shape, entrants)
+            group.compiled |= self._compile(shape, entrants, group)
+        except FAILURES as error:
+            self._fail(cases, error)
+            return []
+        not_compiled: list[Case] = []
         for number, case in enumerate(cases):
-            if time.monotonic() > self.deadline:
-                return cases[number:]
-            sets = self._draw_sets(case)
+            if self._is_over:
+                return not_compiled + cases[number:]
+            if not self._programs({case: entrants[case]}, group).keys() <= group.compiled.keys():
+                not_compiled.append(case)
+                continue
+            try:
+                with self.watch(f"tokens of {case.name}", LONGEST_SECONDS):
+                    sets = self._draw_sets(case)
+            except FAILURES as error:
+                self._fail([case], error)
+                continue
             for contestant in entrants[case]:
-                self._add(case, contestant.name, sets, self._measure, contestant, compiled, weights, layouts)
+                self._add(case, contestant.name, sets, self._measure, contestant, group)
             if self.torch is not None and self.rivals and case.kind == "forward" and case.priority == 0:
                 self._add(case, "torch grouped_mm", sets, self._measure_torch)
-        return []
+        return not_compiled
+
+    def _lay_out(self, shape: ExpertShape, entrants: Mapping[Case, Sequence[Contestant]]) -> "_Group":
+        weights = random_weights(shape, self._key())
+        taking_part = {contestant.name: contestant for listed in entrants.values() for contestant in listed}
+        layouts: dict[Callable[..., Weights], Weights | str] = {}
+        for prepare in {contestant.prepare for contestant in taking_part.values()}:
+            try:
+                layouts[prepare] = jax.block_until_ready(prepare(weights))
+            except FAILURES as error:  # a copy that doesn't fit costs those who need it
+                layouts[prepare] = describe_failure(error)
+        return _Group(weights, {name: layouts[contestant.prepare] for name, contestant in taking_part.items()})
+
+    def _compile(
+        self, shape: ExpertShape, entrants: Mapping[Case, Sequence[Contestant]], group: "_Group"
+    ) -> dict[tuple, Program]:
+        """The programs of the first cases, of as many as leave time to measure them."""
+        started = time.monotonic()
+        programs = self._programs(entrants, group)
+        until = started + COMPILED_SHARE * max(0, self.deadline - started)
+        compiled = compile_all(programs, self.compile_threads, until)
+        self.report(
+            f"{shape.name}: {len(compiled)} of {len(programs)} programs compiled in {time.monotonic() - started:.0f} s,"
+            f" {max(0, self.deadline - time.monotonic()):.0f} s left"
+        )
+        return compiled
+
+    @staticmethod
+    def _programs(entrants: Mapping[Case, Sequence[Contestant]], group: "_Group") -> dict[tuple, Any]:
+        """Those of each case together, so that the first cases can be measured if time ends the compiling."""
+        programs: dict[tuple, Any] = {}
+        for case, listed in entrants.items():
+            programs |= programs_of({case: listed}, group.layouts)
+            for product in split_products(case) if OURS in {contestant.name for contestant in listed} else ():
+                programs[product.place, case.tokens, OURS] = (product.function, product.shapes())
+        return programs
 
     def _entrants(self, case: Case) -> list[Contestant]:
         able, unable = contestants(case.shape, case.tokens)
@@ -160,27 +177,6 @@ class Suite:
             self.unable[f"{name} on {case.name}"] = "it multiplies every row by the matrix of every expert"
         return [contestant for contestant in able if contestant.name not in too_slow]
 
-    def _programs(self, entrants: Mapping[Case, Sequence[Contestant]], layouts: Mapping[str, Weights]) -> dict:
-        """By key: what to compile. Routings share programs, which depend on shapes alone."""
-        programs: dict[tuple, tuple[Callable[..., Any], Sequence[Any]]] = {}
-        for case, listed in entrants.items():
-            given = case.shape.fused_moe_arguments(case.tokens)
-            tokens = [given["x"], given["topk_weights"], given["topk_ids"]]
-            for contestant in listed:
-                key = (case.kind, case.tokens, contestant.name)
-                arguments = [*tokens, layouts[contestant.name]]
-                if case.kind == "forward":
-                    programs[key] = (contestant.block, arguments)
-                    if case.tokens <= MOST_TOKENS_IN_PROGRAM and case.priority == 0:
-                        chained = several_times(contestant.block)
-                        sets = [tokens] * IN_PROGRAM_CALLS
-                        programs[("in program", *key[1:])] = (chained, [sets, layouts[contestant.name]])
-                    continue
-                programs[key] = (gradients_of(contestant.block), [*arguments, given["x"]])
-                for name, (function, shapes) in gradient_parts(case, contestant.name).items():
-                    programs[(name, *key[1:])] = (function, shapes)
-        return programs
-
     def _draw_sets(self, case: Case) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
         """Argument sets that take turns."""
         ids = draw_topk_ids(self.rng, case.shape, case.tokens, case.routing)
@@ -191,22 +187,32 @@ class Suite:
 
     def _add(self, case: Case, name: str, sets: list, measure: Callable[..., dict[str, Any]], *arguments: Any) -> None:
         """Measure one contestant, and keep what came of it, failures too."""
-        row: dict[str, Any] = {
-            "case": case.name,
-            "kind": case.kind,
-            "shape": case.shape.name,
-            "tokens": case.tokens,
-            "routing": case.routing,
-            "contestant": name,
-            "mean_rows": case.rows_per_expert,
-            **self._work(case, [np.asarray(ids) for _, _, ids in sets]),
-        }
+        if self._is_over:
+            return
+        row = {**_described(case, name), "failed": UNFINISHED}
+        self.rows.append(row)
+        self.save()  # now, because what crashes or hangs can't say so afterwards
         try:
-            row |= measure(case, sets, row, *arguments)
+            row |= self._work(case, [np.asarray(ids) for _, _, ids in sets])
+            with self.watch(f"{case.name}, {name}", LONGEST_SECONDS):
+                row |= {"failed": None, **measure(case, sets, row, *arguments)}
         except FAILURES as error:
             row["failed"] = describe_failure(error)
-        self.rows.append(row)
-        self.report(f"  {case.name:44s} {name:22s} {summary(row)}")
+            self.lost = device_failure()
+        self._told(row)
+
+    def _fail(self, cases: Sequence[Case], error: BaseException) -> None:
+        """Keep what came before any contestant's turn: weights or tokens that don't fit, say."""
+        self.lost = device_failure()
+        for case in cases:
+            self.rows.append({**_described(case, "all"), "failed": describe_failure(error)})
+            self._told(self.rows[-1])
+
+    def _told(self, row: Mapping[str, Any]) -> None:
+        self.save()
+        self.report(f"  {row['case']:44s} {row['contestant']:22s} {summary(row)}")
+        if self.lost is not None:
+            self.report(f"THE DEVICE IS LOST, the rest is left out: {self.lost}")
 
     @staticmethod
     def _work(case: Case, drawn: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -229,16 +235,16 @@ class Suite:
         sets: list,
         row: Mapping[str, Any],
         contestant: Contestant,
-        compiled: Mapping[tuple, Program],
-        weights: Weights,
-        layouts: Mapping[str, Weights],
+        group: "_Group",
     ) -> dict[str, Any]:
         """Check, then time; one that is wrong is not timed."""
+        prepared, compiled = group.layouts[contestant.name], group.compiled
+        if isinstance(prepared, str):
+            raise RuntimeError(f"its layout of the weights could not be made: {prepared}")
         program = compiled[case.kind, case.tokens, contestant.name]
         if program.call is None:
             raise RuntimeError(f"does not compile: {program.failure}")
-        prepared = layouts[contestant.name]
-        check = self._check(case, contestant, program.call, weights, prepared)
+        check = self._check(case, contestant, program.call, group.weights, prepared)
         outcome: dict[str, Any] = {"error": check.error, "repeats": check.repeats, "waits_for_host": program.waits}
         if not check.passed:
             return {**outcome, "failed": f"wrong: {check}"}
@@ -246,14 +252,18 @@ class Suite:
         if case.kind == "backward":
             arguments = [(*given, random_tokens(case.shape, case.tokens, self._key())[0]) for given in arguments]
         timing = self._time(program.call, arguments)
-        outcome |= self._shares(timing, row)
+        second_pass: float | None = 0.0
+        if contestant.name == OURS:
+            outcome["splits"] = {product.place: product.tiles.splits for product in streamed_products(case)}
+            outcome["second_pass_seconds"] = second_pass = self._second_pass(case, sets, group)
+        outcome |= self._shares(timing, row, second_pass)
         in_program = compiled.get(("in program", case.tokens, contestant.name))
         if case.kind == "forward" and in_program is not None and in_program.call is not None:
             turns = [sets[number % len(sets)] for number in range(IN_PROGRAM_CALLS)]
             whole = self._time(in_program.call, [([list(tokens) for tokens in turns], prepared)])
             outcome["in_program_seconds"] = whole.queued / IN_PROGRAM_CALLS
         if case.kind == "backward":
-            outcome |= self._gradient_parts(case, sets, contestant, compiled, weights)
+            outcome |= self._gradient_parts(case, sets, contestant, group)
         return outcome
 
     def _check(self, case: Case, contestant: Contestant, call: Any, weights: Weights, prepared: Weights) -> Check:
@@ -263,8 +273,25 @@ class Suite:
             return check_backward(call, weights, case.shape, ids, self.rng)
         return check_forward(call, weights, prepared, case.shape, ids, self.rng, with_traps=contestant.is_ours)
 
-    def _shares(self, timing: Timing, row: Mapping[str, Any]) -> dict[str, Any]:
-        matmuls = timing.kernel_seconds(MATMUL_KERNELS) or timing.seconds
+    def _second_pass(self, case: Case, sets: list, group: "_Group") -> float | None:
+        """Seconds that XLA takes to add up the parts of split contractions; None if they can't be had."""
+        sizes = [local_group_sizes(case.shape, np.asarray(ids)) for _, _, ids in sets]
+        seconds = 0.0
+        for product in split_products(case):
+            program = group.compiled[product.place, case.tokens, OURS]
+            if program.call is None:
+                return None
+            timing = self._time(program.call, product.arguments(group.weights, sizes, self._key()))
+            kernel = timing.kernel_seconds(MATMUL_KERNELS)
+            if kernel is None:
+                return None
+            seconds += max(0.0, timing.seconds - kernel)
+        return seconds
+
+    def _shares(self, timing: Timing, row: Mapping[str, Any], second_pass: float | None) -> dict[str, Any]:
+        """Where kernel and second pass can't be told from the rest, the whole block counts."""
+        kernels = timing.kernel_seconds(MATMUL_KERNELS)
+        matmuls = timing.seconds if not kernels or second_pass is None else min(timing.seconds, kernels + second_pass)
         return {
             "seconds": timing.seconds,
             "spread": timing.spread,
@@ -279,18 +306,18 @@ class Suite:
             "bandwidth_share": row["weight_bytes"] / matmuls / self.ceilings.copy_bytes or None,
         }
 
-    def _gradient_parts(self, case, sets, contestant, compiled, weights) -> dict[str, Any]:
+    def _gradient_parts(self, case, sets, contestant, group) -> dict[str, Any]:
         """Row and weight gradients of the gate/up projection alone."""
         sizes = local_group_sizes(case.shape, np.asarray(sets[0][2]))
         seconds: dict[str, float] = {}
         for name, (_, (rows, cotangent, matrices, group_sizes)) in gradient_parts(case, contestant.name).items():
-            program = compiled[name, case.tokens, contestant.name]
+            program = group.compiled[name, case.tokens, contestant.name]
             if program.call is None:
                 raise RuntimeError(f"{name} does not compile: {program.failure}")
             given = [
                 jax.random.normal(self._key(), rows.shape, rows.dtype),
                 jax.random.normal(self._key(), cotangent.shape, cotangent.dtype),
-                weights["gate_up_proj"].reshape(matrices.shape),
+                group.weights["gate_up_proj"].reshape(matrices.shape),
                 jnp.asarray(_fitted(sizes, rows.shape[0]), group_sizes.dtype),
             ]
             timing = self._time(program.call, [given])
@@ -300,42 +327,43 @@ class Suite:
 
     def _measure_torch(self, case: Case, sets: list, row: Mapping[str, Any]) -> dict[str, Any]:
         assert self.torch is not None
-        shape = case.shape
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "topk_ids.npy"
-            np.save(file, np.stack([np.asarray(ids) for _, _, ids in sets]))
-            description = {
-                "hidden_size": shape.hidden_size,
-                "intermediate_size": shape.intermediate_size,
-                "num_experts": shape.num_experts,
-                "local_experts": shape.local_experts,
-                "top_k": shape.top_k,
-                "activation": shape.activation.name,
-                "has_bias": shape.has_bias,
-            }
-            prepared = self.torch.request("prepare", shape=description, topk_ids=str(file))
-        if "failed" in prepared:
-            return prepared
-        if not prepared["error"] <= 2e-2:  # rounds between the steps
-            return {"error": prepared["error"], "failed": f"wrong: relative error {prepared['error']:.2g}"}
-        times = self.torch.request("measure", calls=10)
-        if "failed" in times:
-            return {**prepared, **times}
-        best = min(time for time in (times["queued"], times["graph"]) if time is not None)
-        return {
-            **prepared,
-            "seconds": best,
-            "call_seconds": best,
-            "queued_seconds": times["queued"],
-            "in_program_seconds": times["graph"],
-            "block_share": row["flops"] / best / self.ceilings.dense_flops,
-        }
+        try:
+            outcome = measure_torch(self.torch, case.shape, [np.asarray(ids) for _, _, ids in sets])
+        except WorkerEndedError as error:
+            self.unable["torch grouped_mm"] = str(error)
+            self.torch = None
+            raise
+        if "seconds" in outcome:
+            outcome["block_share"] = row["flops"] / outcome["seconds"] / self.ceilings.dense_flops
+        return outcome
 
     def _time(self, call: Callable[..., Any], arguments: Sequence[Sequence[Any]]) -> Timing:
         return time_calls(call, arguments, device_events=self.ceilings.device_events)
 
     def _key(self) -> jax.Array:
         return jax.random.key(int(self.rng.integers(2**31)))
+
+
+@dataclasses.dataclass
+class _Group:
+    """What the cases of one shape and priority share."""
+
+    weights: Weights
+    layouts: dict[str, Weights | str]
+    """By contestant: the weights as it wants them, or why it can't have them."""
+    compiled: dict[tuple, Program] = dataclasses.field(default_factory=dict)
+
+
+def _described(case: Case, contestant: str) -> dict[str, Any]:
+    return {
+        "case": case.name,
+        "kind": case.kind,
+        "shape": case.shape.name,
+        "tokens": case.tokens,
+        "routing": case.routing,
+        "contestant": contestant,
+        "mean_rows": case.rows_per_expert,
+    }
 
 
 def _fitted(sizes: np.ndarray, rows: int) -> np.ndarray:

@@ -2,17 +2,20 @@
 
 import os
 import sys
+import time
 
 import pytest
 
-from moe_jax.benchmarking.contest import Contest, Round, hold_contest, judge, worker
+from moe_jax.benchmarking.contest import Contest, Round, WorkerEndedError, hold_contest, judge, worker
 
 ECHO = """
-import json, sys
+import json, sys, time
 for line in sys.stdin:
     request = json.loads(line)
     if request["action"] == "die":
         sys.exit(3)
+    if request["action"] == "hang":
+        time.sleep(60)
     print(json.dumps({"got": request}), flush=True)
 """
 
@@ -74,3 +77,29 @@ def test_worker_answers_requests_and_its_death_is_an_error():
         assert process.request("hello", size=3) == {"got": {"action": "hello", "size": 3}}
         with pytest.raises(RuntimeError, match="ended with code 3 at 'die'"):
             process.request("die")
+
+
+def test_a_worker_that_ended_between_requests_is_an_error_of_each_request_and_none_of_the_block():
+    answers_once = "import os, sys; sys.stdin.readline(); print('{}', flush=True); os._exit(3)"
+    with worker([sys.executable, "-c", answers_once], environment=os.environ) as process:
+        assert process.request("hello") == {}
+        process._process.wait()
+        for _ in range(2):
+            with pytest.raises(WorkerEndedError, match="ended with code 3"):
+                process.request("hello")
+
+
+def test_a_worker_that_does_not_answer_in_time_is_ended():
+    started = time.monotonic()
+    with worker([sys.executable, "-c", ECHO], environment=os.environ, answer_seconds=0.5) as process:
+        with pytest.raises(WorkerEndedError, match="did not answer 'hang' within 0.5 s"):
+            process.request("hang")
+        with pytest.raises(WorkerEndedError, match="ended with code -9"):
+            process.request("hello")
+    assert time.monotonic() - started < 30
+
+
+def test_a_worker_that_does_not_end_by_itself_is_ended_with_the_block():
+    with worker([sys.executable, "-c", "import time; time.sleep(60)"], environment=os.environ) as process:
+        process.close(patience=0.1)
+    assert process._process.returncode == -9

@@ -93,7 +93,13 @@ def test_the_speed_up_is_that_of_the_same_case():
 def test_the_tables_hold_every_measurement_and_every_miss():
     rows = [
         row(matmul_share=0.5),
-        row(mean_rows=2.0, tokens=8, in_program_seconds=1.9e-5),
+        row(
+            mean_rows=2.0,
+            tokens=8,
+            in_program_seconds=1.9e-5,
+            splits={"gate_up": 4, "down": 1},
+            second_pass_seconds=3e-6,
+        ),
         row(kind="backward", gradient_ratio=1.1, rows_gradient_seconds=1e-3, weights_gradient_seconds=1.1e-3),
         row(contestant="tokamax.ragged_dot", seconds=None, failed="RuntimeError: a | b\nlong trace"),
     ]
@@ -104,7 +110,7 @@ def test_the_tables_hold_every_measurement_and_every_miss():
         in text
     )
     assert "| 2,000.0 | 1,900.0 | 50 % | 75 % | 88 % | 94 % |" in text
-    assert "| 19.0 | 2,800 | 40 % |" in text
+    assert "| 19.0 | 2,800 | 4 / 1 | 3.0 | 40 % |" in text
     assert "| 1,000.0 | 1,100.0 | 1.1 |" in text
     assert "RuntimeError: a \\| b |" in text
     assert "Not reached in the time: 2 cases." in text

@@ -1,29 +1,25 @@
-"""What the GPU suite measures, how it survives failures, and the whole script in rehearsal."""
+"""What the GPU suite measures, and how it survives failures."""
 
+import contextlib
 import dataclasses
-import json
-import os
-import subprocess
-import sys
-import sysconfig
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.benchmarking import gpu_suite
+from moe_jax.benchmarking import gpu_programs, gpu_suite
+from moe_jax.benchmarking.contest import WorkerEndedError
 from moe_jax.benchmarking.device_timer import Timing
 from moe_jax.benchmarking.expert_checks import float32_block
 from moe_jax.benchmarking.expert_contestants import Contestant, as_given
 from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES, TOKENS, ExpertShape
 from moe_jax.benchmarking.gpu_cases import Case, all_cases, select
+from moe_jax.benchmarking.gpu_ceilings import Ceilings
 from moe_jax.benchmarking.gpu_programs import check_launches, compile_all, waits_for_host
-from moe_jax.benchmarking.gpu_suite import Ceilings, Suite
+from moe_jax.benchmarking.gpu_suite import Suite
 
-ROOT = Path(__file__).parents[2]
 SHAPE = ExpertShape(name="small", hidden_size=16, intermediate_size=24, num_experts=6, top_k=2)
 CEILINGS = Ceilings(dense_flops=1e12, copy_bytes=1e12, launch_seconds=1e-6, device_events=False, timer="scripted")
 CASE = Case(kind="forward", shape=SHAPE, tokens=20, routing="uniform")
@@ -88,6 +84,86 @@ def test_right_contestants_are_timed_and_wrong_or_broken_ones_named(suite):
     assert "tiles do not fit" in rows["broken"]["failed"]
 
 
+def lose_the_device(monkeypatch, suite, name, after):
+    """From the call number `after` of a method of the suite on, everything on the device fails, as after an illegal address."""
+    original, calls = getattr(Suite, name), []
+
+    def method(self, *arguments):
+        calls.append(arguments)
+        if len(calls) > after:
+            monkeypatch.setattr(gpu_suite, "device_failure", lambda: "CUDA_ERROR_ILLEGAL_ADDRESS")
+            raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Suite, name, method)
+
+
+CASES = [dataclasses.replace(CASE, tokens=tokens) for tokens in (20, 24, 28)]
+
+
+def test_rows_are_saved_one_by_one_and_one_that_is_being_measured_is_named(suite):
+    saved = []
+    suite.save = lambda: saved.append([(row["contestant"], row["failed"]) for row in suite.rows])
+    suite.run([CASE])
+    assert saved[0] == [("right", gpu_suite.UNFINISHED)]
+    assert saved[1] == [("right", None)]
+    assert saved[2] == [("right", None), ("wrong", gpu_suite.UNFINISHED)]
+    assert len(saved) == 6
+
+
+@pytest.mark.parametrize("name", ["_draw_sets", "_measure"])
+def test_a_lost_device_ends_the_suite_in_order_with_what_was_measured(suite, monkeypatch, name):
+    lose_the_device(monkeypatch, suite, name, after=1)
+    assert CASES[2] in suite.run(CASES)
+    assert suite.rows[0]["call_seconds"] == 3e-6
+    assert "ILLEGAL_ADDRESS" in suite.rows[-1]["failed"]
+    assert suite.rows[-1]["case"] in (CASES[0].name, CASES[1].name)
+    assert suite.lost == "CUDA_ERROR_ILLEGAL_ADDRESS"
+
+
+def test_weights_that_do_not_fit_cost_the_cases_of_their_shape_alone(suite, monkeypatch):
+    def random_weights(shape, key):
+        if shape.name == "huge":
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return gpu_suite_random_weights(shape, key)
+
+    gpu_suite_random_weights = gpu_suite.random_weights
+    monkeypatch.setattr(gpu_suite, "random_weights", random_weights)
+    huge = dataclasses.replace(CASE, shape=dataclasses.replace(SHAPE, name="huge"))
+    assert suite.run([huge, CASE]) == []
+    assert (suite.rows[0]["case"], suite.rows[0]["contestant"]) == (huge.name, "all")
+    assert "out of memory" in suite.rows[0]["failed"]
+    assert suite.rows[1]["call_seconds"] == 3e-6
+
+
+def test_a_layout_that_does_not_fit_costs_those_alone_who_need_it(suite, monkeypatch):
+    def huge(weights):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    entered = [Contestant("hungry", right, huge), Contestant("right", right, as_given)]
+    monkeypatch.setattr(Suite, "_entrants", lambda self, case: entered)
+    assert suite.run([CASE]) == []
+    assert "layout" in suite.rows[0]["failed"]
+    assert suite.rows[1]["call_seconds"] == 3e-6
+
+
+def test_torch_is_not_asked_again_once_its_process_has_ended(suite, monkeypatch):
+    class Process:
+        asked = 0
+
+        def request(self, action, **arguments):
+            self.asked += 1
+            raise WorkerEndedError("worker ended with code 3")
+
+    monkeypatch.setattr(Suite, "_entrants", lambda self, case: [])
+    suite.torch = process = Process()
+    case = dataclasses.replace(CASE, tokens=8)
+    suite.run([case, case])
+    assert process.asked == len(suite.rows) == 1
+    assert "code 3" in suite.rows[0]["failed"]
+    assert "code 3" in suite.unable["torch grouped_mm"]
+
+
 def test_cases_after_the_deadline_are_named_and_not_measured(suite):
     suite.deadline = time.monotonic() - 1
     assert suite.run([CASE]) == [CASE]
@@ -121,6 +197,36 @@ def test_torch_takes_part_through_its_process_and_its_failure_is_recorded(suite,
     answers["prepare"] = {"failed": "OutOfMemoryError"}
     suite.run([case])
     assert suite.rows[-1]["failed"] == "OutOfMemoryError"
+
+
+def test_cases_whose_programs_were_not_compiled_in_time_are_named_and_the_others_measured(suite, monkeypatch):
+    def compile_all(programs, threads, until):
+        assert until < suite.deadline
+        return gpu_programs.compile_all(dict(list(programs.items())[:3]), threads)  # those of the first case
+
+    monkeypatch.setattr(gpu_suite, "compile_all", compile_all)
+    assert suite.run(CASES) == CASES[1:]
+    assert {row["case"] for row in suite.rows} == {CASES[0].name}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_no_compile_is_begun_after_its_time(threads):
+    programs = {"sin": (jnp.sin, [1.0])}
+    assert compile_all(programs, threads, until=time.monotonic() - 1) == {}
+    assert compile_all(programs, threads, until=time.monotonic() + 60)["sin"].call is not None
+
+
+def test_every_turn_at_the_device_is_watched(suite):
+    watched = []
+
+    def watch(what, seconds):
+        watched.append(what)
+        return contextlib.nullcontext()
+
+    suite.watch = watch
+    suite.run([CASE])
+    turns = [f"{CASE.name}, {name}" for name in ("right", "wrong", "broken")]
+    assert watched == ["weights of small", f"tokens of {CASE.name}", *turns]
 
 
 def test_who_multiplies_all_pairs_is_left_out_where_that_takes_long(rng):
@@ -162,28 +268,3 @@ def test_what_does_not_compile_is_recorded_beside_the_others():
 def test_a_call_is_traced_once_whatever_the_routing(rng):
     launch = check_launches(Contestant("right", right, as_given), SHAPE, 4, rng)
     assert (launch["routings"], launch["programs"]) == (3, 1)
-
-
-def test_the_whole_script_rehearses_from_a_source_tree_in_which_nothing_is_installed(tmp_path):
-    """The libraries' folder on the path as such: the file in it that makes the editable install importable isn't read."""
-    environment = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib"), "XLA_FLAGS": ""}
-    results = {path.name for path in (ROOT / "benchmarks" / "results").iterdir()}
-    file = tmp_path / "rehearsal.json"
-    command = ["benchmarks/gpu.py", "--rehearse", "--only", "forward/small/T1/uniform", "--json", str(file)]
-    done = subprocess.run(
-        [sys.executable, "-S", str(ROOT / command[0]), *command[1:]],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "REHEARSAL: these times mean nothing" in done.stdout
-    result = json.loads(file.read_text())
-    assert result["rehearsal"] is True
-    assert {row["contestant"] for row in result["rows"]} >= {"moe_jax xla", "jax.lax.ragged_dot"}
-    assert all(row["call_seconds"] > 0 for row in result["rows"])
-    assert result["launches"][0]["programs"] == 1
-    assert "moe_jax pallas_gpu" in result["unable"]
-    assert {path.name for path in (ROOT / "benchmarks" / "results").iterdir()} == results
