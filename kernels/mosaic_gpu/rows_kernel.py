@@ -24,6 +24,7 @@ from ..activations import Activation
 from ..device import GpuDevice
 from .epilogue import activate, load_vector
 from .limits import SWIZZLES, swizzle_bytes
+from .padding import pad_to_multiples
 from .ref import Ref
 from .schedule import ROW_ALIGNMENT, TileTable
 from .stores import store_rows, swizzled
@@ -117,7 +118,7 @@ def multiply_rows(
     Accumulates, adds, activates and scales in float32, then rounds once to `output_dtype`.
 
     Args:
-        rows: bfloat16 or float16, D a multiple of 16.
+        rows: bfloat16 or float16, D a multiple of 16. M is anything with `exact_rows`, otherwise a multiple of 8.
         weights: of the same dtype, N a multiple of 16. With `contract="in"` the `projections` matrices of each group, (out, in):
             their last axis is contracted (forward). With "out" one matrix per group, whose middle axis is contracted (gradient
             of rows).
@@ -159,9 +160,9 @@ def multiply_rows(
         )
     operands = {
         **table._asdict(),
-        "rows": rows,
+        "rows": pad_to_multiples(rows, ROW_ALIGNMENT, 1),  # copies address 8 at a time; those added are of no group
         "weights": weights,
-        "bias": None if bias is None else _pad_columns(bias.astype(jnp.float32), tiles.columns),
+        "bias": None if bias is None else pad_to_multiples(bias.astype(jnp.float32), 1, tiles.columns),
         "row_scale": None if row_scale is None else jnp.pad(row_scale.astype(jnp.float32), (0, tiles.rows)),
     }
     operands = {name: operand for name, operand in operands.items() if operand is not None}
@@ -456,8 +457,3 @@ def _bias(
     group = jnp.maximum(tile.group, 0) if problem.zero_groups else tile.group
     values = load_vector(bias.at[group * problem.projections + projection, pl.ds(column, chunk)])
     return values * (tile.group >= 0).astype(jnp.float32) if problem.zero_groups else values
-
-
-def _pad_columns(bias: Float[Array, "GP N"], columns: int) -> Float[Array, "GP Npadded"]:
-    """A bias that the last, partial tile of columns can be read from."""
-    return jnp.pad(bias, ((0, 0), (0, -bias.shape[1] % columns)))

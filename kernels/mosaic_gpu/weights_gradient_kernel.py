@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 from ..device import GpuDevice
 from ..groups import Groups
 from .limits import LEAST_WIDTH, SWIZZLES, swizzle_bytes
+from .padding import pad_to_multiples
 from .schedule import ROW_ALIGNMENT
 from .stores import swizzled
 from .tiles import WeightsGradientTiles
@@ -165,6 +166,8 @@ def weights_gradient(
     if num_rows == 0 or num_groups == 0:
         return jnp.zeros((num_groups, width_out, width_in), output_dtype)
 
+    # Swizzled copies address 8 rows at a time. The rows that are added belong to no group.
+    cotangent, rows = (pad_to_multiples(operand, ROW_ALIGNMENT, 1) for operand in (cotangent, rows))
     depth, stages = tiles.depth, tiles.stages
     tile_grid = _TileGrid.of(num_groups, width_out, width_in, tiles)
     num_blocks = min(device.multiprocessors, tile_grid.num_tiles)

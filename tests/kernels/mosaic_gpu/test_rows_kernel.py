@@ -61,6 +61,13 @@ def test_rows_of_no_group_become_zero_unread_in_the_compact_layout(rng):
     check(rng, tiles_of(rows=128), dict(compact=True, bias=True, width_out=192))
 
 
+@pytest.mark.parametrize(
+    "contract", ["in", pytest.param("out", marks=pytest.mark.slow)], ids=["by the last axis", "by the middle axis"]
+)
+def test_the_compact_layout_has_any_number_of_rows(contract, rng):
+    check(rng, tiles_of(), dict(compact=True, contract=contract, width_out=128), sizes=(70, 0, 5))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("contract", "tiles", "output_dtype"),

@@ -1,0 +1,41 @@
+"""What the kernels are said to support can be lowered for Hopper, which refuses layouts that interpret mode accepts.
+
+Lowering ends before the compilers of CUDA, so it needs neither them nor a GPU.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moe_jax.aot.targets import GpuTarget
+from moe_jax.kernels import grouped_matmul
+
+HOPPER = GpuTarget.named("h200")
+
+
+def lower(function, *arguments):
+    """The text of the lowered function, and of its backward pass with it."""
+
+    def forward_and_backward(*arguments):
+        result, backward = jax.vjp(function, *arguments)
+        return result, backward(result)
+
+    with HOPPER.lowering():
+        traced = jax.jit(forward_and_backward).trace(*arguments)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def count_kernels(text):
+    return text.count("custom_call @mosaic_gpu")
+
+
+@pytest.mark.parametrize("num_rows", [5, 20, 1004])
+def test_a_grouped_matmul_of_any_number_of_rows_and_its_gradients_can_be_lowered(num_rows):
+    rows = jax.ShapeDtypeStruct((num_rows, 128), jnp.bfloat16)
+    weights = jax.ShapeDtypeStruct((4, 256, 128), jnp.bfloat16)
+    sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
+
+    def multiply(rows, weights, sizes):
+        return grouped_matmul(rows, weights, sizes, implementation="pallas_gpu")
+
+    assert count_kernels(lower(multiply, rows, weights, sizes)) == 3
