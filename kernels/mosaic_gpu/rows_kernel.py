@@ -152,6 +152,8 @@ def multiply_rows(
     weights_step = (projections * part_columns, tiles.depth) if contract == "in" else (tiles.depth, part_columns)
     copies = 1 + column_parts * (projections if contract == "in" else 1)
     in_swizzle, out_swizzle = swizzle_bytes(width_in, dtype.itemsize), swizzle_bytes(width_out, dtype.itemsize)
+    # One for both operands, as the instruction wants it; contracting "in", both have rows of width_in.
+    operand_swizzle = in_swizzle if contract == "in" else min(in_swizzle, out_swizzle)
     result_swizzle = swizzle_bytes(width_out, output_dtype.itemsize)
     if exact_rows and result_swizzle < SWIZZLES[0]:
         raise ValueError(
@@ -195,12 +197,14 @@ def multiply_rows(
         thread_name="warpgroup",
         scratch_types=dict(
             rows_smem=plgpu.SMEM(
-                (tiles.stages, tiles.rows, tiles.depth), dtype, transforms=swizzled(dtype, swizzle_bytes=in_swizzle)
+                (tiles.stages, tiles.rows, tiles.depth),
+                dtype,
+                transforms=swizzled(dtype, swizzle_bytes=operand_swizzle),
             ),
             weights_smem=plgpu.SMEM(
                 (tiles.stages, column_parts, *weights_step),
                 dtype,
-                transforms=swizzled(dtype, swizzle_bytes=in_swizzle if contract == "in" else out_swizzle),
+                transforms=swizzled(dtype, swizzle_bytes=operand_swizzle),
             ),
             result_smem=plgpu.SMEM(
                 (WARPGROUPS, 2, WARPGROUP_ROWS, result_swizzle // output_dtype.itemsize),

@@ -172,10 +172,11 @@ def weights_gradient(
     tile_grid = _TileGrid.of(num_groups, width_out, width_in, tiles)
     num_blocks = min(device.multiprocessors, tile_grid.num_tiles)
     consumer_rows = tiles.out_columns // CONSUMERS
-    out_swizzle, in_swizzle = (swizzle_bytes(width, rows.dtype.itemsize) for width in (width_out, width_in))
+    # One for both operands, as the instruction wants it.
+    operand_swizzle = min(swizzle_bytes(width, rows.dtype.itemsize) for width in (width_out, width_in))
     gradient_swizzle = swizzle_bytes(width_in, output_dtype.itemsize)
     chunk_columns = gradient_swizzle // output_dtype.itemsize
-    mask_columns = min(out_swizzle, in_swizzle) // rows.dtype.itemsize
+    mask_columns = operand_swizzle // rows.dtype.itemsize
 
     def grouped_gradient(
         group, row, first, last, cotangent, rows, gradient, out_slots, in_slots, staging, full, empty, masked
@@ -299,12 +300,12 @@ def weights_gradient(
             plgpu.SMEM(
                 (stages, depth, tiles.out_columns),
                 rows.dtype,
-                transforms=swizzled(rows.dtype, swizzle_bytes=out_swizzle),
+                transforms=swizzled(rows.dtype, swizzle_bytes=operand_swizzle),
             ),
             plgpu.SMEM(
                 (stages, depth, tiles.in_columns),
                 rows.dtype,
-                transforms=swizzled(rows.dtype, swizzle_bytes=in_swizzle),
+                transforms=swizzled(rows.dtype, swizzle_bytes=operand_swizzle),
             ),
             plgpu.SMEM(
                 (CONSUMERS, staged, CHUNK_ROWS, chunk_columns),

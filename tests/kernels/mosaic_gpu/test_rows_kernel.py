@@ -110,7 +110,9 @@ def test_every_activation_is_applied_to_projections_with_bias(name, rng):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("width_in", "width_out"), [(16, 16), (48, 80), (96, 32), (224, 144)])
+@pytest.mark.parametrize(
+    ("width_in", "width_out"), [(16, 16), (48, 80), (96, 32), (224, 144), (192, 96), (48, 128), (128, 16)]
+)
 @pytest.mark.parametrize("contract", ["in", "out"])
 def test_widths_that_allow_no_wide_swizzle_and_widths_below_a_tile(contract, width_in, width_out, rng):
     check(rng, tiles_of(), dict(contract=contract, width_in=width_in, width_out=width_out), sizes=(3, 0, 65))
