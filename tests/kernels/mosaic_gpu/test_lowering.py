@@ -3,6 +3,8 @@
 Lowering ends before the compilers of CUDA, so it needs neither them nor a GPU.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -35,10 +37,15 @@ def test_a_grouped_matmul_of_any_number_of_rows_and_its_gradients_can_be_lowered
     weights = jax.ShapeDtypeStruct((4, 256, 128), jnp.bfloat16)
     sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
 
-    def multiply(rows, weights, sizes):
-        return grouped_matmul(rows, weights, sizes, implementation="pallas_gpu")
-
+    multiply = functools.partial(grouped_matmul, implementation="pallas_gpu")
     assert count_kernels(lower(multiply, rows, weights, sizes)) == 3
+
+
+def test_few_rows_of_a_narrow_grouped_matmul_have_float32_results():
+    shapes = ((648, 32), jnp.bfloat16), ((64, 1760, 32), jnp.bfloat16), ((64,), jnp.int32)
+    arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    float32 = functools.partial(grouped_matmul, implementation="pallas_gpu", preferred_element_type=jnp.float32)
+    assert count_kernels(lower(float32, *arguments)) == 3
 
 
 @pytest.mark.parametrize(
