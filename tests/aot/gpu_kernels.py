@@ -37,7 +37,7 @@ from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES, TOKENS, ExpertShap
 from moe_jax.kernels import fused_moe, grouped_matmul
 
 GPUS = ("h200", "b200")  # the h100 is the same as the h200 to the compilers
-IRREGULAR = ExpertShape(name="irregular", hidden_size=1472, intermediate_size=208, num_experts=8, top_k=4)
+IRREGULAR = ExpertShape(name="irregular", hidden_size=1472, intermediate_size=336, num_experts=8, top_k=4)
 """Of no model: H, 2I and I are multiples of 128, 64 and 32 bytes, which are different swizzles."""
 IRREGULAR_TOKENS = (5, 251)
 """With these, a grouped matmul has 20 and 1004 rows: no multiples of 8, streamed and tiled."""
