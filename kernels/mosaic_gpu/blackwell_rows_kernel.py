@@ -25,6 +25,7 @@ from jaxtyping import Float
 from ..activations import Activation
 from ..device import GpuDevice
 from .epilogue import activate, load_vector
+from .padding import pad_to_multiples
 from .ref import Ref
 from .schedule import ROW_ALIGNMENT, TileTable
 from .stores import store_rows, swizzled
@@ -250,12 +251,6 @@ def multiply_rows(
     )(*operands.values())
     results = tuple(result[: true_shape[0], ..., : true_shape[1]] for result in results)
     return results if keep_projected else results[0]
-
-
-def pad_to_multiples(array: Array, *multiples: int) -> Array:
-    """`array` with zeros at the end of each axis, up to the next multiple; the array itself where it is one."""
-    padding = [(0, -size % multiple) for size, multiple in zip(array.shape, multiples, strict=True)]
-    return jnp.pad(array, padding) if any(after for _, after in padding) else array
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,8 +31,8 @@ from .blackwell_rows_kernel import (
     RESULT_BUFFERS,
     SWIZZLE_BYTES,
     TENSOR_MEMORY_COLUMNS,
-    pad_to_multiples,
 )
+from .padding import pad_to_multiples
 from .ref import Ref
 from .schedule import ROW_ALIGNMENT
 from .stores import swizzled

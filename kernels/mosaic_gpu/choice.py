@@ -1,6 +1,6 @@
 """Which kernel and which tiles compute a grouped matmul on a device, and why: from static shapes alone.
 
-A tuned entry for the very shape comes first, then the analytic default.
+A tuned entry for the very shape comes first, if its tiles have room for the result, then the analytic default.
 """
 
 import dataclasses
@@ -17,7 +17,8 @@ from . import (
     stream_tiles,
     weights_gradient_kernel,
 )
-from .tuning import KernelShape, rows_bucket, tuned_tiles
+from .tiles import StreamTiles
+from .tuning import KernelShape, Tuned, rows_bucket, tuned_tiles
 
 STREAM_MOST_MEAN_ROWS = 16
 """Up to so many rows per group on average, weights are streamed past the rows; beyond, rows are tiled."""
@@ -64,8 +65,12 @@ def choose_tiles(
         rows_bucket=rows_bucket(num_rows, num_groups),
     )
     tuned = tuned_tiles(kernel, shape, device.name)
-    if tuned is not None:
-        return ChosenTiles(tuned.tiles, tuned.source)
+    if tuned is None:
+        untuned = f"no tuned entry of {device.name} for {shape}"
+    else:
+        untuned = _no_room_for_result(tuned, projections, dtype, jnp.dtype(output_dtype), device)
+        if untuned is None:
+            return ChosenTiles(tuned.tiles, tuned.source)
     itemsize, output_itemsize = dtype.itemsize, jnp.dtype(output_dtype).itemsize
     sizes = (num_rows, num_groups, width_in, width_out, projections, itemsize, device)
     if kernel == "weights_gradient" and is_blackwell(device):
@@ -77,9 +82,31 @@ def choose_tiles(
             num_rows, num_groups, width_out, width_in, itemsize, output_itemsize, device
         )
     elif kernel == "stream":
-        tiles = stream_tiles.default_stream_tiles(*sizes)
+        tiles = stream_tiles.default_stream_tiles(*sizes, output_itemsize)
     elif is_blackwell(device):
         tiles = blackwell_rows_kernel.default_blackwell_row_tiles(*sizes)
     else:
         tiles = rows_kernel.default_row_tiles(*sizes)
-    return ChosenTiles(tiles, f"analytic default, no tuned entry of {device.name} for {shape}")
+    return ChosenTiles(tiles, f"analytic default, {untuned}")
+
+
+def _no_room_for_result(
+    tuned: Tuned, projections: int, dtype: jnp.dtype, output_dtype: jnp.dtype, device: GpuDevice
+) -> str | None:
+    """Why tuned tiles cannot be used for a wider result than they were measured with, that of the operands' dtype, or None.
+
+    Only `stream_kernel.py` holds a tile of the result in shared memory.
+    """
+    tiles = tuned.tiles
+    if not isinstance(tiles, StreamTiles):
+        return None
+    measured, needed = (
+        stream_tiles.shared_memory_bytes(tiles, projections, dtype.itemsize, result.itemsize)
+        for result in (dtype, output_dtype)
+    )
+    if not measured <= device.shared_memory_bytes < needed:
+        return None
+    return (
+        f"{tuned.source} needs {needed} bytes of shared memory with a {output_dtype} result, {device.name} has"
+        f" {device.shared_memory_bytes}"
+    )

@@ -24,6 +24,7 @@ from ..activations import Activation
 from ..device import GpuDevice
 from .epilogue import activate, load_vector
 from .limits import SWIZZLES, swizzle_bytes
+from .padding import pad_to_multiples
 from .ref import Ref
 from .schedule import ROW_ALIGNMENT, TileTable
 from .stores import store_rows, swizzled
@@ -117,7 +118,7 @@ def multiply_rows(
     Accumulates, adds, activates and scales in float32, then rounds once to `output_dtype`.
 
     Args:
-        rows: bfloat16 or float16, D a multiple of 16.
+        rows: bfloat16 or float16, D a multiple of 16. M is anything with `exact_rows`, otherwise a multiple of 8.
         weights: of the same dtype, N a multiple of 16. With `contract="in"` the `projections` matrices of each group, (out, in):
             their last axis is contracted (forward). With "out" one matrix per group, whose middle axis is contracted (gradient
             of rows).
@@ -151,6 +152,8 @@ def multiply_rows(
     weights_step = (projections * part_columns, tiles.depth) if contract == "in" else (tiles.depth, part_columns)
     copies = 1 + column_parts * (projections if contract == "in" else 1)
     in_swizzle, out_swizzle = swizzle_bytes(width_in, dtype.itemsize), swizzle_bytes(width_out, dtype.itemsize)
+    # One for both operands, as the instruction wants it; contracting "in", both have rows of width_in.
+    operand_swizzle = in_swizzle if contract == "in" else min(in_swizzle, out_swizzle)
     result_swizzle = swizzle_bytes(width_out, output_dtype.itemsize)
     if exact_rows and result_swizzle < SWIZZLES[0]:
         raise ValueError(
@@ -159,9 +162,9 @@ def multiply_rows(
         )
     operands = {
         **table._asdict(),
-        "rows": rows,
+        "rows": pad_to_multiples(rows, ROW_ALIGNMENT, 1),  # copies address 8 at a time; those added are of no group
         "weights": weights,
-        "bias": None if bias is None else _pad_columns(bias.astype(jnp.float32), tiles.columns),
+        "bias": None if bias is None else pad_to_multiples(bias.astype(jnp.float32), 1, tiles.columns),
         "row_scale": None if row_scale is None else jnp.pad(row_scale.astype(jnp.float32), (0, tiles.rows)),
     }
     operands = {name: operand for name, operand in operands.items() if operand is not None}
@@ -194,12 +197,14 @@ def multiply_rows(
         thread_name="warpgroup",
         scratch_types=dict(
             rows_smem=plgpu.SMEM(
-                (tiles.stages, tiles.rows, tiles.depth), dtype, transforms=swizzled(dtype, swizzle_bytes=in_swizzle)
+                (tiles.stages, tiles.rows, tiles.depth),
+                dtype,
+                transforms=swizzled(dtype, swizzle_bytes=operand_swizzle),
             ),
             weights_smem=plgpu.SMEM(
                 (tiles.stages, column_parts, *weights_step),
                 dtype,
-                transforms=swizzled(dtype, swizzle_bytes=in_swizzle if contract == "in" else out_swizzle),
+                transforms=swizzled(dtype, swizzle_bytes=operand_swizzle),
             ),
             result_smem=plgpu.SMEM(
                 (WARPGROUPS, 2, WARPGROUP_ROWS, result_swizzle // output_dtype.itemsize),
@@ -456,8 +461,3 @@ def _bias(
     group = jnp.maximum(tile.group, 0) if problem.zero_groups else tile.group
     values = load_vector(bias.at[group * problem.projections + projection, pl.ds(column, chunk)])
     return values * (tile.group >= 0).astype(jnp.float32) if problem.zero_groups else values
-
-
-def _pad_columns(bias: Float[Array, "GP N"], columns: int) -> Float[Array, "GP Npadded"]:
-    """A bias that the last, partial tile of columns can be read from."""
-    return jnp.pad(bias, ((0, 0), (0, -bias.shape[1] % columns)))

@@ -100,6 +100,7 @@ def default_stream_tiles(
     projections: int,
     itemsize: int,
     device: GpuDevice,
+    output_itemsize: int | None = None,
 ) -> StreamTiles:
     """Tiles for `num_rows` rows that belong to `num_groups` groups at random, from static shapes alone.
 
@@ -111,8 +112,9 @@ def default_stream_tiles(
         width_in: D.
         width_out: N.
         projections: matrices per group.
-        itemsize: of rows and weights, and of the result.
+        itemsize: of rows and weights.
         device: the kernel's.
+        output_itemsize: of the result, by default as theirs.
 
     Raises:
         ValueError: the kernel cannot contract over `width_in`.
@@ -133,9 +135,10 @@ def default_stream_tiles(
         cost = _cost(tiles, num_rows, num_groups, width_in, width_out, projections, itemsize, device)
         tried.append((cost, tiles))
     best = min(tried, key=lambda cost_and_tiles: cost_and_tiles[0])[1]
-    while best.stages > 2 and shared_memory_bytes(best, projections, itemsize) > device.shared_memory_bytes:
+    most = device.shared_memory_bytes
+    while best.stages > 2 and shared_memory_bytes(best, projections, itemsize, output_itemsize) > most:
         best = dataclasses.replace(best, stages=best.stages - 1)
-    check_stream_tiles(best, projections, width_in, itemsize, device)
+    check_stream_tiles(best, projections, width_in, itemsize, device, output_itemsize)
     return best
 
 

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 from ..device import GpuDevice
 from ..groups import Groups
 from .limits import LEAST_WIDTH, SWIZZLES, swizzle_bytes
+from .padding import pad_to_multiples
 from .schedule import ROW_ALIGNMENT
 from .stores import swizzled
 from .tiles import WeightsGradientTiles
@@ -165,14 +166,17 @@ def weights_gradient(
     if num_rows == 0 or num_groups == 0:
         return jnp.zeros((num_groups, width_out, width_in), output_dtype)
 
+    # Swizzled copies address 8 rows at a time. The rows that are added belong to no group.
+    cotangent, rows = (pad_to_multiples(operand, ROW_ALIGNMENT, 1) for operand in (cotangent, rows))
     depth, stages = tiles.depth, tiles.stages
     tile_grid = _TileGrid.of(num_groups, width_out, width_in, tiles)
     num_blocks = min(device.multiprocessors, tile_grid.num_tiles)
     consumer_rows = tiles.out_columns // CONSUMERS
-    out_swizzle, in_swizzle = (swizzle_bytes(width, rows.dtype.itemsize) for width in (width_out, width_in))
+    # One for both operands, as the instruction wants it.
+    operand_swizzle = min(swizzle_bytes(width, rows.dtype.itemsize) for width in (width_out, width_in))
     gradient_swizzle = swizzle_bytes(width_in, output_dtype.itemsize)
     chunk_columns = gradient_swizzle // output_dtype.itemsize
-    mask_columns = min(out_swizzle, in_swizzle) // rows.dtype.itemsize
+    mask_columns = operand_swizzle // rows.dtype.itemsize
 
     def grouped_gradient(
         group, row, first, last, cotangent, rows, gradient, out_slots, in_slots, staging, full, empty, masked
@@ -296,12 +300,12 @@ def weights_gradient(
             plgpu.SMEM(
                 (stages, depth, tiles.out_columns),
                 rows.dtype,
-                transforms=swizzled(rows.dtype, swizzle_bytes=out_swizzle),
+                transforms=swizzled(rows.dtype, swizzle_bytes=operand_swizzle),
             ),
             plgpu.SMEM(
                 (stages, depth, tiles.in_columns),
                 rows.dtype,
-                transforms=swizzled(rows.dtype, swizzle_bytes=in_swizzle),
+                transforms=swizzled(rows.dtype, swizzle_bytes=operand_swizzle),
             ),
             plgpu.SMEM(
                 (CONSUMERS, staged, CHUNK_ROWS, chunk_columns),

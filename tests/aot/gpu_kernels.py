@@ -5,7 +5,8 @@
 
 For each GPU, model and number of tokens, the expert computation is traced forward and backward, without compiling it; the
 kernels found in it are those that a user's program would call, with the tiles that were chosen for them. Each distinct one is
-compiled alone. Calls that differ in nothing but their numbers of rows share one compilation, that of most rows.
+compiled alone. Calls that differ in nothing but their numbers of rows share one compilation, that of most rows. One shape
+is of no model, and less regular than any.
 
 A kernel fails if it spills, if its wgmma is serialised, if a loop starts a tensor-core instruction without waiting for the one
 before, if it needs more shared memory than there is, or if the compilers reported nothing. Any failure makes the exit code 1.
@@ -36,6 +37,11 @@ from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES, TOKENS, ExpertShap
 from moe_jax.kernels import fused_moe, grouped_matmul
 
 GPUS = ("h200", "b200")  # the h100 is the same as the h200 to the compilers
+IRREGULAR = ExpertShape(name="irregular", hidden_size=1472, intermediate_size=336, num_experts=8, top_k=4)
+"""Of no model: H, 2I and I are multiples of 128, 64 and 32 bytes, which are different swizzles."""
+IRREGULAR_TOKENS = (5, 251)
+"""With these, a grouped matmul has 20 and 1004 rows: no multiples of 8, streamed and tiled."""
+SHAPES = {**EXPERT_SHAPES, IRREGULAR.name: IRREGULAR}
 IMPLEMENTATION = "pallas_gpu"
 Program = tuple[Callable[..., Any], tuple[Any, ...]]
 Result = TypeVar("Result")
@@ -123,7 +129,7 @@ def traced_kernels(program: str, shape: ExpertShape, tokens: int, target: GpuTar
 
 def compile_model(gpu: str, model: str, tokens: Iterable[int], output: Path) -> list[dict[str, Any]]:
     """The rows of the table for one model on one GPU."""
-    target, shape = GpuTarget.named(gpu), EXPERT_SHAPES[model]
+    target, shape = GpuTarget.named(gpu), SHAPES[model]
     rows: list[dict[str, Any]] = []
     cases: dict[str, Case] = {}
     for program, num_tokens in itertools.product(PROGRAMS, tokens):
@@ -201,7 +207,7 @@ def table(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", nargs="+", default=GPUS, metavar="GPU")
-    parser.add_argument("--models", nargs="+", default=list(EXPERT_SHAPES), choices=EXPERT_SHAPES, metavar="MODEL")
+    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=SHAPES, metavar="MODEL")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--jobs", type=int, default=2, help="how many processes compile side by side")
     parser.add_argument("--output", type=Path, default=Path("build/aot"))
@@ -215,7 +221,8 @@ def main() -> int:
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.child:
         (gpu,), (model,) = arguments.gpus, arguments.models
-        result = compile_model(gpu, model, arguments.tokens, arguments.output)
+        tokens = IRREGULAR_TOKENS if model == IRREGULAR.name else arguments.tokens
+        result = compile_model(gpu, model, tokens, arguments.output)
         (arguments.output / f"{gpu}-{model}.json").write_text(json.dumps(result))
         return 0
     check_environment()

@@ -12,6 +12,9 @@ from aot import gpu_kernels
 
 from moe_jax.aot.targets import GpuTarget
 from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES
+from moe_jax.kernels.mosaic_gpu.choice import streams_weights
+from moe_jax.kernels.mosaic_gpu.limits import SWIZZLES, swizzle_bytes
+from moe_jax.kernels.mosaic_gpu.schedule import ROW_ALIGNMENT
 
 REPORT = {
     "registers": 168,
@@ -43,6 +46,18 @@ def test_programs_call_kernels_for_every_product(program, tokens, gpu):
         assert gate_up in read
     if program.endswith("gradient"):
         assert down in written
+
+
+def test_the_irregular_shape_has_a_width_of_each_swizzle_and_rows_that_are_no_multiple_of_8():
+    shape = gpu_kernels.IRREGULAR
+    widths = (shape.hidden_size, 2 * shape.intermediate_size, shape.intermediate_size)
+    assert tuple(swizzle_bytes(width, 2) for width in widths) == SWIZZLES
+    streamed, tiled = (shape.expected_rows(tokens) for tokens in gpu_kernels.IRREGULAR_TOKENS)
+    assert streamed % ROW_ALIGNMENT
+    assert tiled % ROW_ALIGNMENT
+    device = GpuTarget.named("h200").device
+    assert streams_weights(streamed, shape.local_experts, device)
+    assert not streams_weights(tiled, shape.local_experts, device)
 
 
 def run(monkeypatch, tmp_path, rows):

@@ -61,6 +61,13 @@ def test_rows_of_no_group_become_zero_unread_in_the_compact_layout(rng):
     check(rng, tiles_of(rows=128), dict(compact=True, bias=True, width_out=192))
 
 
+@pytest.mark.parametrize(
+    "contract", ["in", pytest.param("out", marks=pytest.mark.slow)], ids=["by the last axis", "by the middle axis"]
+)
+def test_the_compact_layout_has_any_number_of_rows(contract, rng):
+    check(rng, tiles_of(), dict(compact=True, contract=contract, width_out=128), sizes=(70, 0, 5))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("contract", "tiles", "output_dtype"),
@@ -103,7 +110,9 @@ def test_every_activation_is_applied_to_projections_with_bias(name, rng):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("width_in", "width_out"), [(16, 16), (48, 80), (96, 32), (224, 144)])
+@pytest.mark.parametrize(
+    ("width_in", "width_out"), [(16, 16), (48, 80), (96, 32), (224, 144), (192, 96), (48, 128), (128, 16)]
+)
 @pytest.mark.parametrize("contract", ["in", "out"])
 def test_widths_that_allow_no_wide_swizzle_and_widths_below_a_tile(contract, width_in, width_out, rng):
     check(rng, tiles_of(), dict(contract=contract, width_in=width_in, width_out=width_out), sizes=(3, 0, 65))

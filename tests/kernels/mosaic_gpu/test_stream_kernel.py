@@ -232,6 +232,14 @@ def test_default_rows_hold_most_groups_of_a_random_routing(rows_per_group, rows)
     assert default_stream_tiles(int(256 * rows_per_group), 256, 2048, 768, 2, 2, H200).rows == rows
 
 
+def test_defaults_leave_room_for_a_float32_result():
+    shape = (648, 64, 32, 1760, 1, 2, H200)  # so narrow that results take more of the shared memory than the operands
+    narrow, wide = default_stream_tiles(*shape), default_stream_tiles(*shape, output_itemsize=4)
+    assert wide.stages < narrow.stages
+    assert shared_memory_bytes(wide, 1, 2, 4) <= H200.shared_memory_bytes < shared_memory_bytes(narrow, 1, 2, 4)
+    assert default_stream_tiles(*shape, output_itemsize=2) == narrow
+
+
 def test_the_contraction_is_split_by_default_only_where_too_few_tiles_have_much_to_read():
     assert default_stream_tiles(1, 1, 16384, 1024, 1, 2, H200).splits > 1
     assert default_stream_tiles(1, 1, 2048, 1024, 1, 2, H200).splits == 1

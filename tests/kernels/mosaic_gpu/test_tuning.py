@@ -4,11 +4,14 @@ import dataclasses
 import json
 import re
 
+import jax.numpy as jnp
 import pytest
 
 from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES
 from moe_jax.kernels.device import GPU_DEVICES
 from moe_jax.kernels.mosaic_gpu import tuning
+from moe_jax.kernels.mosaic_gpu.choice import choose_tiles
+from moe_jax.kernels.mosaic_gpu.stream_tiles import default_stream_tiles
 from moe_jax.kernels.mosaic_gpu.tiles import RowTiles, StreamTiles, WeightsGradientTiles
 from moe_jax.kernels.mosaic_gpu.tuning import (
     Entry,
@@ -109,6 +112,18 @@ def test_tiles_that_are_tried_come_before_every_entry_of_that_kernel_alone():
     with trying("rows", None):
         assert tuned_tiles("rows", SHAPE, "h200") is None
     assert tuned_tiles("rows", SHAPE, "h200").tiles == TILES
+
+
+def test_a_tuned_entry_without_room_for_a_float32_result_gives_way_to_the_default_with_the_reason():
+    device = GPU_DEVICES["h200"]
+    sizes = dict(num_rows=648, num_groups=64, width_in=32, width_out=1760, dtype=jnp.dtype(jnp.bfloat16), device=device)
+    full = StreamTiles(rows=32, columns=256, depth=32, stages=11, splits=1)
+    shape = KernelShape(groups=64, width_in=32, width_out=1760, projections=1, dtype="bfloat16", rows_bucket=8)
+    write_entries(tuning.user_file("h200"), "h200", [entry(kernel="stream", shape=shape, tiles=full)])
+    rounded, wide = (choose_tiles("stream", **sizes, output_dtype=dtype) for dtype in ("bfloat16", "float32"))
+    assert rounded.tiles == full
+    assert wide.tiles == default_stream_tiles(648, 64, 32, 1760, 1, 2, device, output_itemsize=4)
+    assert re.search("analytic default, tuned entry of the user's cache.*with a float32 result, h200 has", wide.reason)
 
 
 def test_tuned_tiles_can_be_static_arguments():

@@ -132,6 +132,19 @@ def test_the_result_is_the_same_bits_every_time_on_any_number_of_multiprocessors
     assert_rounded_once(first, expected_gradient(*operands), jnp.float32)
 
 
+@pytest.mark.parametrize(
+    ("width_out", "width_in"),
+    [(192, 96), *(pytest.param(*widths, marks=pytest.mark.slow) for widths in [(96, 192), (128, 16), (48, 128)])],
+)
+def test_widths_of_different_swizzles_multiply_each_group_apart(width_out, width_in, rng):
+    check_tiles(rng, SMALL_TILES, jnp.bfloat16, width_out, width_in)
+
+
+def test_any_number_of_rows_and_the_last_of_them_in_a_group(rng):
+    operands = draw(rng, (2, 72), (70, 3), 75, 80, 64)
+    assert_rounded_once(interpret(*operands, SMALL_TILES, jnp.float32), expected_gradient(*operands), jnp.float32)
+
+
 def test_groups_of_whole_steps_need_no_masking(rng):
     operands = draw(rng, (0, 64, 192), (64, 128, 64), 256, 64, 64, jnp.float16)
     result = interpret(*operands, SMALL_TILES, jnp.float16)
