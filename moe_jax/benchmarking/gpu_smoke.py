@@ -74,9 +74,9 @@ def _gradient_error(kernel: str, implementation: str, rng: np.random.Generator) 
     case = Case(kind="backward", shape=SHAPE, tokens=TOKENS[kernel], routing="zipf")
     function, shapes = gradient_parts(case, f"moe_jax {implementation}")[kernel]
     sizes = local_group_sizes(SHAPE, draw_topk_ids(rng, SHAPE, case.tokens, case.routing))
-    given = [jnp.asarray(rng.standard_normal(array.shape), array.dtype) for array in shapes[:3]]
-    result = jax.jit(function)(*given, jnp.asarray(sizes, jnp.int32))[0]
-    return relative_error(result, _expected_gradient(kernel, *given, sizes))
+    rows, cotangent, matrices = (jnp.asarray(rng.standard_normal(array.shape), array.dtype) for array in shapes[:3])
+    result = jax.jit(function)(rows, cotangent, matrices, jnp.asarray(sizes, jnp.int32))[0]
+    return relative_error(result, _expected_gradient(kernel, rows, cotangent, matrices, sizes))
 
 
 def _expected_gradient(kernel: str, rows: Any, cotangent: Any, matrices: Any, sizes: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from pathlib import Path
 from moe_jax.benchmarking import kernel_tuning
 from moe_jax.benchmarking.device_timer import Timing
 from moe_jax.benchmarking.expert_shapes import ExpertShape
-from moe_jax.benchmarking.gpu_suite import measure_ceilings
+from moe_jax.benchmarking.gpu_ceilings import measure_ceilings
 from moe_jax.benchmarking.kernel_tuning import Measure, Problem
 from moe_jax.cli import exit_codes
 from moe_jax.cli.output import print_json, print_table, remark
