@@ -55,8 +55,8 @@ class MoERunner(MoERunnerInterface):
     4. `routed_output_transform`, then the shared output is added, then the zero experts' part: the routed input times
        the weight that its zero experts got.
 
-    Every part may be replaced after construction, by a module, a function or None: the plans are derived from the parts that are
-    there, and a part that does not fit is refused by the next call, or by `check_parts`.
+    Every part may be replaced after construction; transforms and shared experts by a module, a function or None. The plans are
+    derived from the parts that are there, and parts with which they cannot be kept are refused by the next call.
 
     Attributes:
         router: hidden states -> weights and ids.
@@ -108,6 +108,7 @@ class MoERunner(MoERunnerInterface):
         self.replicas = nnx.data(initial_replicas(config, self.axes))
         self.routed_input_transform = routed_input_transform
         self.routed_output_transform = routed_output_transform
+        check_built_for(config, self.router, self.routed_experts)
         self.check_parts()
         if self.axes is not None:
             self._place_on(self.axes.mesh, [name for name, given in parts.items() if given is None])
@@ -399,7 +400,6 @@ class MoERunner(MoERunnerInterface):
                 "routed_experts must hold every expert of the layer, or be split by mesh=; "
                 f"got those of rank {manager.ranks.ep_rank} of {manager.ranks.ep_size}"
             )
-        check_built_for(self.config, self.router, self.routed_experts)
         if self.config.fuse_shared_experts:
             check_fused_shared_experts(self)
         if self.axes is None:
