@@ -7,6 +7,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import sys
@@ -54,6 +56,7 @@ def test_the_whole_script_rehearses_from_a_source_tree_in_which_nothing_is_insta
     assert {path.name for path in (ROOT / "benchmarks" / "results").iterdir()} == results
 
 
+@pytest.mark.slow
 def test_a_device_that_is_lost_costs_neither_what_was_measured_nor_the_exit_status(tmp_path):
     fault = """
 def lost(*arguments):
@@ -76,6 +79,7 @@ gpu.launches = lost
     assert "| launches |" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_torch_process_that_dies_costs_its_own_rows_alone(tmp_path):
     fake = tmp_path / "fake"
     fake.write_text(f"#!{sys.executable}\nimport os\ninput()\nprint('{{}}', flush=True)\nos._exit(3)\n")
@@ -96,6 +100,7 @@ def hang(*arguments, **options):
 """
 
 
+@pytest.mark.slow
 def test_a_case_that_hangs_is_named_and_ends_the_process_with_what_was_measured(tmp_path):
     fault = f"""{HANGS}
 original = gpu_suite.Suite._time

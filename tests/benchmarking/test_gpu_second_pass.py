@@ -51,6 +51,7 @@ def test_products_whose_contraction_is_split_are_known(case, streamed, split):
         assert [product.place for product in split_products(case)] == split
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["gate_up", "down"])
 def test_a_product_alone_is_that_of_the_block(place, rng, monkeypatch):
     shape = ExpertShape(name="small", hidden_size=192, intermediate_size=128, num_experts=3, top_k=1)

@@ -215,6 +215,7 @@ def test_generating_on_a_mesh_gives_the_tokens_of_transformers_and_moves_only_to
     assert 0 < max(elements_moved(programs.decode)) <= 4 * 2 * model.decoder.hidden_size
 
 
+@pytest.mark.slow
 def test_a_repetition_penalty_on_a_mesh_gives_the_tokens_of_one_device_and_moves_only_tokens(model):
     prompts = QWEN.expected().prompts()[:2]
     settings = GenerationSettings(max_new_tokens=6, repetition_penalty=1.5)

@@ -45,7 +45,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["separate", "fused"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_ranks_expect_an_even_share_of_the_choices_whatever_the_strategy(case, fused, seen, rng):
     strategy, axes, sizes, options = case
