@@ -41,9 +41,14 @@ def run(layer, x, forced_ids):
     return layer(x, forced_ids=forced_ids, with_aux=True)
 
 
-def hot_ids(rng, num_tokens, top_k, num_experts=8):
-    """Experts of which the first are chosen far more often than the last; other ones in every call."""
-    popularity = rng.permutation(np.arange(1.0, num_experts + 1) ** -1.5)
+def hot_ids(rng, num_tokens, top_k, num_experts=8, *, in_first_half=False):
+    """Experts of which some are chosen far more often than others; other ones in every call.
+
+    `in_first_half`: the popular ones are among the first half of the experts, which the same ranks hold at the beginning.
+    """
+    popularity = np.arange(1.0, num_experts + 1) ** -1.5
+    halves = np.split(popularity, 2) if in_first_half else [popularity]
+    popularity = np.concatenate([rng.permutation(half) for half in halves])
     scores = np.log(popularity) + rng.gumbel(size=(num_tokens, num_experts))
     return jnp.asarray(np.argsort(-scores, axis=1)[:, :top_k], jnp.int32)
 
@@ -71,7 +76,7 @@ def test_outputs_stay_and_load_evens_out_when_experts_move(parallel, ranks, top_
     """Where each token has one expert, there is nothing to be summed in another order: the bits stay."""
     plain, layer = plain_and_balanced(rng, make_mesh(ranks), parallel, top_k=top_k, redundant=redundant)
     balancer = ExpertLoadBalancer(layer, EplbConfig(window_size=4, step_interval=4))
-    x, ids = tokens(rng, 65, 6), hot_ids(rng, 65, top_k)
+    x, ids = tokens(rng, 65, 6), hot_ids(rng, 65, top_k, in_first_half=True)
     before, aux = run(layer, x, ids)
     np.testing.assert_allclose(before, run(plain, x, ids)[0], rtol=1e-5, atol=1e-5)
     state = balancer.record(balancer.init(), aux.physical_load)
