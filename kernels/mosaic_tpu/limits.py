@@ -3,13 +3,23 @@
 import jax.numpy as jnp
 
 from ..device import TPU_DEVICES, TpuDevice
-from .rounding import round_up
+from .rounding import ceil_div, round_up
 from .tiles import RowTiles
 
 LANES = 128
 """Columns of a vector register, and of a tile of device memory."""
 RESERVED_VMEM_BYTES = 4 * 2**20
 """What is left to the compiler for temporaries and spilled registers."""
+KEPT_ROWS_IN_RESERVE = 6 * 2**20
+"""Bytes of rows that code keeps for which the reserve, and what is estimated too high, suffice: with more, the compiler ran out of
+vector memory for v5p and v6e (Mixtral's rows of 14336 and 28672 elements)."""
+STRIP = 256
+"""Columns that the kernel on rows multiplies, activates and stores at once, if a tile's are a multiple of it: the scheduler then
+activates one strip while the next is multiplied, and holds no more than a strip's projections."""
+MOST_PANEL_ELEMENTS = 2**22
+"""Of weights that the kernel on rows multiplies by code of their own; a tile with more is a loop over panels of its columns. So
+large that the ends of the loop's turns, at which nothing is multiplied, take a few per cent of the time, and so small that the
+compiler takes seconds for the code."""
 
 
 def unsupported_device(device: TpuDevice | None, platform: str) -> str | None:
@@ -37,6 +47,12 @@ def compiler_vmem_limit_bytes(device: TpuDevice) -> int:
     return device.vmem_bytes
 
 
+def panel_columns(columns: int, projections: int, depth: int) -> int:
+    """Columns of a panel of the kernel on rows; the last one of a tile may have fewer."""
+    panels = ceil_div(projections * depth * columns, MOST_PANEL_ELEMENTS)
+    return columns if panels == 1 else round_up(ceil_div(columns, panels), STRIP)
+
+
 def rows_vmem_bytes(
     tiles: RowTiles,
     *,
@@ -57,7 +73,12 @@ def rows_vmem_bytes(
     scale = (tiles.rows + LANES) * LANES * 4 + 2 * 4 * round_up(scaled_rows + tiles.rows + LANES, LANES * 8)
     # A strip's products, and what the compiler keeps of them.
     temporaries = 4 * tiles.chunk * projections * 256 * 4
-    return rows + weights + results + bias + (scale if scaled_rows else 0) + temporaries
+    # Code that multiplies a panel keeps the rows that it multiplies; there is other code for a last panel with fewer columns.
+    panel = panel_columns(tiles.columns, projections, depth)
+    different_panels = 1 if panel >= tiles.columns else 1 + (tiles.columns % panel > 0)
+    kept_rows = different_panels * max((*tiles.remainders, tiles.chunk)) * depth * itemsize
+    beyond_reserve = max(0, kept_rows - KEPT_ROWS_IN_RESERVE)
+    return rows + weights + results + bias + (scale if scaled_rows else 0) + temporaries + beyond_reserve
 
 
 def check_row_tiles(tiles: RowTiles, device: TpuDevice, needed_bytes: int) -> None:

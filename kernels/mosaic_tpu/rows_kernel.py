@@ -25,20 +25,12 @@ from ..activations import Activation
 from ..device import TpuDevice
 from ..varying import shape_varying_like
 from .epilogue import activate, column_of
-from .limits import LANES, check_row_tiles, compiler_vmem_limit_bytes, rows_vmem_bytes
-from .rounding import round_up
+from .limits import LANES, STRIP, check_row_tiles, compiler_vmem_limit_bytes, panel_columns, rows_vmem_bytes
 from .schedule import ROW_ALIGNMENT, VisitTable
 from .shared_rows import aligned, mask_ends, whole_rows
 from .tiles import RowTiles
 
 Ref = Any
-STRIP = 256
-"""Columns that are multiplied, activated and stored at once, if a tile's are a multiple of it: the scheduler then activates one
-strip while the next is multiplied, and holds no more than a strip's projections."""
-MOST_PANEL_ELEMENTS = 2**22
-"""Of weights that are multiplied by code of their own; a tile with more is a loop over panels of its columns. So large that the
-ends of the loop's turns, at which nothing is multiplied, take a few per cent of the time, and so small that the compiler takes
-seconds for the code."""
 
 
 def multiply_rows(
@@ -166,9 +158,7 @@ class _Problem:
     @property
     def panel(self) -> int:
         """Columns of a panel; the last one of a tile may have fewer."""
-        columns = self.tiles.columns
-        panels = pl.cdiv(self.projections * self.depth * columns, MOST_PANEL_ELEMENTS)
-        return columns if panels == 1 else round_up(pl.cdiv(columns, panels), STRIP)
+        return panel_columns(self.tiles.columns, self.projections, self.depth)
 
     @property
     def last_columns(self) -> int:

@@ -14,7 +14,7 @@ from support.tpu_interpretation import DMA_MODES, interpreting_tpu
 from moe_jax.kernels.activations import ACTIVATIONS, Activation
 from moe_jax.kernels.device import TPU_DEVICES
 from moe_jax.kernels.groups import Groups
-from moe_jax.kernels.mosaic_tpu import rows_kernel
+from moe_jax.kernels.mosaic_tpu import limits, rows_kernel
 from moe_jax.kernels.mosaic_tpu.choice import RowsProblem, choose_row_tiles, row_too_long
 from moe_jax.kernels.mosaic_tpu.limits import check_row_tiles, vmem_limit_bytes
 from moe_jax.kernels.mosaic_tpu.schedule import VisitTable
@@ -149,7 +149,7 @@ def test_tiles_of_many_columns_are_multiplied_panel_by_panel(contract, rng, monk
     options = dict(projections=2, activation=Activation("silu"), bias=True) if contract == "in" else {}
     problem = draw(rng, (130, 0, 17), width_in=16, width_out=1250, contract=contract, row_scale=True, **options)
     projections = options.get("projections", 1)
-    monkeypatch.setattr(rows_kernel, "MOST_PANEL_ELEMENTS", projections * 16 * 512)
+    monkeypatch.setattr(limits, "MOST_PANEL_ELEMENTS", projections * 16 * 512)
     tiles = dataclasses.replace(TILES, columns=1280)
     result, _ = multiply(problem, tiles=tiles)
     assert_close(result, problem.result)
@@ -244,6 +244,9 @@ def test_chosen_tiles_fit_the_device(num_rows, num_groups, width_in, width_out, 
         itemsize=itemsize,
         output_itemsize=itemsize,
     )
+    if (width_in, itemsize) == (28672, 4) and device in ("v5p", "7x"):  # half as much vector memory as others
+        assert "of 28672 elements take" in (row_too_long(problem, TPU_DEVICES[device]) or "")
+        return
     tiles = choose_row_tiles(problem, TPU_DEVICES[device]).tiles
     check_row_tiles(tiles, TPU_DEVICES[device], 0)
     assert tiles.columns < width_out + 256
@@ -274,3 +277,20 @@ def test_rows_that_are_too_long_for_vector_memory_are_refused_by_the_limit():
 def test_tiles_that_do_not_fit_are_refused_by_the_limit_they_hit(change, needed, limit):
     with pytest.raises(ValueError, match=limit):
         check_row_tiles(dataclasses.replace(TILES, **change), TPU_DEVICES["v5e"], needed)
+
+
+@pytest.mark.parametrize(
+    ("device", "width_in", "scaled_rows", "used_mib"), [("v5p", 28672, 0, 66.68), ("v6e", 14336, 16512, 129.63)]
+)
+def test_tiles_that_the_compiler_had_no_room_for_are_not_chosen(device, width_in, scaled_rows, used_mib):
+    """Down projection and gradient of Mixtral 8x7B with 8192 tokens; what the compiler said that the tiles take."""
+    columns, rows, chunk = (256, 256, 128) if device == "v5p" else (1408, 512, 256)
+    refused = RowTiles(
+        rows=rows, columns=columns, chunk=chunk, remainder=chunk // 2, least=chunk // (2 if chunk == 128 else 1)
+    )
+    sizes = dict(width_in=width_in, projections=1, itemsize=2, output_itemsize=2)
+    needed = limits.rows_vmem_bytes(refused, kept=False, scaled_rows=scaled_rows, **sizes)
+    assert needed > vmem_limit_bytes(TPU_DEVICES[device])
+    assert needed < used_mib * 2**20
+    problem = RowsProblem(num_rows=16384, num_groups=8, width_out=4096, scaled_rows=scaled_rows, **sizes)
+    assert choose_row_tiles(problem, TPU_DEVICES[device]).tiles != refused
