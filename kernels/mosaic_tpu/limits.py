@@ -73,10 +73,11 @@ def rows_vmem_bytes(
     scale = (tiles.rows + LANES) * LANES * 4 + 2 * 4 * round_up(scaled_rows + tiles.rows + LANES, LANES * 8)
     # A strip's products, and what the compiler keeps of them.
     temporaries = 4 * tiles.chunk * projections * 256 * 4
-    # Code that multiplies a panel keeps the rows that it multiplies; there is other code for a last panel with fewer columns.
+    # Code that multiplies more than a chunk of rows keeps them; there is other code for a last panel with fewer columns.
     panel = panel_columns(tiles.columns, projections, depth)
     different_panels = 1 if panel >= tiles.columns else 1 + (tiles.columns % panel > 0)
-    kept_rows = different_panels * max((*tiles.remainders, tiles.chunk)) * depth * itemsize
+    longer_than_chunk = max((size for size in tiles.remainders if size > tiles.chunk), default=0)
+    kept_rows = different_panels * longer_than_chunk * depth * itemsize
     beyond_reserve = max(0, kept_rows - KEPT_ROWS_IN_RESERVE)
     return rows + weights + results + bias + (scale if scaled_rows else 0) + temporaries + beyond_reserve
 
