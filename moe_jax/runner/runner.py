@@ -108,8 +108,8 @@ class MoERunner(MoERunnerInterface):
         self.replicas = nnx.data(initial_replicas(config, self.axes))
         self.routed_input_transform = routed_input_transform
         self.routed_output_transform = routed_output_transform
-        check_built_for(config, self.router, self.routed_experts)
         self.check_parts()
+        check_built_for(config, self.router, self.routed_experts)
         if self.axes is not None:
             self._place_on(self.axes.mesh, [name for name, given in parts.items() if given is None])
 
