@@ -204,6 +204,9 @@ class ParallelConfig:
     capacity_factor: float | None = None
     """Of `padded_all_to_all`: room that a rank keeps for each other, as a multiple of what evenly spread choices need. Rows
     beyond are dropped, and counted in `MoEAux.dropped_rows`. None: room for the worst case, nothing is ever dropped."""
+    buffer_factor: float | None = None
+    """Of `ragged_all_to_all`: rows that a rank receives and computes at once, as a multiple of what evenly spread choices bring
+    it. Rows beyond come in further rounds; nothing is ever dropped. None: 1.25, or 512 rows for each expert if that is more."""
     one_row_per_rank: bool = False
     """Of the all-to-all strategies: a token travels once to each rank that has experts for it, and comes back as their
     weighted sum, instead of once for each expert. Fewer rows; the sum is rounded once per rank."""
@@ -220,8 +223,10 @@ class ParallelConfig:
             raise ValueError(f"strategy must be one of {legal} or None; got {self.strategy!r}")
         if self.placement_strategy not in ("linear", "round_robin"):
             raise ValueError(f"placement_strategy must be 'linear' or 'round_robin', got {self.placement_strategy!r}")
-        if self.capacity_factor is not None and not (math.isfinite(self.capacity_factor) and self.capacity_factor > 0):
-            raise ValueError(f"capacity_factor must be positive and finite, or None; got {self.capacity_factor}")
+        for name in ("capacity_factor", "buffer_factor"):
+            factor = getattr(self, name)
+            if factor is not None and not (math.isfinite(factor) and factor > 0):
+                raise ValueError(f"{name} must be positive and finite, or None; got {factor}")
         if self.micro_batches not in (1, 2):
             raise ValueError(f"micro_batches must be 1 or 2, got {self.micro_batches}")
 

@@ -1,7 +1,7 @@
 """What every dispatch strategy is made of: a request to choose by, settings to run with, and the rows that arrive.
 
 A strategy is a module with the names of `Strategy`. Its `dispatch` brings the rows of tokens to the ranks whose experts they
-chose, and its `combine` brings the results back; between them each rank runs its own experts on what has arrived.
+chose; each rank runs its own experts on what has arrived; `send_back` brings the results back, and `combine` sums them.
 """
 
 import dataclasses
@@ -13,8 +13,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax.config import ParallelConfig
+from moe_jax.experts.routed import ExpertComputation
+from moe_jax.experts.weights import ExpertWeights
 from moe_jax.kernels.fused_moe.assignment import ACCELERATORS_COMPARISONS
 from moe_jax.parallel.axes import LayerAxes
+
+DEFAULT_BUFFER_FACTOR = 1.25
+"""Room for what evenly spread choices bring, and for chance."""
+ROWS_WORTH_A_ROUND = 512
+"""Rows of each expert with which a round multiplies about as long as it reads the experts' weights, whatever the chip. With
+fewer, another round costs as much as the one before, so there is room for more."""
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +53,8 @@ class DispatchSettings:
     num_experts: int
     """Physical experts of all ranks; rank r owns those from `r * num_experts / ranks` on."""
     capacity_factor: float | None = None
+    """See `ParallelConfig`."""
+    buffer_factor: float | None = None
     """See `ParallelConfig`."""
     one_row_per_rank: bool = False
     """See `ParallelConfig`."""
@@ -84,8 +94,21 @@ class DispatchSettings:
         most = self.most_rows(num_tokens, top_k)
         if self.capacity_factor is None:
             return most
-        even = num_tokens * rows_per_token(top_k, self.num_ranks, self.one_row_per_rank) / self.num_ranks
-        return max(1, min(most, math.ceil(self.capacity_factor * even)))
+        return max(1, min(most, math.ceil(self.capacity_factor * self._even_rows(num_tokens, top_k) / self.num_ranks)))
+
+    def buffer_rows(self, num_tokens: int, top_k: int) -> int:
+        """Rows that a rank receives in one round from all ranks, each with `num_tokens` tokens."""
+        most = self.num_ranks * self.most_rows(num_tokens, top_k)
+        even = self._even_rows(num_tokens, top_k)
+        if self.buffer_factor is None:
+            rows = max(DEFAULT_BUFFER_FACTOR * even, ROWS_WORTH_A_ROUND * self.local_experts)
+        else:
+            rows = self.buffer_factor * even
+        return max(1, min(most, math.ceil(rows)))
+
+    def _even_rows(self, num_tokens: int, top_k: int) -> float:
+        """Rows that evenly spread choices of `num_tokens` tokens per rank bring each rank."""
+        return num_tokens * rows_per_token(top_k, self.num_ranks, self.one_row_per_rank)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +135,7 @@ class DispatchRequest:
             axes=self.axes,
             num_experts=self.num_experts,
             capacity_factor=self.parallel.capacity_factor,
+            buffer_factor=self.parallel.buffer_factor,
             one_row_per_rank=self.parallel.one_row_per_rank,
         )
 
@@ -135,8 +159,24 @@ class DispatchRequest:
         return tokens * (slices - 1) + 2 * tokens * (summed - 1) / summed + 2 * tokens * (gathered - 1)
 
 
+@dataclasses.dataclass(frozen=True)
+class LocalExperts:
+    """The experts of one rank, in `jax.shard_map`."""
+
+    settings: DispatchSettings
+    compute: ExpertComputation
+    weights: ExpertWeights
+
+    def __call__(self, received: ReceivedRows) -> Float[Array, "R H"]:
+        """The weighted sum of the results of each row's choices among these experts."""
+        settings = self.settings
+        first_expert = settings.rank * settings.local_experts if settings.axes.expert else None
+        rows = (received.x, received.topk_weights, received.topk_ids)
+        return self.compute(*rows, self.weights, first_expert, expected_rows=received.expected_rows)
+
+
 class Strategy(Protocol):
-    """A way for tokens to meet their experts; a module with these names is one. Both functions run in `jax.shard_map`."""
+    """A way for tokens to meet their experts; a module with these names is one. What arrays pass runs in `jax.shard_map`."""
 
     @property
     def NAME(self) -> str:  # noqa: N802 - a constant of the module
@@ -163,11 +203,26 @@ class Strategy(Protocol):
         topk_weights: Float[Array, "T K"],
         topk_ids: Int[Array, "T K"],
     ) -> tuple[ReceivedRows, Any]:
-        """Bring rows to their experts; also returns what `combine` needs, a pytree."""
+        """Bring rows to their experts; also returns what is needed later, a pytree."""
         ...
 
-    def combine(self, settings: DispatchSettings, results: Float[Array, "R H"], sent: Any) -> Float[Array, "T H"]:
-        """Bring the results of the received rows back, and sum those of each token."""
+    def send_back(self, settings: DispatchSettings, results: Float[Array, "R H"], sent: Any) -> Any:
+        """Bring the results of the received rows back to the ranks of their tokens."""
+        ...
+
+    def combine(
+        self, settings: DispatchSettings, returned: Any, sent: Any, experts: LocalExperts, behind: Any
+    ) -> Float[Array, "T H"]:
+        """Sum the results of each token.
+
+        Args:
+            settings: as for `dispatch`.
+            returned: what `send_back` has returned.
+            sent: what `dispatch` has kept.
+            experts: compute rows that have not been received yet, where rows come in rounds.
+            behind: what every micro-batch's `send_back` has returned. Further rounds come after that, since compilers move nothing
+                past loops that could overlap.
+        """
         ...
 
 

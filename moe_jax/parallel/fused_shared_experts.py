@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from moe_jax.parallel.dispatch import (
     DispatchRequest,
     DispatchSettings,
+    LocalExperts,
     ReceivedRows,
     Strategy,
     gather_tokens,
@@ -83,12 +84,21 @@ class WithFusedSharedExperts:
             received, sent = self.strategy.dispatch(settings, x, topk_weights, topk_ids)
         return dataclasses.replace(received, topk_ids=self._as_on_rank(settings, received.topk_ids)), sent
 
-    def combine(self, settings: DispatchSettings, results: Float[Array, "R H"], sent: Any) -> Float[Array, "T H"]:
-        """Bring the routed experts' results back, and add the shared experts'."""
+    def send_back(self, settings: DispatchSettings, results: Float[Array, "R H"], sent: Any) -> Any:
+        """Bring the routed experts' results back; the shared experts' are here."""
         if not self.SLICES_TOKENS:
-            return self.strategy.combine(settings, results, sent)
+            return self.strategy.send_back(settings, results, sent)
         routed, shared = results[: sent.num_received], results[sent.num_received :]
-        output = self.strategy.combine(settings, routed, sent.sent)
+        return self.strategy.send_back(settings, routed, sent.sent), shared
+
+    def combine(
+        self, settings: DispatchSettings, returned: Any, sent: Any, experts: LocalExperts, behind: Any
+    ) -> Float[Array, "T H"]:
+        """Sum the routed experts' results, and add the shared experts'."""
+        if not self.SLICES_TOKENS:
+            return self.strategy.combine(settings, returned, sent, experts, behind)
+        routed, shared = returned
+        output = self.strategy.combine(settings, routed, sent.sent, experts, behind)
         exchanged = tensor_exchanged(settings.axes)
         num_tokens = output.shape[0] * settings.axes.size(exchanged)
         shared = jnp.sum(shared.reshape(-1, num_tokens, shared.shape[1]), axis=0)

@@ -18,7 +18,7 @@ from moe_jax.experts.routed import ExpertComputation
 from moe_jax.experts.shared import SharedExperts
 from moe_jax.experts.weights import ExpertWeights
 from moe_jax.parallel.axes import LayerAxes
-from moe_jax.parallel.dispatch import DispatchSettings, ReceivedRows, Strategy, tensor_exchanged
+from moe_jax.parallel.dispatch import DispatchSettings, LocalExperts, ReceivedRows, Strategy, tensor_exchanged
 from moe_jax.parallel.sharding import expert_weight_specs, fused_shared_expert_specs, shared_expert_spec
 
 
@@ -93,13 +93,6 @@ def routed_partials(
     """
     axes, layout, strategy, settings = dispatch.axes, dispatch.layout, dispatch.strategy, dispatch.settings
 
-    def of_some_tokens(tokens, weights):
-        received, sent = strategy.dispatch(settings, *tokens)
-        first_expert = settings.rank * settings.local_experts if axes.expert else None
-        arrived = (received.x, received.topk_weights, received.topk_ids)
-        results = compute(*arrived, weights, first_expert, expected_rows=received.expected_rows)
-        return strategy.combine(settings, results, sent), received
-
     def on_rank(x, topk_weights, topk_ids, weights, shared):
         if shared is not None:
             weights = weights.followed_by(shared)
@@ -108,7 +101,14 @@ def routed_partials(
             weights = weights._replace(down_bias=jnp.where(axes.is_first(axes.tensor), weights.down_bias, 0))
         # The halves don't depend on each other, which leaves the compiler free to overlap them.
         halves = zip(*(jnp.split(array, dispatch.micro_batches) for array in (x, topk_weights, topk_ids)), strict=True)
-        results, received = zip(*(of_some_tokens(half, weights) for half in halves), strict=True)
+        experts = LocalExperts(settings, compute, weights)
+        received, sent = zip(*(strategy.dispatch(settings, *half) for half in halves), strict=True)
+        returned = [
+            strategy.send_back(settings, experts(rows), kept) for rows, kept in zip(received, sent, strict=True)
+        ]
+        results = [
+            strategy.combine(settings, half, kept, experts, returned) for half, kept in zip(returned, sent, strict=True)
+        ]
         sent_rows, dropped_rows = _counts(axes, layout, received)
         return RoutedResult(jnp.concatenate(results)[None], sent_rows, dropped_rows)
 

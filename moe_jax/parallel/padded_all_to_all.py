@@ -7,6 +7,8 @@ room are dropped, and counted. Without, it has room for the worst case.
 Source: spec 3.2 and 6 (the batched backends: DeepEP's low-latency kernels, pplx); GShard (arXiv 2006.16668) for the capacity.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -14,13 +16,14 @@ from jaxtyping import Array, Float, Int
 from moe_jax.parallel.dispatch import (
     DispatchRequest,
     DispatchSettings,
+    LocalExperts,
     ReceivedRows,
     gather_tokens,
     sum_and_scatter_tokens,
     tensor_exchanged,
 )
 from moe_jax.parallel.outgoing import Choices, Outgoing
-from moe_jax.parallel.requirements import unsupported_all_to_all
+from moe_jax.parallel.requirements import unsupported_all_to_all, unsupported_buffer
 from moe_jax.parallel.sent_rows import SentRows
 
 NAME = "padded_all_to_all"
@@ -28,8 +31,8 @@ SLICES_TOKENS = True
 
 
 def unsupported(request: DispatchRequest) -> str | None:
-    """Nothing that an all-to-all can do at all."""
-    return unsupported_all_to_all(request)
+    """A buffer for rounds, and what no all-to-all can do."""
+    return unsupported_all_to_all(request) or unsupported_buffer(request)
 
 
 def rows_moved(request: DispatchRequest) -> float:
@@ -70,9 +73,18 @@ def dispatch(
     return received, outgoing
 
 
-def combine(settings: DispatchSettings, results: Float[Array, "R H"], sent: Outgoing) -> Float[Array, "T H"]:
+def send_back(settings: DispatchSettings, results: Float[Array, "R H"], sent: Outgoing) -> Float[Array, "R H"]:
     """Send every row's result back to where the row came from."""
-    return sum_and_scatter_tokens(tensor_exchanged(settings.axes), sent.combine(_exchange(settings, results)))
+    del sent
+    return _exchange(settings, results)
+
+
+def combine(
+    settings: DispatchSettings, returned: Float[Array, "R H"], sent: Outgoing, experts: LocalExperts, behind: Any
+) -> Float[Array, "T H"]:
+    """Sum the results of each token's rows."""
+    del experts, behind
+    return sum_and_scatter_tokens(tensor_exchanged(settings.axes), sent.combine(returned))
 
 
 def _exchange(settings: DispatchSettings, rows: Array) -> Array:

@@ -25,18 +25,28 @@ class RaggedOffsets(NamedTuple):
     """Rows of the block that each rank sends here."""
 
 
-def forth_and_back(sizes: Int[Array, "ranks ranks"], rank: Int[Array, ""] | int) -> tuple[RaggedOffsets, RaggedOffsets]:
+def forth_and_back(
+    sizes: Int[Array, "ranks ranks"],
+    rank: Int[Array, ""] | int,
+    first_row: Int[Array, ""] | int = 0,
+    num_rows: int | None = None,
+) -> tuple[RaggedOffsets, RaggedOffsets]:
     """How rows travel, and how their results return to where they came from.
 
     Args:
         sizes: rows that each rank (first axis) sends to each; blocks lie one after the other on both sides, without gaps.
         rank: this rank.
+        first_row: of the rows that each rank gets in all, those from this one on travel now, and arrive at the front.
+        num_rows: at most so many of them (None: all).
     """
-    sent, received = sizes[rank], sizes[:, rank]
-    starts_at_sender = jnp.cumsum(sizes, axis=1) - sizes
-    starts_at_receiver = jnp.cumsum(sizes, axis=0) - sizes
-    forth = RaggedOffsets(starts_at_sender[rank], sent, starts_at_receiver[rank], received)
-    back = RaggedOffsets(starts_at_receiver[:, rank], received, starts_at_sender[:, rank], sent)
+    at_sender = jnp.cumsum(sizes, axis=1) - sizes
+    at_receiver = jnp.cumsum(sizes, axis=0) - sizes - first_row
+    most = jnp.iinfo(sizes.dtype).max if num_rows is None else num_rows
+    begin, end = jnp.clip(at_receiver, 0, most), jnp.clip(at_receiver + sizes, 0, most)
+    at_sender, at_receiver, sizes = at_sender + begin - at_receiver, begin, end - begin
+    at_sender = jnp.where(sizes > 0, at_sender, 0)
+    forth = RaggedOffsets(at_sender[rank], sizes[rank], at_receiver[rank], sizes[:, rank])
+    back = RaggedOffsets(at_receiver[:, rank], sizes[:, rank], at_sender[:, rank], sizes[rank])
     return forth, back
 
 

@@ -6,9 +6,11 @@ over the ranks, which hold the same tokens, is the layer's output. Tokens may be
 Source: spec 1.4, 1.8; vLLM's tensor- and expert-parallel path without all-to-all kernels.
 """
 
+from typing import Any
+
 from jaxtyping import Array, Float, Int
 
-from moe_jax.parallel.dispatch import DispatchRequest, DispatchSettings, ReceivedRows, no_rows
+from moe_jax.parallel.dispatch import DispatchRequest, DispatchSettings, LocalExperts, ReceivedRows, no_rows
 from moe_jax.parallel.requirements import unsupported_all_to_all_options
 
 NAME = "replicated"
@@ -41,7 +43,15 @@ def dispatch(
     return ReceivedRows(x, topk_weights, topk_ids, no_rows(), no_rows(), expected_rows), ()
 
 
-def combine(settings: DispatchSettings, results: Float[Array, "R H"], sent: tuple[()]) -> Float[Array, "T H"]:
-    """All results are."""
+def send_back(settings: DispatchSettings, results: Float[Array, "T H"], sent: tuple[()]) -> Float[Array, "T H"]:
+    """They are where their tokens are."""
     del settings, sent
     return results
+
+
+def combine(
+    settings: DispatchSettings, returned: Float[Array, "T H"], sent: tuple[()], experts: LocalExperts, behind: Any
+) -> Float[Array, "T H"]:
+    """Each token has one result."""
+    del settings, sent, experts, behind
+    return returned

@@ -21,13 +21,20 @@ def unsupported_all_to_all_options(request: DispatchRequest) -> str | None:
     parallel = request.parallel
     if parallel.one_row_per_rank:
         return "it sends no rows to single ranks, so one_row_per_rank must be False, got True"
-    return unsupported_capacity(request)
+    return unsupported_capacity(request) or unsupported_buffer(request)
 
 
 def unsupported_capacity(request: DispatchRequest) -> str | None:
     """Why a strategy without a capacity cannot honour one, or None."""
     if request.parallel.capacity_factor is not None:
         return f"it has no capacity, so capacity_factor must be None, got {request.parallel.capacity_factor}"
+    return None
+
+
+def unsupported_buffer(request: DispatchRequest) -> str | None:
+    """Why a strategy without rounds cannot honour the size of their buffer, or None."""
+    if request.parallel.buffer_factor is not None:
+        return f"it receives all rows at once, so buffer_factor must be None, got {request.parallel.buffer_factor}"
     return None
 
 

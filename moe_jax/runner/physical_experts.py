@@ -19,7 +19,7 @@ def resolve_axes(config: MoEConfig, mesh: Mesh | None) -> LayerAxes | None:
         raise ValueError(f"a layer with parallel axes needs mesh=, got None with {parallel}")
     ignored = [
         f"{name}={getattr(parallel, name)!r}"
-        for name in ("strategy", "capacity_factor", "one_row_per_rank", "micro_batches")
+        for name in ("strategy", "capacity_factor", "buffer_factor", "one_row_per_rank", "micro_batches")
         if getattr(parallel, name) != getattr(ParallelConfig(), name)
     ]
     if ignored:

@@ -1,0 +1,171 @@
+"""Ragged all-to-all in rounds: a rank receives no more rows at once than there is room for, and computes all of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles.dispatch import count_sent_rows
+from oracles.layers_under_test import call
+from support.sharded_layers import (
+    SHARED,
+    assert_equal_results,
+    layer_pair,
+    make_mesh,
+    small_config,
+    value_and_gradients,
+)
+
+from moe_jax import ParallelConfig, SharedExpertsConfig
+from moe_jax.parallel.axes import LayerAxes
+from moe_jax.parallel.dispatch import DispatchSettings
+from moe_jax.parallel.ragged_exchange import forth_and_back
+from moe_jax.parallel.sum_of_rounds import sum_of_rounds
+
+FUSED = SharedExpertsConfig(intermediate_size=16, bias=True)
+SPLIT = dict(expert_axis="expert", tensor_axis="tensor", data_axis="data", sequence_axis="expert")
+TOKENS = {
+    "split over the expert axis": SPLIT,
+    "on all ranks of an expert axis": SPLIT | dict(sequence_axis=None),
+    "as in vLLM": SPLIT | dict(expert_axis=("data", "expert"), sequence_axis=None),
+    "split over a tensor axis": SPLIT | dict(tensor_axis=("tensor", "data"), sequence_axis=None),
+}
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 7, 1000])
+def test_every_row_travels_in_one_round_and_none_lies_behind_the_buffer(num_rows, rng):
+    ranks = 4
+    sizes = rng.integers(0, 6, size=(ranks, ranks))
+    sizes[1], sizes[:, 2] = 0, 0  # one rank sends nothing, and one gets nothing
+    at_sender = np.cumsum(sizes, axis=1) - sizes
+    expected = {  # receiver -> rows (source, row there) in the order in which they arrive over all rounds
+        r: [(s, at_sender[s, r] + i) for s in range(ranks) for i in range(sizes[s, r])] for r in range(ranks)
+    }
+    arrived = {r: [] for r in range(ranks)}
+    for number in range(-(-int(sizes.sum(axis=0).max()) // num_rows)):
+        ways = [forth_and_back(jnp.asarray(sizes), r, number * num_rows, num_rows) for r in range(ranks)]
+        forth, back = ([[np.asarray(array) for array in way[direction]] for way in ways] for direction in (0, 1))
+        for r in range(ranks):
+            buffer = {}
+            for s in range(ranks):
+                first, sent, place, received = (forth[s][0][r], forth[s][1][r], forth[s][2][r], forth[r][3][s])
+                assert sent == received == back[r][1][s] == back[s][3][r]
+                assert back[r][0][s] == place
+                assert back[r][2][s] == first
+                buffer |= {int(place + i): (s, int(first + i)) for i in range(sent)}
+            assert sorted(buffer) == list(range(len(buffer)))  # no gaps, and none twice
+            assert len(buffer) == sum(forth[r][3]) <= num_rows
+            arrived[r] += [buffer[place] for place in sorted(buffer)]
+    assert arrived == expected
+
+
+def scaled_cosine(number, constants, variables):
+    return jnp.cos(variables["x"] * number) * constants
+
+
+def test_a_sum_of_rounds_and_its_gradient_are_those_of_the_terms_one_by_one(rng):
+    x, direction = rng.normal(size=(2, 5)).astype(np.float32)
+    factor = jnp.float32(1.5)
+    for behind in (0, 1, 2, 5):
+        total, pull_back = jax.jit(
+            lambda x, behind: jax.vjp(lambda x: sum_of_rounds(scaled_cosine, behind, factor, {"x": x}), x)
+        )(x, behind)
+        numbers = np.arange(1, behind)[:, None]
+        np.testing.assert_allclose(total, 1.5 * np.cos(x * numbers).sum(axis=0), rtol=1e-5, atol=1e-6)
+        gradient = (-1.5 * numbers * np.sin(x * numbers)).sum(axis=0) * direction
+        np.testing.assert_allclose(pull_back(jnp.asarray(direction))[0], gradient, rtol=1e-5, atol=1e-5)
+
+
+def settings_for(parallel, mesh, **changes):
+    axes = LayerAxes.resolve(parallel, mesh)
+    return DispatchSettings(axes=axes, num_experts=256, buffer_factor=parallel.buffer_factor, **changes)
+
+
+@pytest.mark.parametrize(
+    ("factor", "one_row_per_rank", "num_tokens", "rows"),
+    [
+        # 8 choices per token of 256 experts on 8 ranks, 32 on each.
+        (1.0, False, 4096, 4096 * 8),
+        (2.5, False, 4096, 2.5 * 4096 * 8),
+        (100.0, False, 4096, 8 * 4096 * 8),  # all rows there can be
+        (1.0, True, 4096, np.ceil(4096 * 8 * (1 - (7 / 8) ** 8))),
+        (None, False, 4096, 1.25 * 4096 * 8),
+        (None, False, 1024, 512 * 32),  # 1.25 times the even share are fewer rows than pay for a round
+        (None, False, 4, 8 * 4 * 8),
+        (0.001, False, 4, 1),
+    ],
+)
+def test_the_buffer_has_room_for_what_evenly_spread_choices_bring(factor, one_row_per_rank, num_tokens, rows):
+    parallel = ParallelConfig(expert_axis="expert", sequence_axis="expert", buffer_factor=factor)
+    settings = settings_for(parallel, make_mesh(1, 8, 1), one_row_per_rank=one_row_per_rank)
+    assert settings.buffer_rows(num_tokens, top_k=8) == rows
+
+
+CASES = [
+    # Where tokens are, sizes (data, expert, tensor), options of the exchange and of the layer.
+    ("split over the expert axis", (2, 4, 1), dict(), dict()),
+    ("as in vLLM", (2, 2, 2), dict(one_row_per_rank=True), dict(shared_experts=SHARED)),
+]
+SLOW_CASES = [
+    ("split over a tensor axis", (2, 2, 2), dict(micro_batches=2), dict()),
+    ("on all ranks of an expert axis", (2, 4, 1), dict(one_row_per_rank=True), dict()),
+    (
+        "split over the expert axis",
+        (1, 4, 2),
+        dict(micro_batches=2, one_row_per_rank=True),
+        dict(num_experts=12, num_redundant_experts=4, top_k=3),
+    ),
+    ("as in vLLM", (2, 4, 1), dict(), dict(shared_experts=FUSED, fuse_shared_experts=True)),
+]
+
+
+@pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW_CASES)], ids=str
+)
+def test_a_layer_whose_rows_come_in_rounds_equals_the_layer_on_one_device(case, rng):
+    tokens, sizes, options, changes = case
+    parallel = ParallelConfig(strategy="ragged_all_to_all", buffer_factor=0.4, **TOKENS[tokens], **options)
+    single, sharded = layer_pair(rng, small_config(**changes), make_mesh(*sizes), parallel)
+    x, direction = (jnp.asarray(rng.normal(size=(2, 13, 6)), jnp.float32) for _ in range(2))
+    expected, actual = (value_and_gradients(layer, x, direction) for layer in (single, sharded))
+    aux = assert_equal_results(expected, actual)
+    assert aux.dropped_rows == 0
+    ids = aux.topk_ids.reshape(-1, aux.topk_ids.shape[-1])
+    physical = ids if sharded.replicas is None else np.asarray(sharded.replicas(ids))
+    assert aux.sent_rows.tolist() == count_sent_rows(physical, sharded.axes, sharded.config)
+
+
+def test_one_hot_expert_few_tokens_and_none_at_all_take_as_many_rounds_as_they_need(rng):
+    parallel = ParallelConfig(strategy="ragged_all_to_all", buffer_factor=0.7, **SPLIT)
+    single, sharded = layer_pair(rng, small_config(), make_mesh(2, 4, 1), parallel)
+    x = jnp.asarray(rng.normal(size=(16, 6)), jnp.float32)
+    hot = np.broadcast_to([6, 7], (16, 2)).copy()
+    of_one_group_only = np.where(np.arange(16)[:, None] < 8, hot, -1)
+    for ids in (
+        hot,
+        of_one_group_only,
+        np.full((16, 2), -1),
+        rng.permuted(np.tile(np.arange(8), (16, 1)), axis=1)[:, :2],
+    ):
+        ids = jnp.asarray(ids, jnp.int32)
+        y, aux = call(sharded, x, forced_ids=ids, with_aux=True)
+        np.testing.assert_allclose(y, call(single, x, forced_ids=ids), rtol=1e-5, atol=1e-5)
+        assert aux.dropped_rows == 0
+    assert call(sharded, x[:0]).shape == (0, 6)
+
+
+@pytest.mark.parametrize("strategy", ["allgather_reducescatter", "padded_all_to_all"])
+def test_strategies_that_receive_everything_at_once_refuse_a_buffer(strategy, rng):
+    parallel = ParallelConfig(strategy=strategy, buffer_factor=2.0, **SPLIT)
+    with pytest.raises(NotImplementedError, match=r"receives all rows at once, .* buffer_factor must be None, got 2.0"):
+        layer_pair(rng, small_config(), make_mesh(1, 4, 1), parallel)
+
+
+def test_a_buffer_chooses_the_strategy_that_has_one(rng):
+    _, layer = layer_pair(rng, small_config(), make_mesh(1, 4, 1), ParallelConfig(buffer_factor=2.0, **SPLIT))
+    assert layer.explain_dispatch(64).implementation == "ragged_all_to_all"
+
+
+@pytest.mark.parametrize("factor", [0, -1.0, float("nan"), float("inf")])
+def test_a_buffer_that_is_no_size_is_refused(factor):
+    with pytest.raises(ValueError, match="buffer_factor must be positive and finite"):
+        ParallelConfig(buffer_factor=factor)
