@@ -7,16 +7,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before the first import of jax, which reads both once.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
-if _DEVICE_COUNT_FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICE_COUNT_FLAG}=8".strip()
-
 sys.path.insert(0, str(Path(__file__).parent))  # `import oracle`, `from oracles import routing`
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+from support.xla_flags import xla_flags
+
+# Before the first import of jax, which reads both once. Of flags that are given twice, the last counts.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = f"{xla_flags(8)} {os.environ.get('XLA_FLAGS', '')}".strip()
+
+import numpy as np
+import pytest
 
 SEED_VARIABLE = "MOE_JAX_TEST_SEED"
 MEMORY_MAPS = Path("/proc/self/maps")

@@ -8,6 +8,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from support.xla_flags import xla_flags
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -33,7 +34,7 @@ def rehearse(tmp_path, fault, *arguments):
 
 def test_the_whole_script_rehearses_from_a_source_tree_in_which_nothing_is_installed(tmp_path):
     """The libraries' folder on the path as such: the file in it that makes the editable install importable isn't read."""
-    environment = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib"), "XLA_FLAGS": ""}
+    environment = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib"), "XLA_FLAGS": xla_flags(1)}
     results = {path.name for path in (ROOT / "benchmarks" / "results").iterdir()}
     file = tmp_path / "rehearsal.json"
     command = ["benchmarks/gpu.py", "--rehearse", "--only", "forward/small/T1/uniform", "--json", str(file)]

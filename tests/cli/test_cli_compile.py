@@ -11,6 +11,7 @@ from typing import get_args
 import jax.numpy as jnp
 import pytest
 from support.compiled_programs import GROUPED_QUERY, decoder_of, recorded
+from support.xla_flags import xla_flags
 
 from moe_jax.aot import targets
 from moe_jax.aot.compile_report import report
@@ -98,11 +99,8 @@ sys.exit(main(["compile", *sys.argv[1:]]))
 """Runs the command with the machine's own devices in place of the target's, for which they compile and plan memory."""
 
 
-QUICK = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
-
-
 def run(*arguments):
-    environment = os.environ | {"XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(2), "JAX_PLATFORMS": "cpu"}
     return subprocess.run(
         [sys.executable, "-c", STANDING_IN, *arguments], capture_output=True, text=True, check=False, env=environment
     )
