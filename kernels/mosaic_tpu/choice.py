@@ -7,7 +7,7 @@ estimate can tell, it is those that copy least.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ..device import TpuDevice
@@ -26,6 +26,9 @@ SECONDS_PER_VISIT = 0.4e-6
 
 INDISTINGUISHABLE = 0.03
 """Estimated times that differ by this share are taken for the same."""
+
+LEAST_SAVED_BY_GROUP = 0.05
+"""Share of the bytes that computing several tiles of columns group by group must save, because it takes tables of its own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,15 +93,17 @@ def choose_row_tiles(problem: RowsProblem, device: TpuDevice) -> ChosenTiles:
     Raises:
         ValueError: no tiles fit into vector memory, because a row is too long.
     """
-    fitting = [
-        tiles for tiles in _candidates(problem, device) if _vmem_bytes(tiles, problem) <= vmem_limit_bytes(device)
-    ]
+    candidates = list(_candidates(problem, device))
+    fitting = _fitting(candidates, problem, device)
     if not fitting:
         raise ValueError(row_too_long(problem, device))
-    seconds = {tiles: _estimated_seconds(tiles, problem, device) for tiles in fitting}
-    slowest = (1 + INDISTINGUISHABLE) * min(seconds.values())
-    fastest = [tiles for tiles in fitting if seconds[tiles] <= slowest]
-    tiles = min(fastest, key=lambda tiles: (_copy_seconds(tiles, problem, device), seconds[tiles]))
+    tiles = _best(fitting, problem, device)
+    by_group = _fitting(_by_group(candidates, tiles, problem, device), problem, device)
+    if by_group:
+        fitting += by_group
+        best = _best([tiles, *by_group], problem, device)
+        saved = 1 - _copy_seconds(best, problem, device) / _copy_seconds(tiles, problem, device)
+        tiles = best if saved >= LEAST_SAVED_BY_GROUP else tiles
     used = _vmem_bytes(tiles, problem) / 2**20
     bound = "products" if _product_seconds(tiles, problem, device) > _copy_seconds(tiles, problem, device) else "copies"
     reason = (
@@ -106,6 +111,18 @@ def choose_row_tiles(problem: RowsProblem, device: TpuDevice) -> ChosenTiles:
         f" {used:.0f} of {vmem_limit_bytes(device) / 2**20:.0f} MiB of vector memory"
     )
     return ChosenTiles(tiles, reason)
+
+
+def _fitting(candidates: Iterable[RowTiles], problem: RowsProblem, device: TpuDevice) -> list[RowTiles]:
+    return [tiles for tiles in candidates if _vmem_bytes(tiles, problem) <= vmem_limit_bytes(device)]
+
+
+def _best(fitting: Sequence[RowTiles], problem: RowsProblem, device: TpuDevice) -> RowTiles:
+    """Those that copy least, of those with the least estimated time."""
+    seconds = {tiles: _estimated_seconds(tiles, problem, device) for tiles in fitting}
+    slowest = (1 + INDISTINGUISHABLE) * min(seconds.values())
+    fastest = [tiles for tiles in fitting if seconds[tiles] <= slowest]
+    return min(fastest, key=lambda tiles: (_copy_seconds(tiles, problem, device), seconds[tiles]))
 
 
 def row_too_long(problem: RowsProblem, device: TpuDevice) -> str | None:
@@ -133,6 +150,23 @@ def _candidates(problem: RowsProblem, device: TpuDevice) -> Iterator[RowTiles]:
                 yield _tiles(chunk, tile_rows, tile_columns, problem)
 
 
+def _by_group(
+    candidates: Iterable[RowTiles], best: RowTiles, problem: RowsProblem, device: TpuDevice
+) -> Iterator[RowTiles]:
+    """The same tiles with one pass for each core, as far as their number allows it; none if it could gain little.
+
+    Where cores share the columns, and gate and up the vector memory, each pass has few columns for all the rows. That matters
+    unless copies hide behind products that take far longer.
+    """
+    hidden = _copy_seconds(best, problem, device) < _product_seconds(best, problem, device) / 2
+    if device.cores == 1 or problem.projections == 1 or hidden:
+        return
+    for tiles in candidates:
+        column_tiles, rest = divmod(_num_tiles(tiles, problem), device.cores)
+        if column_tiles > 1 and rest == 0:
+            yield dataclasses.replace(tiles, column_tiles=column_tiles)
+
+
 def _tiles(chunk: int, rows: int, columns: int, problem: RowsProblem) -> RowTiles:
     # Each size of a remainder is code of its own; large groups hardly gain from fine ones.
     mean_rows = problem.num_rows / problem.num_groups
@@ -143,8 +177,8 @@ def _tiles(chunk: int, rows: int, columns: int, problem: RowsProblem) -> RowTile
 
 def _estimated_seconds(tiles: RowTiles, problem: RowsProblem, device: TpuDevice) -> float:
     overlapped = max(_product_seconds(tiles, problem, device), _copy_seconds(tiles, problem, device))
-    passes = math.ceil(problem.width_out / tiles.columns)
-    visits = _visits(tiles, problem) * passes / _cores_used(passes, device)
+    passes = _passes(tiles, problem)
+    visits = _visits(tiles, problem) * _num_tiles(tiles, problem) / _cores_used(passes, device)
     # The first copies of a pass, and its last, overlap with nothing.
     bytes_alone = problem.width_in * problem.itemsize * (tiles.rows + tiles.columns * problem.projections)
     return overlapped + visits * SECONDS_PER_VISIT + passes * bytes_alone / device.hbm_bytes_per_second
@@ -160,21 +194,32 @@ def _product_seconds(tiles: RowTiles, problem: RowsProblem, device: TpuDevice) -
     groups = min(problem.num_groups, problem.num_rows)
     mean = problem.num_rows / max(groups, 1)
     rows = max(mean + tiles.remainder / 2, tiles.least) * groups
-    passes = math.ceil(problem.width_out / tiles.columns)
     # One pass of float32 operands is six of bfloat16. Fewer rows than a matrix unit has take as long as those.
     cost = (6 if problem.itemsize == 4 else 1) * device.mxu_size / tiles.chunk
-    flops = 2 * rows * problem.width_in * passes * tiles.columns * problem.projections * cost
-    return flops / device.flops_per_second * device.cores / _cores_used(passes, device)
+    columns = _num_tiles(tiles, problem) * tiles.columns
+    flops = 2 * rows * problem.width_in * columns * problem.projections * cost
+    return flops / device.flops_per_second * device.cores / _cores_used(_passes(tiles, problem), device)
 
 
 def _copy_seconds(tiles: RowTiles, problem: RowsProblem, device: TpuDevice) -> float:
-    passes = math.ceil(problem.width_out / tiles.columns)
     groups = min(problem.num_groups, problem.num_rows)
     weights = groups * problem.projections * problem.width_out * problem.width_in * problem.itemsize
-    rows = problem.num_rows * problem.width_in * problem.itemsize * passes
+    # A group that is one visit is read once in a pass; most are, if one with a quarter more rows than the mean would be.
+    one_visit = 1.25 * problem.num_rows / max(groups, 1) + 8 <= tiles.rows
+    reads = _passes(tiles, problem) if one_visit else _num_tiles(tiles, problem)
+    rows = problem.num_rows * problem.width_in * problem.itemsize * reads
     parts = 1 + (problem.projections if problem.kept else 0)
     results = problem.num_rows * problem.width_out * parts * problem.output_itemsize
     return (weights + rows + results) / device.hbm_bytes_per_second
+
+
+def _num_tiles(tiles: RowTiles, problem: RowsProblem) -> int:
+    """Of columns."""
+    return math.ceil(problem.width_out / tiles.columns)
+
+
+def _passes(tiles: RowTiles, problem: RowsProblem) -> int:
+    return _num_tiles(tiles, problem) // tiles.column_tiles
 
 
 def _cores_used(passes: int, device: TpuDevice) -> float:

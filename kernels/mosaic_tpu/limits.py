@@ -68,7 +68,7 @@ def rows_vmem_bytes(
     parts = 1 + (projections if kept else 0)
     rows = 2 * tiles.rows * depth * itemsize
     weights = 2 * projections * tiles.columns * depth * itemsize
-    results = (2 * tiles.rows + 16) * parts * tiles.columns * output_itemsize
+    results = (2 * tiles.rows + 16 * tiles.column_tiles) * parts * tiles.columns * output_itemsize
     bias = 2 * 8 * tiles.columns * 4
     scale = (tiles.rows + LANES) * LANES * 4 + 2 * 4 * round_up(scaled_rows + tiles.rows + LANES, LANES * 8)
     # A strip's products, and what the compiler keeps of them.
@@ -100,6 +100,8 @@ def check_row_tiles(tiles: RowTiles, device: TpuDevice, needed_bytes: int) -> No
         raise ValueError(
             f"least must be a multiple of remainder={tiles.remainder} up to chunk={tiles.chunk}, got {tiles.least}"
         )
+    if tiles.column_tiles < 1:
+        raise ValueError(f"column_tiles must be at least 1, got {tiles.column_tiles}")
     if needed_bytes > vmem_limit_bytes(device):
         raise ValueError(
             f"{tiles} take {needed_bytes} bytes of vector memory, {device.name} has {vmem_limit_bytes(device)} to give"

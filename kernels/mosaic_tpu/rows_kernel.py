@@ -5,6 +5,9 @@ pipeline: while successive visits share a group they stay, so that every weight 
 out, by hand, because both start at any multiple of 16 rows and are as many as the group still has; the rows of the next visit
 arrive, and the results of the last one leave, while this one is multiplied. The contracted dimension is never cut.
 
+Each pass over the visits reads all rows. Where that is much, a pass computes several tiles of columns, one after the other for
+each group (`RowTiles.column_tiles`): weights are still read once, and rows of a group that is one visit once for all of them.
+
 How many rows a visit multiplies follows from the rows it has (`RowTiles.remainders`). Rows beyond the group's may be anything,
 NaN too: a row of a product depends on no other row. Only the first and the last 16 rows of a visit can hold rows of other
 groups, and only they are masked.
@@ -12,7 +15,7 @@ groups, and only they are masked.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -26,7 +29,7 @@ from ..device import TpuDevice
 from ..varying import shape_varying_like
 from .epilogue import activate, column_of
 from .limits import LANES, STRIP, check_row_tiles, compiler_vmem_limit_bytes, panel_columns, rows_vmem_bytes
-from .schedule import ROW_ALIGNMENT, VisitTable
+from .schedule import ROW_ALIGNMENT, StepTable, VisitTable
 from .shared_rows import aligned, mask_ends, whole_rows
 from .tiles import RowTiles
 
@@ -87,23 +90,30 @@ def multiply_rows(
         output_itemsize=output_dtype.itemsize,
     )
     check_row_tiles(tiles, device, needed_bytes)
+    all_tiles = pl.cdiv(padded_out, tiles.columns)
+    if all_tiles % tiles.column_tiles:
+        raise ValueError(f"column_tiles={tiles.column_tiles} must divide the {all_tiles} tiles of {padded_out} columns")
+    steps = StepTable.of(table, tiles.column_tiles) if tiles.column_tiles > 1 else None
+    tables = (*table, *(steps or ()))
     problem = _Problem(tiles, projections, contract, activation, depth, padded_out)
+
+    def matrix_block(column: Array, step: Array, *tables: Ref) -> tuple[Any, ...]:
+        walk = _Walk.of(tables, tiles)
+        matrix, tile = walk.table.matrix(walk.visit(step)), walk.tile(column, step)
+        return (matrix, 0, tile, 0) if contract == "in" else (matrix, 0, 0, tile)
+
+    def bias_block(column: Array, step: Array, *tables: Ref) -> tuple[Any, ...]:
+        walk = _Walk.of(tables, tiles)
+        return walk.table.group[walk.visit(step)], 0, walk.tile(column, step)
 
     block = (tiles.columns, depth) if contract == "in" else (depth, tiles.columns)
     in_specs = {
         "rows": pl.BlockSpec(memory_space=pl.ANY),
-        "weights": pl.BlockSpec(
-            (None, projections, *block),
-            (lambda column, visit, *table: (VisitTable(*table).matrix(visit), 0, column, 0))
-            if contract == "in"
-            else (lambda column, visit, *table: (VisitTable(*table).matrix(visit), 0, 0, column)),
-        ),
+        "weights": pl.BlockSpec((None, projections, *block), matrix_block),
     }
     operands = {"rows": rows, "weights": weights}
     if bias is not None:
-        in_specs["bias"] = pl.BlockSpec(
-            (None, projections, tiles.columns), lambda column, visit, group, *_: (group[visit], 0, column)
-        )
+        in_specs["bias"] = pl.BlockSpec((None, projections, tiles.columns), bias_block)
         operands["bias"] = bias.astype(jnp.float32)
     if row_scale is not None:
         operands["row_scale"] = scale = _along_lanes(row_scale, tiles)
@@ -114,7 +124,7 @@ def multiply_rows(
     scratch = {
         "rows_buffer": pltpu.VMEM((2, tiles.rows, width_in), dtype),
         "result_buffer": pltpu.VMEM((2, parts, tiles.rows, tiles.columns), output_dtype),
-        "shared_rows": pltpu.VMEM((parts, ROW_ALIGNMENT, tiles.columns), output_dtype),
+        "shared_rows": pltpu.VMEM((parts, ROW_ALIGNMENT, tiles.column_tiles * tiles.columns), output_dtype),
         "fetched": pltpu.SemaphoreType.DMA((2,)),
         "stored": pltpu.SemaphoreType.DMA(()),
     }
@@ -123,15 +133,15 @@ def multiply_rows(
     names = (*operands, *outputs, *scratch)
 
     def grouped_rows(*refs: Ref) -> None:
-        table_refs = VisitTable(*refs[: len(table)])
-        _visit(problem, table_refs, **dict(zip(names, refs[len(table) :], strict=True)))
+        walk = _Walk.of(refs[: len(tables)], tiles)
+        _visit(problem, walk, **dict(zip(names, refs[len(tables) :], strict=True)))
 
     results = pl.pallas_call(
         grouped_rows,
         out_shape=tuple(outputs.values()),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(table),
-            grid=(pl.cdiv(padded_out, tiles.columns), table.count[0]),
+            num_scalar_prefetch=len(tables),
+            grid=(all_tiles // tiles.column_tiles, (steps or table).count[0]),
             in_specs=tuple(in_specs.values()),
             out_specs=tuple(pl.BlockSpec(memory_space=pl.ANY) for _ in outputs),
             scratch_shapes=tuple(scratch.values()),
@@ -140,7 +150,7 @@ def multiply_rows(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=compiler_vmem_limit_bytes(device)
         ),
         name="grouped_rows",
-    )(*table, *operands.values())
+    )(*tables, *operands.values())
     return results[0], results[1] if keep_projected else None
 
 
@@ -166,9 +176,40 @@ class _Problem:
         return self.padded_out - (pl.cdiv(self.padded_out, self.tiles.columns) - 1) * self.tiles.columns
 
 
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """Which visit each step of the grid is, and for which tile of columns."""
+
+    table: VisitTable
+    steps: StepTable | None
+    """None if every step is the visit of its number."""
+    column_tiles: int
+
+    @classmethod
+    def of(cls, tables: Sequence[Any], tiles: RowTiles) -> Self:
+        split = len(VisitTable._fields)
+        steps = StepTable(*tables[split:]) if tiles.column_tiles > 1 else None
+        return cls(VisitTable(*tables[:split]), steps, tiles.column_tiles)
+
+    @property
+    def count(self) -> Array:
+        return (self.steps or self.table).count[0]
+
+    def visit(self, step: Array) -> Array:
+        return step if self.steps is None else self.steps.visit[step]
+
+    def tile(self, column: Array, step: Array) -> Array:
+        """Of all tiles of columns, given that of the grid."""
+        return column if self.steps is None else column * self.column_tiles + self.steps.column[step]
+
+    def slot(self, step: Array) -> Array:
+        """Which buffer has the rows."""
+        return lax.rem(step, 2) if self.steps is None else self.steps.slot[step]
+
+
 def _visit(
     problem: _Problem,
-    table: VisitTable,
+    walk: _Walk,
     *,
     rows: Ref,
     weights: Ref,
@@ -184,43 +225,49 @@ def _visit(
     scale_buffer: Ref | None = None,
 ) -> None:
     """One step of the grid: one visit, for the columns of one tile."""
-    visit, count = pl.program_id(1), table.count[0]
-    slot = lax.rem(visit, 2)
+    table, step, count = walk.table, pl.program_id(1), walk.count
+    visit, slot = walk.visit(step), walk.slot(step)
+    result_slot = slot if walk.steps is None else lax.rem(step, 2)
     destinations = [result] if projected is None else [result, *(projected.at[p] for p in range(problem.projections))]
 
-    def fetch(which: Array, slot: Array) -> _Copies:
-        size = whole_rows(table.last[which])
-        source, target = rows.at[aligned(table.source[which], size)], rows_buffer.at[slot, pl.ds(0, size)]
-        return _Copies([(size > 0, [pltpu.make_async_copy(source, target, fetched.at[slot])])])
+    def fetch(step: Array, slot: Array) -> _Copies:
+        visit = walk.visit(step)
+        size = whole_rows(table.last[visit])
+        source, target = rows.at[aligned(table.source[visit], size)], rows_buffer.at[slot, pl.ds(0, size)]
+        is_copied = size > 0 if walk.steps is None else (size > 0) & walk.steps.brings_rows(step)
+        return _Copies([(is_copied, [pltpu.make_async_copy(source, target, fetched.at[slot])])])
 
-    def store(which: Array, slot: Array) -> _Copies:
-        size = pl.multiple_of(table.stored[which], ROW_ALIGNMENT)
-        return _store_copies(problem, result_buffer.at[slot], destinations, stored, table.row[which], size)
+    def store(step: Array, slot: Array) -> _Copies:
+        return _store_copies(problem, walk, step, result_buffer.at[slot], destinations, stored)
 
-    @pl.when(visit == 0)
+    @pl.when(step == 0)
     def _():
-        fetch(visit, slot).start()
+        fetch(step, slot).start()
         shared_rows[...] = jnp.zeros_like(shared_rows)
 
-    @pl.when(visit + 1 < count)
+    @pl.when(step + 1 < count)
     def _():
-        fetch(visit + 1, 1 - slot).start()
+        fetch(step + 1, 1 - slot).start()
 
-    fetch(visit, slot).wait()
+    fetch(step, slot).wait()
     scale = None if row_scale is None else _scale_of(row_scale, scale_buffer, table.row[visit], table.last[visit])
     operands = _Operands(rows_buffer.at[slot], weights, bias, scale)
-    _multiply(problem, operands, result_buffer.at[slot], table.last[visit])
-    mask_ends(result_buffer.at[slot], shared_rows, table.first[visit], table.last[visit])
+    _multiply(problem, operands, result_buffer.at[result_slot], table.last[visit])
+    shared = shared_rows
+    if walk.steps is not None:
+        first_column = pl.multiple_of(walk.steps.column[step] * problem.tiles.columns, LANES)
+        shared = shared_rows.at[:, :, pl.ds(first_column, problem.tiles.columns)]
+    mask_ends(result_buffer.at[result_slot], shared, table.first[visit], table.last[visit])
 
-    @pl.when(visit > 0)
+    @pl.when(step > 0)
     def _():
-        store(visit - 1, 1 - slot).wait()
+        store(step - 1, 1 - result_slot).wait()
 
-    store(visit, slot).start()
+    store(step, result_slot).start()
 
-    @pl.when(visit == count - 1)
+    @pl.when(step == count - 1)
     def _():
-        store(visit, slot).wait()
+        store(step, result_slot).wait()
 
 
 class _Copies:
@@ -245,14 +292,17 @@ class _Copies:
 
 
 def _store_copies(
-    problem: _Problem, buffer: Ref, destinations: Sequence[Ref], semaphore: Ref, row: Array, size: Array
+    problem: _Problem, walk: _Walk, step: Array, buffer: Ref, destinations: Sequence[Ref], semaphore: Ref
 ) -> _Copies:
     """From the buffer of results to device memory; the last tile may have fewer columns than the others."""
+    visit = walk.visit(step)
+    size = pl.multiple_of(walk.table.stored[visit], ROW_ALIGNMENT)
+    row, tile = walk.table.row[visit], walk.tile(pl.program_id(0), step)
     columns, last_columns = problem.tiles.columns, problem.last_columns
-    column, is_last = pl.program_id(0), pl.program_id(0) == pl.num_programs(0) - 1
+    is_last = tile == pl.num_programs(0) * problem.tiles.column_tiles - 1
 
     def copies(width: int) -> list[Any]:
-        at = (aligned(row, size), pl.ds(pl.multiple_of(column * columns, LANES), width))
+        at = (aligned(row, size), pl.ds(pl.multiple_of(tile * columns, LANES), width))
         return [
             pltpu.make_async_copy(buffer.at[part, pl.ds(0, size), pl.ds(0, width)], destination.at[at], semaphore)
             for part, destination in enumerate(destinations)

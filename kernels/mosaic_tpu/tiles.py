@@ -19,6 +19,9 @@ class RowTiles:
     least: int
     """Fewest rows that are multiplied at once, a multiple of `remainder` up to `chunk`. Below the rows of a matrix unit its
     weights take longer to load than to use, and fewer rows gain little."""
+    column_tiles: int = 1
+    """Tiles of columns that one pass over the groups computes, each group's one after the other: its weights arrive as they do in
+    passes of their own, but rows that one visit takes stay for all of them. Divides the number of tiles."""
 
     @property
     def remainders(self) -> tuple[int, ...]:

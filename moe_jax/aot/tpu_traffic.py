@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 
 from moe_jax.aot.tpu_calls import TpuKernelCall
-from moe_jax.kernels.mosaic_tpu.schedule import ROW_ALIGNMENT, VisitTable
+from moe_jax.kernels.mosaic_tpu.schedule import ROW_ALIGNMENT, StepTable, VisitTable
 
 _NUM_TABLES = len(VisitTable._fields)
-_ROWS, _WEIGHTS = _NUM_TABLES + 1, _NUM_TABLES + 2
-"""Positions of operands: the bound of the grid and the tables come first."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,34 +32,47 @@ class RowsTraffic:
 def rows_traffic(call: TpuKernelCall) -> RowsTraffic:
     """The bytes that a call of `grouped_rows` moves; biases and scales, which are small, are not among them.
 
-    For each tile of columns the kernel walks over all visits. It copies the rows of a visit, and weights when the group is not
-    that of the visit before.
+    In each pass the kernel walks over all visits, for one tile of columns or, group by group, for several. It copies the rows of
+    a visit when it is not that of the step before, and weights when the group or the tile of columns is another.
 
     Raises:
         ValueError: the call is one of another kernel.
     """
     if call.name != "grouped_rows":
         raise ValueError(f"a call of grouped_rows is needed, got one of {call.name}")
-    columns: list[Any] = [_column(call.scalars[1 + index]) for index in range(_NUM_TABLES)]
-    table = VisitTable(*columns)
-    count = int(table.count[0])
-    group, last, stored = (np.asarray(column[:count]) for column in (table.group, table.last, table.stored))
-    rows, weights = call.operands[_ROWS], call.operands[_WEIGHTS]
-    block = call.equation.params["grid_mapping"].block_mappings[_WEIGHTS - _NUM_TABLES - 1].block_aval
-    passes = int(call.equation.params["grid_mapping"].grid[0])
-    changes = 1 + int(np.sum(group[1:] != group[:-1])) if count else 0
-    if passes > 1 and len(set(group.tolist())) == 1:
-        changes = 1  # in every pass: the tile of columns changes
-    copied_rows = -(-last // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    mapping = call.equation.params["grid_mapping"]
+    # The bound of the grid comes first, then the tables, then rows and weights.
+    num_tables = mapping.num_index_operands
+    columns: list[Any] = [_column(call.scalars[1 + index]) for index in range(num_tables)]
+    rows, weights = call.operands[1 + num_tables], call.operands[2 + num_tables]
+    block = mapping.block_mappings[1].block_aval
+    passes = int(mapping.grid[0])
+
+    table = VisitTable(*columns[:_NUM_TABLES])
+    group, last, stored = (np.asarray(column[: table.count[0]]) for column in (table.group, table.last, table.stored))
+    if num_tables > _NUM_TABLES:
+        steps = StepTable(*columns[_NUM_TABLES:])
+        visit, tile = (np.asarray(column[: steps.count[0]]) for column in (steps.visit, steps.column))
+        brings_rows = _changes(np.asarray(steps.slot[: steps.count[0]]))
+    else:
+        visit, tile = np.arange(len(group)), np.zeros(len(group), int)
+        brings_rows = np.ones(len(group), bool)
+    copied_rows = -(-last[visit[brings_rows]] // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    brings_weights = _changes(group[visit]) | _changes(tile)
     return RowsTraffic(
         rows_read=passes * int(copied_rows.sum()) * rows.shape[1] * rows.dtype.itemsize,
-        weights_read=passes * changes * math.prod(block.shape) * weights.dtype.itemsize,
+        weights_read=passes * int(brings_weights.sum()) * math.prod(block.shape) * weights.dtype.itemsize,
         results_written=sum(
             int(stored.sum()) * math.prod(result.shape) // result.shape[-2] * result.dtype.itemsize
             for result in call.results
         ),
         experts_read=tuple(sorted(set(group.tolist()))),
     )
+
+
+def _changes(values: np.ndarray) -> np.ndarray:
+    """Which entries differ from those before them; the first does."""
+    return np.append(True, values[1:] != values[:-1])[: len(values)]
 
 
 def _column(values: Sequence[int] | int) -> Sequence[int]:

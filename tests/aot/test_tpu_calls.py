@@ -53,6 +53,9 @@ def experts_block(shape, device, ids) -> list[TpuKernelCall]:
     [
         ("qwen3-30b-a3b", "v6e", TOKENS),
         pytest.param("mixtral-8x7b", "v5p", 8192, marks=pytest.mark.slow),
+        ("deepseek-v3-ep64", "v5p", 8192),
+        pytest.param("deepseek-v3-ep8", "v5p", 8192, marks=pytest.mark.slow),
+        pytest.param("deepseek-v3-ep32", "v5p", 8192, marks=pytest.mark.slow),
         pytest.param("deepseek-v3-ep8", "v6e", 8192, marks=pytest.mark.slow),
         pytest.param("gpt-oss-120b", "7x", 2048, marks=pytest.mark.slow),
     ],
@@ -77,6 +80,21 @@ def test_weights_are_read_once_and_those_of_experts_without_rows_not_at_all(rng)
     assert rows_traffic(gate_up).weights_read == 5 * 2 * matrix
     assert rows_traffic(down).weights_read == 5 * matrix
     assert rows_traffic(down).results_written >= TOKENS * shape.hidden_size * 2
+
+
+@pytest.mark.parametrize("hot_rows", [0, 3000])
+def test_where_cores_share_the_columns_each_reads_weights_once_and_rows_of_most_experts_too(hot_rows, rng):
+    shape = EXPERT_SHAPES["deepseek-v3-ep64"]
+    ids = np.argsort(rng.random((8192, shape.num_experts)), axis=1)[:, : shape.top_k]
+    ids[:hot_rows, 0] = 1
+    sizes = np.bincount(ids.reshape(-1), minlength=shape.num_experts)[: shape.local_experts]
+    gate_up = rows_traffic(experts_block(shape, "v5p", ids)[0])
+    assert gate_up.weights_read == shape.local_experts * 2 * shape.intermediate_size * shape.hidden_size * 2
+    several_visits = sizes[1] if hot_rows else 0
+    tiles_of_a_core = 4
+    row_bytes = shape.hidden_size * 2
+    fewest = 2 * (sizes.sum() + (tiles_of_a_core - 1) * several_visits) * row_bytes
+    assert fewest <= gate_up.rows_read <= fewest * 1.05
 
 
 def test_scalars_are_computed_from_what_is_known_and_nothing_else_is(rng):

@@ -143,6 +143,31 @@ def test_every_remainder_of_a_group_is_multiplied(sizes, rng):
     assert_close(multiply(problem)[0], problem.result)
 
 
+@pytest.mark.parametrize("dma", DMA_MODES)
+def test_groups_meet_one_tile_of_columns_after_the_other_where_a_pass_has_several(dma, rng):
+    """Two passes of two tiles each, the last one narrower; one group is two visits, others share 16 rows."""
+    options = dict(projections=2, activation=Activation("silu"), bias=True, row_scale=True)
+    problem = draw(rng, HOT_EMPTY_AND_SMALL, width_in=24, width_out=840, num_rows=768, **options)
+    tiles = dataclasses.replace(TILES, columns=256, column_tiles=2)
+    result, projected = multiply(problem, dma=dma, tiles=tiles, keep_projected=True)
+    assert_close(result, problem.result)
+    assert_close(projected, problem.projected)
+
+
+@pytest.mark.parametrize("sizes", [(1,) * 9 + (0, 45), (0, 0)], ids=str)
+def test_gradient_of_rows_is_computed_with_several_tiles_of_columns_in_a_pass(sizes, rng):
+    problem = draw(rng, sizes, contract="out", width_in=24, width_out=384, dtype=jnp.bfloat16)
+    tiles = dataclasses.replace(TILES, column_tiles=3)
+    result, _ = multiply(problem, tiles=tiles, output_dtype=jnp.bfloat16)
+    assert_close(result, problem.result, jnp.bfloat16)
+
+
+def test_tiles_of_a_pass_must_divide_all(rng):
+    problem = draw(rng, (5,), width_out=384)
+    with pytest.raises(ValueError, match="column_tiles=2 must divide the 3 tiles of 384 columns"):
+        multiply(problem, tiles=dataclasses.replace(TILES, column_tiles=2))
+
+
 @pytest.mark.parametrize("contract", ["in", "out"])
 def test_tiles_of_many_columns_are_multiplied_panel_by_panel(contract, rng, monkeypatch):
     """Two panels of two strips, and one strip after them."""
@@ -268,6 +293,7 @@ def test_rows_that_are_too_long_for_vector_memory_are_refused_by_the_limit():
         (dict(rows=192), 0, "rows of a tile must be a multiple of chunk=128, got 192"),
         (dict(remainder=24), 0, "remainder must be a multiple of 16 that divides chunk=128, got 24"),
         (dict(least=96), 0, "least must be a multiple of remainder=64 up to chunk=128, got 96"),
+        (dict(column_tiles=0), 0, "column_tiles must be at least 1, got 0"),
         (dict(), 2**40, "take 1099511627776 bytes of vector memory, v5e has"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The tables of visits, against a walk over the rows."""
+"""The tables of visits and of steps, against a walk over the rows."""
 
 import jax
 import jax.numpy as jnp
@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from moe_jax.kernels.groups import Groups
-from moe_jax.kernels.mosaic_tpu.schedule import VisitTable
+from moe_jax.kernels.mosaic_tpu.schedule import StepTable, VisitTable
 
 SIZES = [(), (5,), (16, 16), (3, 0, 5, 0, 130, 1), (0, 0, 64, 0), (40,), (1,) * 12, (15, 1, 16, 17, 31, 33)]
 NUM_GROUPS, NUM_ROWS = 12, 192
 
 visits = jax.jit(VisitTable.of, static_argnums=(1, 2), static_argnames=("zero_outside", "visit_empty"))
+steps_of = jax.jit(StepTable.of, static_argnums=1)
 
 
 def visits_of(sizes, start, tile_rows, **options):
@@ -69,6 +70,33 @@ def test_the_table_is_long_enough_for_any_sizes(option, rng):
         groups = Groups(jnp.array(np.cumsum(sizes) - sizes, jnp.int32), jnp.array(sizes, jnp.int32))
         table = visits(groups, NUM_ROWS, 48, **{option: True})
         assert table.count[0] <= len(table.row)
+
+
+@pytest.mark.parametrize("zero_outside", [False, True])
+@pytest.mark.parametrize("column_tiles", [2, 3])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_steps_are_the_visits_to_a_group_for_one_tile_of_columns_after_the_other(sizes, column_tiles, zero_outside):
+    sizes = np.array(sizes + (0,) * (NUM_GROUPS - len(sizes)), np.int32)
+    groups = Groups(jnp.array(7 + np.cumsum(sizes) - sizes, jnp.int32), jnp.array(sizes))
+    table = visits(groups, NUM_ROWS, 48, zero_outside=zero_outside)
+    steps = steps_of(table, column_tiles)
+    group = np.asarray(table.group)[: table.count[0]]
+    expected = [
+        (visit, column)
+        for each in np.unique(group)
+        for column in range(column_tiles)
+        for visit in np.flatnonzero(group == each)
+    ]
+    assert steps.count[0] == len(expected) <= len(steps.visit)
+    found = [np.asarray(values) for values in steps[:3]]
+    assert list(zip(*(values[: len(expected)] for values in found[:2]), strict=True)) == expected
+    assert not any(values[len(expected) :].any() for values in found)
+    held = [None, None]
+    for step, (visit, _) in enumerate(expected):
+        if steps.brings_rows(step):
+            assert visit != held[1 - found[2][step]]
+            held[found[2][step]] = visit
+        assert held[found[2][step]] == visit
 
 
 @pytest.mark.parametrize(("num_rows", "tile_rows"), [(40, 16), (48, 24)])
