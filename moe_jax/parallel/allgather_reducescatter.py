@@ -55,8 +55,8 @@ def send_back(settings: DispatchSettings, results: Float[Array, "R H"], sent: tu
 
 
 def combine(
-    settings: DispatchSettings, returned: Float[Array, "T H"], sent: tuple[()], experts: LocalExperts, behind: Any
+    settings: DispatchSettings, returned: Float[Array, "T H"], sent: tuple[()], experts: LocalExperts, after: Any
 ) -> Float[Array, "T H"]:
     """They are summed already."""
-    del settings, sent, experts, behind
+    del settings, sent, experts, after
     return returned

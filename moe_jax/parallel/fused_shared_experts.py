@@ -92,13 +92,13 @@ class WithFusedSharedExperts:
         return self.strategy.send_back(settings, routed, sent.sent), shared
 
     def combine(
-        self, settings: DispatchSettings, returned: Any, sent: Any, experts: LocalExperts, behind: Any
+        self, settings: DispatchSettings, returned: Any, sent: Any, experts: LocalExperts, after: Any
     ) -> Float[Array, "T H"]:
         """Sum the routed experts' results, and add the shared experts'."""
         if not self.SLICES_TOKENS:
-            return self.strategy.combine(settings, returned, sent, experts, behind)
+            return self.strategy.combine(settings, returned, sent, experts, after)
         routed, shared = returned
-        output = self.strategy.combine(settings, routed, sent.sent, experts, behind)
+        output = self.strategy.combine(settings, routed, sent.sent, experts, after)
         exchanged = tensor_exchanged(settings.axes)
         num_tokens = output.shape[0] * settings.axes.size(exchanged)
         shared = jnp.sum(shared.reshape(-1, num_tokens, shared.shape[1]), axis=0)

@@ -80,10 +80,10 @@ def send_back(settings: DispatchSettings, results: Float[Array, "R H"], sent: Ou
 
 
 def combine(
-    settings: DispatchSettings, returned: Float[Array, "R H"], sent: Outgoing, experts: LocalExperts, behind: Any
+    settings: DispatchSettings, returned: Float[Array, "R H"], sent: Outgoing, experts: LocalExperts, after: Any
 ) -> Float[Array, "T H"]:
     """Sum the results of each token's rows."""
-    del experts, behind
+    del experts, after
     return sum_and_scatter_tokens(tensor_exchanged(settings.axes), sent.combine(returned))
 
 

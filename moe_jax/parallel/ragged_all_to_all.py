@@ -4,13 +4,13 @@ Nothing is padded and nothing is dropped. Ranks first tell each other how many r
 follow all offsets and sizes, and the ids of the rows that arrive.
 
 A rank receives at most a buffer full of rows at once, computes them and sends their results back; if more rows chose its experts,
-further rounds follow. So memory is bounded by the buffer, which does not grow with the number of ranks, and evenly spread choices
-take one round.
+further rounds follow. So memory is bounded, however many ranks there are, and evenly spread choices take one round.
 
 Source: spec 6 (DeepEP's high-throughput kernels); `jax.lax.ragged_all_to_all`.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -59,11 +59,12 @@ def rows_moved(request: DispatchRequest) -> float:
     tokens, ranks = request.sliced_tokens * request.axes.size(tensor_exchanged(request.axes)), settings.num_ranks
     forth = back = tokens * rows_per_token(request.top_k, ranks, settings.one_row_per_rank) * (ranks - 1) / ranks
     rounds = RaggedRounds.of(settings, tokens, request.top_k)
+    num_rounds = math.ceil(settings.even_rows(tokens, request.top_k) / rounds.num_rows)
     if request.axes.platform == "cpu":  # the emulation gathers operands
-        forth, back = (ranks - 1) * rounds.most_sent, (ranks - 1) * rounds.num_rows
+        forth, back = ((ranks - 1) * num_rounds * most for most in (rounds.most_sent, rounds.num_rows))
     elif request.axes.platform == "gpu" and (hosts := request.axes.num_hosts) > 1:
         # XLA first swaps all rows, whatever their experts, between hosts, and then sends them where they belong.
-        forth = back = rounds.most_sent * (hosts - 1 + 1 - hosts / ranks)
+        forth = back = num_rounds * rounds.most_sent * (hosts - 1 + 1 - hosts / ranks)
     return forth + back + request.rows_around_exchange()
 
 
@@ -99,11 +100,11 @@ def send_back(settings: DispatchSettings, results: Float[Array, "R H"], sent: Ra
 
 
 def combine(
-    settings: DispatchSettings, returned: Float[Array, "S H"], sent: RaggedSent, experts: LocalExperts, behind: Any
+    settings: DispatchSettings, returned: Float[Array, "S H"], sent: RaggedSent, experts: LocalExperts, after: Any
 ) -> Float[Array, "T H"]:
     """Let the rows of further rounds follow, and sum the results of each token's rows."""
     rounds = sent.rounds
     if rounds.num_rows < rounds.most_received:
-        rows, _ = jax.lax.optimization_barrier((sent.rows, behind))
+        rows, _ = jax.lax.optimization_barrier((sent.rows, after))
         returned = returned + rounds.further_results(rows, sent.counts, experts)
     return sum_and_scatter_tokens(tensor_exchanged(settings.axes), sent.outgoing.combine(returned))

@@ -5,6 +5,7 @@ choices need, are a loop of as many rounds as the busiest rank has rows for.
 """
 
 import dataclasses
+import math
 from typing import NamedTuple, Self
 
 import jax
@@ -46,9 +47,12 @@ class RaggedRounds:
         """Rounds for `num_tokens` tokens on each rank."""
         num_rows = settings.buffer_rows(num_tokens, top_k)
         most_sent = num_tokens * min(top_k, settings.num_ranks if settings.one_row_per_rank else settings.num_experts)
-        choices = num_rows * (top_k if settings.one_row_per_rank else 1)
         most_received = settings.num_ranks * settings.most_rows(num_tokens, top_k)
-        return cls(settings, num_rows, most_received, most_sent, min(num_tokens * top_k, choices))
+        # A rank's share of all choices, as far as a round has room for it.
+        expected_rows = math.ceil(
+            num_tokens * top_k * min(1.0, num_rows / max(1, settings.even_rows(num_tokens, top_k)))
+        )
+        return cls(settings, num_rows, most_received, most_sent, expected_rows)
 
     def receive(self, number: Int[Array, ""] | int, rows: TravellingRows, counts: Int[Array, "s r n"]) -> ReceivedRows:
         """The rows of one round: as many as there is room for, the sources' one after the other.
@@ -59,6 +63,7 @@ class RaggedRounds:
             counts: rows that each rank (first axis) has for each rank, by expert if a row is for one expert.
         """
         settings = self.settings
+        first_expert = settings.rank * settings.local_experts
         sizes = counts.sum(axis=2)
         forth, back = self._offsets(number, counts)
 
@@ -66,13 +71,15 @@ class RaggedRounds:
             return exchange(array, forth, back, self.num_rows, settings.axes.expert, settings.axes.platform)
 
         if rows.topk_weights is None or rows.topk_ids is None:
-            first_expert = settings.rank * settings.local_experts
             row = number * self.num_rows + jnp.arange(self.num_rows, dtype=jnp.int32)
             topk_ids = _ids_of_received(counts[:, settings.rank], first_expert, row)[:, None]
             topk_weights = jnp.ones(topk_ids.shape, jnp.float32)
         else:
             has_arrived = jnp.arange(self.num_rows)[:, None] < jnp.sum(forth.recv_sizes)
-            topk_ids = jnp.where(has_arrived, travel(rows.topk_ids), -1)
+            topk_ids = travel(rows.topk_ids) - first_expert
+            # Ids of other ranks must not pass for those of shared experts, which may stand behind this rank's own.
+            is_local = has_arrived & (topk_ids >= 0) & (topk_ids < settings.local_experts)
+            topk_ids = jnp.where(is_local, first_expert + topk_ids, -1)
             topk_weights = travel(rows.topk_weights)
         return ReceivedRows(
             x=travel(rows.x),
@@ -95,14 +102,14 @@ class RaggedRounds:
         self, rows: TravellingRows, counts: Int[Array, "s r n"], experts: LocalExperts
     ) -> Float[Array, "R H"]:
         """The results of all rounds but the first where their rows came from, and zeros for rows of that one."""
-        behind = -(-jnp.max(jnp.sum(counts, axis=(0, 2))) // self.num_rows)
+        num_rounds = -(-jnp.max(jnp.sum(counts, axis=(0, 2))) // self.num_rows)
         # Ranks that exchange no rows with these may need fewer rounds. All take part in all of them, so that devices never
         # disagree about which collective is next.
-        behind = jax.lax.pmax(behind, self.settings.axes.mesh.axis_names)
+        num_rounds = jax.lax.pmax(num_rounds, self.settings.axes.mesh.axis_names)
         weights = experts.weights
         constants = rows.topk_ids, counts, weights.layer
         variables = rows._replace(topk_ids=None), weights._replace(layer=None)
-        return sum_of_rounds(_FurtherRound(self, experts.compute), behind, constants, variables)
+        return sum_of_rounds(_FurtherRound(self, experts.compute), num_rounds, constants, variables)
 
     def _offsets(self, number, counts):
         return forth_and_back(counts.sum(axis=2), self.settings.rank, number * self.num_rows, self.num_rows)

@@ -50,8 +50,8 @@ def send_back(settings: DispatchSettings, results: Float[Array, "T H"], sent: tu
 
 
 def combine(
-    settings: DispatchSettings, returned: Float[Array, "T H"], sent: tuple[()], experts: LocalExperts, behind: Any
+    settings: DispatchSettings, returned: Float[Array, "T H"], sent: tuple[()], experts: LocalExperts, after: Any
 ) -> Float[Array, "T H"]:
     """Each token has one result."""
-    del settings, sent, experts, behind
+    del settings, sent, experts, after
     return returned

@@ -34,7 +34,7 @@ def unsupported_capacity(request: DispatchRequest) -> str | None:
 def unsupported_buffer(request: DispatchRequest) -> str | None:
     """Why a strategy without rounds cannot honour the size of their buffer, or None."""
     if request.parallel.buffer_factor is not None:
-        return f"it receives all rows at once, so buffer_factor must be None, got {request.parallel.buffer_factor}"
+        return f"it has no rounds, so buffer_factor must be None, got {request.parallel.buffer_factor}"
     return None
 
 

@@ -12,38 +12,40 @@ from jaxtyping import Array, Int, PyTree
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def sum_of_rounds(
     term: Callable[[Int[Array, ""], Any, Any], Array],
-    behind: Int[Array, ""],
+    num_rounds: Int[Array, ""],
     constants: PyTree[Array],
     variables: PyTree[Array],
 ) -> Array:
-    """`term(1, ...) + term(2, ...) + ...`, up to and without `behind`: the terms behind the first one, number 0.
+    """The sum of `term(number, ...)` for number 1 to `num_rounds` - 1; term 0 is the caller's.
 
-    A loop: each term's intermediate results are gone before the next one. Its gradient runs each term once more.
+    A loop: each term's intermediate results are gone before the next one. Its gradient runs each term once more, and is summed in
+    float32.
 
     Args:
         term: `(number, constants, variables)` to an array, always of one shape; a static argument, so hashable.
-        behind: number of the term that isn't there any more.
+        num_rounds: how many terms there are, that of the caller included.
         constants: arrays for which there is no gradient.
         variables: arrays for which there is.
     """
-    shape = jax.eval_shape(term, behind, constants, variables)
+    shape = jax.eval_shape(term, num_rounds, constants, variables)
     zero = jnp.zeros(shape.shape, shape.dtype)
-    return jax.lax.fori_loop(1, behind, lambda number, total: total + term(number, constants, variables), zero)
+    return jax.lax.fori_loop(1, num_rounds, lambda number, total: total + term(number, constants, variables), zero)
 
 
-def _forward(term, behind, constants, variables):
-    return sum_of_rounds(term, behind, constants, variables), (behind, constants, variables)
+def _forward(term, num_rounds, constants, variables):
+    return sum_of_rounds(term, num_rounds, constants, variables), (num_rounds, constants, variables)
 
 
 def _backward(term, saved, cotangent):
-    behind, constants, variables = saved
+    num_rounds, constants, variables = saved
 
     def add_gradient(number, totals):
         _, pull_back = jax.vjp(lambda variables: term(number, constants, variables), variables)
-        return jax.tree.map(jnp.add, totals, *pull_back(cotangent))
+        return jax.tree.map(lambda total, part: total + part.astype(total.dtype), totals, *pull_back(cotangent))
 
-    zero = jax.tree.map(jnp.zeros_like, variables)
-    return None, None, jax.lax.fori_loop(1, behind, add_gradient, zero)
+    wide = jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.promote_types(array.dtype, jnp.float32)), variables)
+    totals = jax.lax.fori_loop(1, num_rounds, add_gradient, wide)
+    return None, None, jax.tree.map(lambda total, array: total.astype(array.dtype), totals, variables)
 
 
 sum_of_rounds.defvjp(_forward, _backward)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.extend.core import ClosedJaxpr, Jaxpr
 from oracles.dispatch import count_sent_rows
 from oracles.layers_under_test import call
 from support.sharded_layers import (
@@ -16,8 +18,9 @@ from support.sharded_layers import (
 )
 
 from moe_jax import ParallelConfig, SharedExpertsConfig
+from moe_jax.parallel import ragged_all_to_all
 from moe_jax.parallel.axes import LayerAxes
-from moe_jax.parallel.dispatch import DispatchSettings
+from moe_jax.parallel.dispatch import DispatchRequest, DispatchSettings
 from moe_jax.parallel.ragged_exchange import forth_and_back
 from moe_jax.parallel.sum_of_rounds import sum_of_rounds
 
@@ -75,6 +78,53 @@ def test_a_sum_of_rounds_and_its_gradient_are_those_of_the_terms_one_by_one(rng)
         np.testing.assert_allclose(pull_back(jnp.asarray(direction))[0], gradient, rtol=1e-5, atol=1e-5)
 
 
+def itself(number, constants, variables):
+    del number, constants
+    return variables
+
+
+def test_a_gradient_over_many_rounds_is_rounded_once():
+    ones = jnp.ones(3, jnp.bfloat16)
+    _, pull_back = jax.vjp(lambda x: sum_of_rounds(itself, jnp.int32(1000), (), x), ones)
+    (gradient,) = pull_back(ones)
+    assert gradient.dtype == jnp.bfloat16
+    assert gradient.tolist() == [float(jnp.bfloat16(999))] * 3
+
+
+def primitives(jaxpr, inside=()):
+    """Every equation of a program, with the names of those that it is inside of."""
+    for equation in jaxpr.eqns:
+        yield equation, inside
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda leaf: isinstance(leaf, (Jaxpr, ClosedJaxpr))):
+            if isinstance(inner, (Jaxpr, ClosedJaxpr)):
+                inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
+                yield from primitives(inner, (*inside, equation.primitive.name))
+
+
+@pytest.mark.parametrize("one_row_per_rank", [False, True])
+def test_nothing_in_the_program_has_room_for_the_rows_of_all_ranks(one_row_per_rank, rng, monkeypatch):
+    monkeypatch.setattr(LayerAxes, "platform", "tpu")  # where the collective is not emulated
+    per_rank, top_k, largest = 100, 4, {}
+    for ranks in (4, 8):
+        parallel = ParallelConfig(
+            strategy="ragged_all_to_all", buffer_factor=1.0, one_row_per_rank=one_row_per_rank, **SPLIT
+        )
+        config = small_config(num_experts=64, top_k=top_k, expert_bias=False)
+        _, layer = layer_pair(rng, config, make_mesh(1, ranks, 1), parallel)
+        graph, state = nnx.split(layer)
+        gradient = jax.grad(lambda state, x, graph=graph: nnx.merge(graph, state)(x).sum(), argnums=(0, 1))
+        program = jax.make_jaxpr(gradient)(state, jnp.zeros((ranks * per_rank, 6)))
+        on_rank = [found for found in primitives(program.jaxpr) if "shard_map" in found[1]]
+        exchanges = [
+            (equation, inside) for equation, inside in on_rank if equation.primitive.name == "ragged_all_to_all"
+        ]
+        assert {"while" in inside for _, inside in exchanges} == {True, False}
+        rows = {array.aval.shape[0] for equation, _ in exchanges for array in equation.invars[:2]}
+        assert max(rows) <= per_rank * top_k
+        largest[ranks] = max(array.aval.size for equation, _ in on_rank for array in equation.outvars)
+    assert largest[8] <= largest[4]
+
+
 def settings_for(parallel, mesh, **changes):
     axes = LayerAxes.resolve(parallel, mesh)
     return DispatchSettings(axes=axes, num_experts=256, buffer_factor=parallel.buffer_factor, **changes)
@@ -103,7 +153,7 @@ def test_the_buffer_has_room_for_what_evenly_spread_choices_bring(factor, one_ro
 CASES = [
     # Where tokens are, sizes (data, expert, tensor), options of the exchange and of the layer.
     ("split over the expert axis", (2, 4, 1), dict(), dict()),
-    ("as in vLLM", (2, 2, 2), dict(one_row_per_rank=True), dict(shared_experts=SHARED)),
+    ("as in vLLM", (2, 2, 2), dict(one_row_per_rank=True), dict(shared_experts=FUSED, fuse_shared_experts=True)),
 ]
 SLOW_CASES = [
     ("split over a tensor axis", (2, 2, 2), dict(micro_batches=2), dict()),
@@ -115,6 +165,7 @@ SLOW_CASES = [
         dict(num_experts=12, num_redundant_experts=4, top_k=3),
     ),
     ("as in vLLM", (2, 4, 1), dict(), dict(shared_experts=FUSED, fuse_shared_experts=True)),
+    ("as in vLLM", (2, 2, 2), dict(one_row_per_rank=True), dict(shared_experts=SHARED)),
 ]
 
 
@@ -153,11 +204,20 @@ def test_one_hot_expert_few_tokens_and_none_at_all_take_as_many_rounds_as_they_n
     assert call(sharded, x[:0]).shape == (0, 6)
 
 
-@pytest.mark.parametrize("strategy", ["allgather_reducescatter", "padded_all_to_all"])
-def test_strategies_that_receive_everything_at_once_refuse_a_buffer(strategy, rng):
-    parallel = ParallelConfig(strategy=strategy, buffer_factor=2.0, **SPLIT)
-    with pytest.raises(NotImplementedError, match=r"receives all rows at once, .* buffer_factor must be None, got 2.0"):
+@pytest.mark.parametrize("strategy", ["replicated", "allgather_reducescatter", "padded_all_to_all"])
+def test_strategies_without_rounds_refuse_a_buffer(strategy, rng):
+    tokens = TOKENS["on all ranks of an expert axis" if strategy == "replicated" else "split over the expert axis"]
+    parallel = ParallelConfig(strategy=strategy, buffer_factor=2.0, **tokens)
+    with pytest.raises(NotImplementedError, match=r"it has no rounds, so buffer_factor must be None, got 2.0"):
         layer_pair(rng, small_config(), make_mesh(1, 4, 1), parallel)
+
+
+@pytest.mark.parametrize(("factor", "rounds", "room"), [(None, 1, 8 * 32), (1.0, 1, 32), (0.5, 2, 16), (0.3, 4, 10)])
+def test_what_the_emulation_gathers_is_counted_for_every_round(factor, rounds, room):
+    parallel = ParallelConfig(expert_axis="expert", sequence_axis="expert", buffer_factor=factor)
+    axes = LayerAxes.resolve(parallel, make_mesh(1, 8, 1))
+    request = DispatchRequest(axes=axes, parallel=parallel, num_tokens=8 * 16, top_k=2, num_experts=64)
+    assert ragged_all_to_all.rows_moved(request) == 7 * rounds * (32 + room)
 
 
 def test_a_buffer_chooses_the_strategy_that_has_one(rng):
