@@ -106,5 +106,5 @@ def combine(
     rounds = sent.rounds
     if rounds.num_rows < rounds.most_received:
         rows, _ = jax.lax.optimization_barrier((sent.rows, after))
-        returned = returned + rounds.further_results(rows, sent.counts, experts)
+        returned = rounds.with_further_results(returned, rows, sent.counts, experts)
     return sum_and_scatter_tokens(tensor_exchanged(settings.axes), sent.outgoing.combine(returned))

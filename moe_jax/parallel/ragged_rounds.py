@@ -98,10 +98,14 @@ class RaggedRounds:
         forth, back = self._offsets(number, counts)
         return exchange(results, back, forth, self.most_sent, axes.expert, axes.platform)
 
-    def further_results(
-        self, rows: TravellingRows, counts: Int[Array, "s r n"], experts: LocalExperts
+    def with_further_results(
+        self,
+        first_results: Float[Array, "R H"],
+        rows: TravellingRows,
+        counts: Int[Array, "s r n"],
+        experts: LocalExperts,
     ) -> Float[Array, "R H"]:
-        """The results of all rounds but the first where their rows came from, and zeros for rows of that one."""
+        """The results of all rounds where their rows came from, given those of the first one."""
         num_rounds = -(-jnp.max(jnp.sum(counts, axis=(0, 2))) // self.num_rows)
         # Ranks that exchange no rows with these may need fewer rounds. All take part in all of them, so that devices never
         # disagree about which collective is next.
@@ -109,7 +113,7 @@ class RaggedRounds:
         weights = experts.weights
         constants = rows.topk_ids, counts, weights.layer
         variables = rows._replace(topk_ids=None), weights._replace(layer=None)
-        return sum_of_rounds(_FurtherRound(self, experts.compute), num_rounds, constants, variables)
+        return sum_of_rounds(_FurtherRound(self, experts.compute), num_rounds, constants, variables, first_results)
 
     def _offsets(self, number, counts):
         return forth_and_back(counts.sum(axis=2), self.settings.rank, number * self.num_rows, self.num_rows)

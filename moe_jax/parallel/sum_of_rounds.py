@@ -15,25 +15,25 @@ def sum_of_rounds(
     num_rounds: Int[Array, ""],
     constants: PyTree[Array],
     variables: PyTree[Array],
+    first: Array,
 ) -> Array:
-    """The sum of `term(number, ...)` for number 1 to `num_rounds` - 1; term 0 is the caller's.
+    """`first`, plus the sum of `term(number, ...)` for number 1 to `num_rounds` - 1.
 
     A loop: each term's intermediate results are gone before the next one. Its gradient runs each term once more, and is summed in
     float32.
 
     Args:
         term: `(number, constants, variables)` to an array, always of one shape; a static argument, so hashable.
-        num_rounds: how many terms there are, that of the caller included.
+        num_rounds: how many terms there are, `first` included.
         constants: arrays for which there is no gradient.
         variables: arrays for which there is.
+        first: term 0, computed by the caller.
     """
-    shape = jax.eval_shape(term, num_rounds, constants, variables)
-    zero = jnp.zeros(shape.shape, shape.dtype)
-    return jax.lax.fori_loop(1, num_rounds, lambda number, total: total + term(number, constants, variables), zero)
+    return jax.lax.fori_loop(1, num_rounds, lambda number, total: total + term(number, constants, variables), first)
 
 
-def _forward(term, num_rounds, constants, variables):
-    return sum_of_rounds(term, num_rounds, constants, variables), (num_rounds, constants, variables)
+def _forward(term, num_rounds, constants, variables, first):
+    return sum_of_rounds(term, num_rounds, constants, variables, first), (num_rounds, constants, variables)
 
 
 def _backward(term, saved, cotangent):
@@ -45,7 +45,7 @@ def _backward(term, saved, cotangent):
 
     wide = jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.promote_types(array.dtype, jnp.float32)), variables)
     totals = jax.lax.fori_loop(1, num_rounds, add_gradient, wide)
-    return None, None, jax.tree.map(lambda total, array: total.astype(array.dtype), totals, variables)
+    return None, None, jax.tree.map(lambda total, array: total.astype(array.dtype), totals, variables), cotangent
 
 
 sum_of_rounds.defvjp(_forward, _backward)
