@@ -15,7 +15,7 @@ groups, and only they are masked.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -29,8 +29,9 @@ from ..device import TpuDevice
 from ..varying import shape_varying_like
 from .epilogue import activate, column_of
 from .limits import LANES, STRIP, check_row_tiles, compiler_vmem_limit_bytes, panel_columns, rows_vmem_bytes
-from .schedule import ROW_ALIGNMENT, StepTable, VisitTable
+from .schedule import ROW_ALIGNMENT, VisitTable
 from .shared_rows import aligned, mask_ends, whole_rows
+from .steps import StepTable, Walk
 from .tiles import RowTiles
 
 Ref = Any
@@ -98,12 +99,12 @@ def multiply_rows(
     problem = _Problem(tiles, projections, contract, activation, depth, padded_out)
 
     def matrix_block(column: Array, step: Array, *tables: Ref) -> tuple[Any, ...]:
-        walk = _Walk.of(tables, tiles)
+        walk = Walk.of(tables, tiles)
         matrix, tile = walk.table.matrix(walk.visit(step)), walk.tile(column, step)
         return (matrix, 0, tile, 0) if contract == "in" else (matrix, 0, 0, tile)
 
     def bias_block(column: Array, step: Array, *tables: Ref) -> tuple[Any, ...]:
-        walk = _Walk.of(tables, tiles)
+        walk = Walk.of(tables, tiles)
         return walk.table.group[walk.visit(step)], 0, walk.tile(column, step)
 
     block = (tiles.columns, depth) if contract == "in" else (depth, tiles.columns)
@@ -133,7 +134,7 @@ def multiply_rows(
     names = (*operands, *outputs, *scratch)
 
     def grouped_rows(*refs: Ref) -> None:
-        walk = _Walk.of(refs[: len(tables)], tiles)
+        walk = Walk.of(refs[: len(tables)], tiles)
         _visit(problem, walk, **dict(zip(names, refs[len(tables) :], strict=True)))
 
     results = pl.pallas_call(
@@ -176,40 +177,9 @@ class _Problem:
         return self.padded_out - (pl.cdiv(self.padded_out, self.tiles.columns) - 1) * self.tiles.columns
 
 
-@dataclasses.dataclass(frozen=True)
-class _Walk:
-    """Which visit each step of the grid is, and for which tile of columns."""
-
-    table: VisitTable
-    steps: StepTable | None
-    """None if every step is the visit of its number."""
-    column_tiles: int
-
-    @classmethod
-    def of(cls, tables: Sequence[Any], tiles: RowTiles) -> Self:
-        split = len(VisitTable._fields)
-        steps = StepTable(*tables[split:]) if tiles.column_tiles > 1 else None
-        return cls(VisitTable(*tables[:split]), steps, tiles.column_tiles)
-
-    @property
-    def count(self) -> Array:
-        return (self.steps or self.table).count[0]
-
-    def visit(self, step: Array) -> Array:
-        return step if self.steps is None else self.steps.visit[step]
-
-    def tile(self, column: Array, step: Array) -> Array:
-        """Of all tiles of columns, given that of the grid."""
-        return column if self.steps is None else column * self.column_tiles + self.steps.column[step]
-
-    def slot(self, step: Array) -> Array:
-        """Which buffer has the rows."""
-        return lax.rem(step, 2) if self.steps is None else self.steps.slot[step]
-
-
 def _visit(
     problem: _Problem,
-    walk: _Walk,
+    walk: Walk,
     *,
     rows: Ref,
     weights: Ref,
@@ -292,7 +262,7 @@ class _Copies:
 
 
 def _store_copies(
-    problem: _Problem, walk: _Walk, step: Array, buffer: Ref, destinations: Sequence[Ref], semaphore: Ref
+    problem: _Problem, walk: Walk, step: Array, buffer: Ref, destinations: Sequence[Ref], semaphore: Ref
 ) -> _Copies:
     """From the buffer of results to device memory; the last tile may have fewer columns than the others."""
     visit = walk.visit(step)

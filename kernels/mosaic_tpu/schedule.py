@@ -103,7 +103,7 @@ class VisitTable(NamedTuple):
         own = visit - before
         num_own = ends[-1]
         own_or_beside = jnp.clip(own, 0, jnp.maximum(num_own - 1, 0))
-        is_group = _one_hot(jnp.sum(own_or_beside[:, None] >= ends[None, :], axis=1), num_groups)
+        is_group = one_hot(jnp.sum(own_or_beside[:, None] >= ends[None, :], axis=1), num_groups)
 
         def of_group(values: Int[Array, "G"]) -> Int[Array, "visits"]:
             """Without a gather, which takes the compiler for TPUs long."""
@@ -136,45 +136,6 @@ class VisitTable(NamedTuple):
         return self.group[visit] + self.first_matrix[0]
 
 
-class StepTable(NamedTuple):
-    """The steps of a pass that computes several tiles of columns: all visits to a group for the first tile, then for the next."""
-
-    visit: Int[Array, "steps"]
-    """Which entry of the table of visits; 0 from `count` on, as are the others."""
-    column: Int[Array, "steps"]
-    """Which tile of columns, of those of the pass."""
-    slot: Int[Array, "steps"]
-    """Which of two buffers has the rows: that of the step before if the visit is the same, else the other."""
-    count: Int[Array, "1"]  # pyright: ignore[reportIncompatibleMethodOverride] - tuple.count is of no use here
-    """How many steps there are."""
-
-    @classmethod
-    def of(cls, table: VisitTable, column_tiles: int) -> Self:
-        """The steps for all visits of `table`, in each of which so many tiles of columns are computed."""
-        most = table.group.shape[0]
-        exists = jnp.arange(most) < table.count[0]
-        # Visits in groups before a visit's own, and in its own.
-        before = jnp.sum(exists & (table.group[None, :] < table.group[:, None]), axis=1)
-        own = jnp.sum(exists & (table.group[None, :] == table.group[:, None]), axis=1)
-
-        step = jnp.arange(most * column_tiles, dtype=jnp.int32)
-        first = jnp.sum(exists & (column_tiles * (before + own)[None, :] <= step[:, None]), axis=1)
-        visits = jnp.maximum(jnp.sum(jnp.where(_one_hot(first, most), own[None, :], 0), axis=1), 1)
-        within = step - column_tiles * first
-        count = column_tiles * table.count
-        visit = first + within % visits
-        changes = jnp.concatenate([jnp.zeros(1, bool), visit[1:] != visit[:-1]])
-        visit, column, slot = (
-            jnp.where(step < count, values, 0).astype(jnp.int32)
-            for values in (visit, within // visits, jnp.cumsum(changes) % 2)
-        )
-        return cls(visit, column, slot, count)
-
-    def brings_rows(self, step: Int[Array, ""]) -> Array:
-        """Whether its rows are not those of the step before; also for tables of a kernel's references."""
-        return (step == 0) | (self.slot[step] != self.slot[jnp.maximum(step - 1, 0)])
-
-
 def _ceil_div(value: Array | int, divisor: int) -> Array | int:
     return -(-value // divisor)
 
@@ -187,5 +148,6 @@ def _round_up(value: Array) -> Array:
     return -(-value // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
-def _one_hot(index: Int[Array, "visits"], size: int) -> Array:
+def one_hot(index: Int[Array, "visits"], size: int) -> Array:
+    """`[visits, size]`: True where the second axis is at the index."""
     return index[:, None] == jnp.arange(size)[None, :]

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from moe_jax.aot.tpu_calls import TpuKernelCall
-from moe_jax.kernels.mosaic_tpu.schedule import ROW_ALIGNMENT, StepTable, VisitTable
+from moe_jax.kernels.mosaic_tpu.schedule import ROW_ALIGNMENT, VisitTable
+from moe_jax.kernels.mosaic_tpu.steps import StepTable
 
 _NUM_TABLES = len(VisitTable._fields)
 

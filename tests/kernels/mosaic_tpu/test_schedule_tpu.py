@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from moe_jax.kernels.groups import Groups
-from moe_jax.kernels.mosaic_tpu.schedule import StepTable, VisitTable
+from moe_jax.kernels.mosaic_tpu.schedule import VisitTable
+from moe_jax.kernels.mosaic_tpu.steps import StepTable
 
 SIZES = [(), (5,), (16, 16), (3, 0, 5, 0, 130, 1), (0, 0, 64, 0), (40,), (1,) * 12, (15, 1, 16, 17, 31, 33)]
 NUM_GROUPS, NUM_ROWS = 12, 192
