@@ -43,7 +43,7 @@ class RaggedSent:
 
     outgoing: Outgoing
     rows: TravellingRows
-    counts: Int[Array, "s r n"]
+    counts: Int[Array, "ranks ranks n"]
     """Rows that each rank (first axis) has for each rank, by expert if a row is for one expert."""
     rounds: RaggedRounds = dataclasses.field(metadata={"static": True})
 

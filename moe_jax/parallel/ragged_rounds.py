@@ -54,7 +54,9 @@ class RaggedRounds:
         )
         return cls(settings, num_rows, most_received, most_sent, expected_rows)
 
-    def receive(self, number: Int[Array, ""] | int, rows: TravellingRows, counts: Int[Array, "s r n"]) -> ReceivedRows:
+    def receive(
+        self, number: Int[Array, ""] | int, rows: TravellingRows, counts: Int[Array, "ranks ranks n"]
+    ) -> ReceivedRows:
         """The rows of one round: as many as there is room for, the sources' one after the other.
 
         Args:
@@ -91,7 +93,7 @@ class RaggedRounds:
         )
 
     def send_back(
-        self, number: Int[Array, ""] | int, results: Float[Array, "B H"], counts: Int[Array, "s r n"]
+        self, number: Int[Array, ""] | int, results: Float[Array, "B H"], counts: Int[Array, "ranks ranks n"]
     ) -> Float[Array, "R H"]:
         """The results of one round where their rows came from, and zeros for rows of other rounds."""
         axes = self.settings.axes
@@ -102,7 +104,7 @@ class RaggedRounds:
         self,
         first_results: Float[Array, "R H"],
         rows: TravellingRows,
-        counts: Int[Array, "s r n"],
+        counts: Int[Array, "ranks ranks n"],
         experts: LocalExperts,
     ) -> Float[Array, "R H"]:
         """The results of all rounds where their rows came from, given those of the first one."""
@@ -129,7 +131,7 @@ class _FurtherRound:
     def __call__(
         self,
         number: Int[Array, ""],
-        constants: tuple[Int[Array, "R K"] | None, Int[Array, "s r n"], Int[Array, ""] | None],
+        constants: tuple[Int[Array, "R K"] | None, Int[Array, "ranks ranks n"], Int[Array, ""] | None],
         variables: tuple[TravellingRows, ExpertWeights],
     ) -> Float[Array, "R H"]:
         topk_ids, counts, layer = constants
