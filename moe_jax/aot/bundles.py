@@ -16,6 +16,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+DELAY_SLOTS = {"v5e": 4, "v5p": 4, "v6e": 4, "7x": 6}
+"""How many bundles after a branch are executed before it is taken, by generation: seen where the bundles that follow a branch are
+executed on its other condition only, which is so many of them."""
 DUMP_VARIABLE = "LIBTPU_INIT_ARGS"
 """Environment variable that is read when libtpu is loaded: by the first program that is compiled in a process."""
 
@@ -63,7 +66,8 @@ class Schedule:
     block_starts: tuple[int, ...]
     """Addresses that control can come to other than from the bundle before."""
     delay_slots: int
-    """How many bundles after a branch are executed before it is taken."""
+    """How many bundles after a branch are executed before it is taken; fewer where control can come to one of them from elsewhere,
+    since an empty bundle may stand for several."""
     slots: Int[np.ndarray, "bundles units"]
     """How many slots of each unit are filled."""
     units: tuple[str, ...]
@@ -71,8 +75,12 @@ class Schedule:
     """How many slots a bundle has of each unit."""
 
     @classmethod
-    def read(cls, folder: Path) -> "Schedule":
+    def read(cls, folder: Path, delay_slots: int) -> "Schedule":
         """From the dumps of one program that has one kernel, which lie in `folder`.
+
+        Args:
+            folder: see `dump_flags`.
+            delay_slots: of the generation.
 
         Raises:
             FileNotFoundError: there are no such dumps.
@@ -87,11 +95,16 @@ class Schedule:
             raise ValueError(f"one kernel expected, found {sorted(file.name for file in files)}")
         prefix = re.sub(r"-\d+-final_bundles\.txt$", "", files[0].name)
         (utilization,) = folder.glob(f"{_escaped(prefix)}-*-final_hlo-static-per-bundle-utilization.txt")
-        return cls.parse(files[0].read_text(), utilization.read_text())
+        return cls.parse(files[0].read_text(), utilization.read_text(), delay_slots)
 
     @classmethod
-    def parse(cls, bundles: str, utilization: str) -> "Schedule":
+    def parse(cls, bundles: str, utilization: str, delay_slots: int) -> "Schedule":
         """From the text of the final bundles, and of the slots that each fills.
+
+        Args:
+            bundles: the text.
+            utilization: the table.
+            delay_slots: of the generation.
 
         Raises:
             ValueError: the texts are not of the same bundles, or not of the form that is known.
@@ -112,16 +125,17 @@ class Schedule:
             found = [i for part in text.split(";;") if (i := _parse_instruction(part)) is not None]
             if found:  # other instructions of the bundle see the names that registers have from here on
                 instructions[address] = tuple(sorted(found, key=lambda i: i.operation != "sphi"))
-        branches = [
-            address for address, found in instructions.items() if any(i.operation.startswith("sbr") for i in found)
-        ]
-        # What can be jumped to begins after the slots of the branch before it, and right after them at the end of a loop.
-        gaps = [marks[i] - branch - 1 for branch in branches if (i := bisect.bisect(marks, branch)) < len(marks)]
         targets = after | targets
-        return cls(instructions, targets, tuple(marks), min(gaps, default=0), slots, units, capacity)
+        return cls(instructions, targets, tuple(marks), delay_slots, slots, units, capacity)
 
     def __len__(self) -> int:
         return len(self.slots)
+
+    def after_branch(self, address: int) -> int:
+        """Where bundles end that are executed after the branch at `address`, taken or not."""
+        next_start = bisect.bisect(self.block_starts, address)
+        end = self.block_starts[next_start] if next_start < len(self.block_starts) else len(self)
+        return min(address + self.delay_slots + 1, end)
 
     @property
     def cores(self) -> int:
@@ -142,11 +156,11 @@ class Schedule:
         """Whether each bundle lies between the first and the last one with a matmul of its basic block, both included."""
         matmuls = self.column("MATMUL") > 0
         branches = (
-            address + self.delay_slots + 1
+            self.after_branch(address)
             for address, found in self.instructions.items()
             if any(i.operation.startswith("sbr") for i in found)
         )
-        borders = sorted({0, len(self), *self.block_starts, *(min(b, len(self)) for b in branches)})
+        borders = sorted({0, len(self), *self.block_starts, *branches})
         within = np.zeros(len(self), bool)
         for begin, end in itertools.pairwise(borders):
             (busy,) = np.nonzero(matmuls[begin:end])

@@ -111,7 +111,7 @@ class _Unit:
             for instruction in schedule.instructions[address]:
                 target = self._carry_out(instruction)
                 if target is not None:
-                    jump = (min(address + schedule.delay_slots + 1, len(schedule)), target)
+                    jump = (schedule.after_branch(address), target)
             position += 1
         changes[begin] += 1
         changes[len(schedule)] -= 1

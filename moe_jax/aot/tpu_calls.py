@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun  # pyright: ignore[reportPrivateImportUsage]
 
-from moe_jax.aot.bundles import Schedule
+from moe_jax.aot.bundles import DELAY_SLOTS, Schedule
 from moe_jax.aot.scalar_unit import Execution, execute
 from moe_jax.aot.targets import TpuTarget
 
@@ -100,7 +100,7 @@ class TpuKernelCall:
         """
         try:
             self.compile_alone(target)
-            return Schedule.read(dumps)
+            return Schedule.read(dumps, DELAY_SLOTS[target.device.name])
         finally:
             for file in dumps.glob("*"):
                 file.unlink()

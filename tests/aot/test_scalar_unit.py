@@ -11,11 +11,11 @@ LEGEND = "= control target key start\nLH: loop header\n= control target key end\
 HEADING = "== CAPACITY:\nMATMUL, VSTORE:SPILL, SALU\n    2     1     2\n== UTILIZATION:\n"
 
 
-def dump(text: str, slots: dict[int, str] | None = None) -> Schedule:
+def dump(text: str, slots: dict[int, str] | None = None, *, delay_slots: int = 1) -> Schedule:
     text = textwrap.dedent(text)
     bundles = len(text.strip().splitlines())
     lines = [(slots or {}).get(address, "0 0 0") for address in range(bundles)]
-    return Schedule.parse(LEGEND + text, HEADING + "\n".join(lines) + "\n")
+    return Schedule.parse(LEGEND + text, HEADING + "\n".join(lines) + "\n", delay_slots)
 
 
 LOOP = """\
@@ -42,7 +42,6 @@ LOOP = """\
 
 def test_what_a_loop_executes_follows_from_the_tables_that_it_reads():
     schedule = dump(LOOP, {0xB: "2 1 0", 0xC: "1 0 0"})
-    assert schedule.delay_slots == 1
     execution = execute(schedule, {0: 4, 1: [3, 0, 5, -1]})
     # Six bundles before, one after; 0x6 to 0xa and 0xd to 0x10 four times; 0xb and 0xc for the two positive entries.
     assert execution.bundles == 6 + 4 * 9 + 2 * 2 + 1
@@ -51,6 +50,16 @@ def test_what_a_loop_executes_follows_from_the_tables_that_it_reads():
     assert execution.matmul_occupancy == 3 / 4
     assert execution.read_bytes == {2: 2 * 32 * (3 + 5)}
     assert execution.written_bytes == {}
+
+
+def test_an_empty_bundle_may_stand_for_several_so_a_branch_is_taken_where_control_can_come_from_elsewhere_at_the_latest():
+    schedule = dump(LOOP, delay_slots=3)
+    assert [schedule.after_branch(address) for address in (0x9, 0xF)] == [0xD, 0x11]
+    # What precedes the next block belongs to the branch: both copies of positive entries are executed for the others too.
+    harmless = LOOP.replace("%s11_s8 = sshll.u32 %s8_s6, 1", "%s11_s8 = smax.s32 %s8_s6, 0")
+    execution = execute(dump(harmless, delay_slots=3), {0: 4, 1: [3, 0, 5, -1]})
+    assert execution.bundles == 6 + 4 * 11 + 1
+    assert execution.read_bytes == {2: 32 * (3 + 5)}
 
 
 @pytest.mark.parametrize("source", ["spop.sfrf", "spop", "spop.drf"])
@@ -121,12 +130,12 @@ def test_what_a_division_of_unknown_values_or_by_zero_gives_is_not_known(operand
 
 def test_texts_that_are_not_of_the_same_bundles_are_refused():
     with pytest.raises(ValueError, match="18 bundles, not numbered from 0, with slots for 1"):
-        Schedule.parse(LEGEND + LOOP, HEADING + "0 0 0\n")
+        Schedule.parse(LEGEND + LOOP, HEADING + "0 0 0\n", 1)
     with pytest.raises(ValueError, match="no heading"):
-        Schedule.parse(LEGEND + LOOP, "")
+        Schedule.parse(LEGEND + LOOP, "", 1)
 
 
 def test_a_folder_without_dumps_is_an_error_that_says_what_to_set(tmp_path):
     assert str(tmp_path) in dump_flags(tmp_path)
     with pytest.raises(FileNotFoundError, match="LIBTPU_INIT_ARGS must be set before libtpu is loaded"):
-        Schedule.read(tmp_path)
+        Schedule.read(tmp_path, 4)

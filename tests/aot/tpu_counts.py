@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 import time
 from collections.abc import Mapping
@@ -82,16 +83,21 @@ def digest(described: str, call: TpuKernelCall) -> str:
 
 
 def _figures(schedule: Schedule, call: TpuKernelCall, useful_multiplies: float, cores: int) -> Figures:
+    """Raises ValueError if more is written than the results hold: then instructions were not carried out as a TPU does."""
     executions = [call.execute(schedule, core=core) for core in range(cores)]
     slowest: Execution = max(executions, key=lambda execution: execution.bundles)
     spills = sum(execution.slots("VSTORE:SPILL") for execution in executions)
+    written_bytes = sum(sum(execution.written_bytes.values()) for execution in executions)
+    result_bytes = sum(math.prod(result.shape) * result.dtype.itemsize for result in call.results)
+    if written_bytes > result_bytes:
+        raise ValueError(f"{written_bytes} bytes are written, but the results have {result_bytes}")
     return {
         "bundles": slowest.bundles,
         "matmul_slots": slowest.slots("MATMUL"),
         "occupancy": round(slowest.matmul_occupancy, 4),
         "spills_per_billion_multiplies": round(spills / useful_multiplies * 1e9, 3) if useful_multiplies else 0,
         "read_bytes": sum(sum(execution.read_bytes.values()) for execution in executions),
-        "written_bytes": sum(sum(execution.written_bytes.values()) for execution in executions),
+        "written_bytes": written_bytes,
     }
 
 
