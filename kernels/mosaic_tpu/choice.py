@@ -1,8 +1,7 @@
 """Which tiles compute a grouped matmul on a TPU, and why: from static shapes alone.
 
-The tiles are those with the least estimated time, of all that fit into vector memory: the larger of the time for products and
-the time for copies, and what every visit and every pass over the columns costs besides. Of tiles that differ by less than the
-estimate can tell, it is those that copy least.
+The tiles are those with the least estimated time, of all that fit into vector memory: that of products and of copies, which
+overlap, and what every visit and every pass over the columns costs besides.
 """
 
 import dataclasses
@@ -23,11 +22,15 @@ STREAM_MOST_MEAN_ROWS = 32
 SECONDS_PER_VISIT = 0.4e-6
 """Estimate of what a visit costs besides products: some hundred instructions, in which nothing is multiplied."""
 
+PRODUCT_ROWS = {"v5e": (4, 28), "v5p": (4, 28), "v6e": (15, 122), "7x": (155, 260)}
+"""What multiplying some rows at once takes, in the time of one of many rows: so many more than the rows there are, and at least so
+many and 0.6 for each row, since weights have to be loaded into matrix units. Read from compiled kernels with 64 to 1024 rows."""
 
-INDISTINGUISHABLE = 0.03
-"""Estimated times that differ by this share are taken for the same."""
+OVERLAP_EXPONENT = 4
+"""Products and copies together are taken for the root of the sum of such powers of both: the longer of them, if it is by far, and
+a fifth more if they are equal, because neither hides the other all the time."""
 
-LEAST_SAVED_BY_GROUP = 0.05
+LEAST_SAVED_BY_GROUP = 0.02
 """Share of the bytes that computing several tiles of columns group by group must save, because it takes tables of its own."""
 
 
@@ -118,16 +121,12 @@ def _fitting(candidates: Iterable[RowTiles], problem: RowsProblem, device: TpuDe
 
 
 def _best(fitting: Sequence[RowTiles], problem: RowsProblem, device: TpuDevice) -> RowTiles:
-    """Those that copy least, of those with the least estimated time."""
-    seconds = {tiles: _estimated_seconds(tiles, problem, device) for tiles in fitting}
-    slowest = (1 + INDISTINGUISHABLE) * min(seconds.values())
-    fastest = [tiles for tiles in fitting if seconds[tiles] <= slowest]
-    return min(fastest, key=lambda tiles: (_copy_seconds(tiles, problem, device), seconds[tiles]))
+    return min(fitting, key=lambda tiles: _estimated_seconds(tiles, problem, device))
 
 
 def row_too_long(problem: RowsProblem, device: TpuDevice) -> str | None:
     """Why no tiles fit into vector memory, or None if some do."""
-    smallest = _vmem_bytes(_tiles(LANES, LANES, LANES, problem), problem)
+    smallest = _vmem_bytes(_tiles(LANES, LANES, LANES, problem, device), problem)
     if smallest <= vmem_limit_bytes(device):
         return None
     return (
@@ -143,11 +142,15 @@ def _candidates(problem: RowsProblem, device: TpuDevice) -> Iterator[RowTiles]:
     for parts in range(1, math.ceil(widest / LANES) + 1):
         width = math.ceil(problem.width_out / parts)
         columns |= {round_up(width, LANES), min(round_up(width, 256), widest)}
-    for chunk in sorted({LANES, device.mxu_size}):
+    chunks = {LANES, device.mxu_size}
+    more_rows, _ = PRODUCT_ROWS[device.name]
+    if more_rows > device.mxu_size / 4:  # so much that multiplying more rows at once is worth more code
+        chunks |= {2 * device.mxu_size}
+    for chunk in sorted(chunks):
         rows = [chunk * 2**power for power in range(5) if power == 0 or chunk * 2 ** (power - 1) < problem.num_rows]
         for tile_rows in rows:
             for tile_columns in sorted(columns):
-                yield _tiles(chunk, tile_rows, tile_columns, problem)
+                yield _tiles(chunk, tile_rows, tile_columns, problem, device)
 
 
 def _by_group(
@@ -159,7 +162,7 @@ def _by_group(
     unless copies hide behind products that take far longer.
     """
     hidden = _copy_seconds(best, problem, device) < _product_seconds(best, problem, device) / 2
-    if device.cores == 1 or problem.projections == 1 or hidden:
+    if problem.projections == 1 or hidden:
         return
     for tiles in candidates:
         column_tiles, rest = divmod(_num_tiles(tiles, problem), device.cores)
@@ -167,16 +170,18 @@ def _by_group(
             yield dataclasses.replace(tiles, column_tiles=column_tiles)
 
 
-def _tiles(chunk: int, rows: int, columns: int, problem: RowsProblem) -> RowTiles:
+def _tiles(chunk: int, rows: int, columns: int, problem: RowsProblem, device: TpuDevice) -> RowTiles:
     # Each size of a remainder is code of its own; large groups hardly gain from fine ones.
     mean_rows = problem.num_rows / problem.num_groups
     remainder = chunk // 4 if chunk > LANES and mean_rows < 4 * chunk else chunk // 2
     # A narrow matrix unit has loaded its weights after few rows.
-    return RowTiles(rows=rows, columns=columns, chunk=chunk, remainder=remainder, least=64 if chunk == LANES else chunk)
+    least = 64 if chunk == LANES else device.mxu_size
+    return RowTiles(rows=rows, columns=columns, chunk=chunk, remainder=remainder, least=least)
 
 
 def _estimated_seconds(tiles: RowTiles, problem: RowsProblem, device: TpuDevice) -> float:
-    overlapped = max(_product_seconds(tiles, problem, device), _copy_seconds(tiles, problem, device))
+    both = (_product_seconds(tiles, problem, device), _copy_seconds(tiles, problem, device))
+    overlapped = sum(seconds**OVERLAP_EXPONENT for seconds in both) ** (1 / OVERLAP_EXPONENT)
     passes = _passes(tiles, problem)
     visits = _visits(tiles, problem) * _num_tiles(tiles, problem) / _cores_used(passes, device)
     # The first copies of a pass, and its last, overlap with nothing.
@@ -192,13 +197,30 @@ def _visits(tiles: RowTiles, problem: RowsProblem) -> float:
 
 def _product_seconds(tiles: RowTiles, problem: RowsProblem, device: TpuDevice) -> float:
     groups = min(problem.num_groups, problem.num_rows)
-    mean = problem.num_rows / max(groups, 1)
-    rows = max(mean + tiles.remainder / 2, tiles.least) * groups
-    # One pass of float32 operands is six of bfloat16. Fewer rows than a matrix unit has take as long as those.
-    cost = (6 if problem.itemsize == 4 else 1) * device.mxu_size / tiles.chunk
-    columns = _num_tiles(tiles, problem) * tiles.columns
+    rows = groups * _product_rows(problem.num_rows / max(groups, 1), tiles, device)
+    # One pass of float32 operands is six of bfloat16.
+    cost = 6 if problem.itemsize == 4 else 1
+    # A matrix unit multiplies by as many columns as it has at least.
+    columns = _num_tiles(tiles, problem) * round_up(tiles.columns, device.mxu_size)
     flops = 2 * rows * problem.width_in * columns * problem.projections * cost
     return flops / device.flops_per_second * device.cores / _cores_used(_passes(tiles, problem), device)
+
+
+def _product_rows(mean_rows: float, tiles: RowTiles, device: TpuDevice) -> float:
+    """Rows of which the products take as long as those of a group, on average over sizes around the mean."""
+    more, least = PRODUCT_ROWS[device.name]
+
+    def at_once(size: int) -> float:
+        return max(size + more, least + 0.6 * size)
+
+    sizes = sorted({*tiles.remainders, tiles.chunk})
+    total = 0.0
+    for part in range(8):
+        rows = max(mean_rows + 8 + (part / 8 - 0.5) * min(tiles.chunk, mean_rows), 1)
+        chunks = math.ceil(max(rows - sizes[-1], 0) / tiles.chunk)
+        rest = next(size for size in sizes if rows - chunks * tiles.chunk <= size)
+        total += chunks * at_once(tiles.chunk) + at_once(rest)
+    return total / 8
 
 
 def _copy_seconds(tiles: RowTiles, problem: RowsProblem, device: TpuDevice) -> float:

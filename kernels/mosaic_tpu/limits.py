@@ -14,8 +14,9 @@ KEPT_ROWS_IN_RESERVE = 6 * 2**20
 """Bytes of rows that code keeps for which the reserve, and what is estimated too high, suffice: with more, the compiler ran out of
 vector memory for v5p and v6e (Mixtral's rows of 14336 and 28672 elements)."""
 STRIP = 256
-"""Columns that the kernel on rows multiplies, activates and stores at once, if a tile's are a multiple of it: the scheduler then
-activates one strip while the next is multiplied, and holds no more than a strip's projections."""
+"""Columns that the kernel on rows multiplies, activates and stores at once, as many as the widest matrix unit has; a panel's last
+strip may have half of them. The scheduler activates one strip while the next is multiplied, and holds no more than a strip's
+projections."""
 MOST_PANEL_ELEMENTS = 2**22
 """Of weights that the kernel on rows multiplies by code of their own; a tile with more is a loop over panels of its columns. So
 large that the ends of the loop's turns, at which nothing is multiplied, take a few per cent of the time, and so small that the
@@ -48,9 +49,15 @@ def compiler_vmem_limit_bytes(device: TpuDevice) -> int:
 
 
 def panel_columns(columns: int, projections: int, depth: int) -> int:
-    """Columns of a panel of the kernel on rows; the last one of a tile may have fewer."""
-    panels = ceil_div(projections * depth * columns, MOST_PANEL_ELEMENTS)
-    return columns if panels == 1 else round_up(ceil_div(columns, panels), STRIP)
+    """Columns of a panel of the kernel on rows; the last one of a tile may have fewer.
+
+    Equal panels need no code of its own for the last one, so that a few more of them are worth it.
+    """
+    fewest = ceil_div(projections * depth * columns, MOST_PANEL_ELEMENTS)
+    for panels in range(fewest, fewest * 3 // 2 + 1):
+        if columns % (panels * STRIP) == 0 or panels == 1:
+            return columns // panels
+    return round_up(ceil_div(columns, fewest), STRIP)
 
 
 def rows_vmem_bytes(

@@ -360,11 +360,10 @@ def _multiply_panel(
     own_rows = pl.ds(first_row, size)
     rows = operands.rows[own_rows, : problem.depth]
     scale = None if operands.scale is None else operands.scale(first_row, size)
-    strip = STRIP if columns % STRIP == 0 else LANES
     # One pass of a matrix unit rounds float32 operands to bfloat16.
     precision = lax.Precision.HIGHEST if rows.dtype == jnp.float32 else lax.Precision.DEFAULT
-    for start in range(0, columns, strip):
-        own_columns = _columns(first_column, start, strip)
+    for start in range(0, columns, STRIP):
+        own_columns = _columns(first_column, start, min(STRIP, columns - start))
         projected = []
         for projection in range(problem.projections):
             if problem.contract == "in":

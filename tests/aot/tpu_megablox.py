@@ -20,15 +20,14 @@ from typing import Any
 
 from tpu_children import CHILD_OPTION, Job, Row, add_run_options, rows_of_children, run_as_child
 from tpu_counts import counted, versions
-from tpu_programs import ROUTINGS, Tiling, matmul_calls, matmul_columns, useful_multiplies
+from tpu_programs import MODELS, ROUTINGS, Tiling, matmul_calls, matmul_columns, useful_multiplies
 
 from moe_jax.aot.targets import TPU_TOPOLOGIES, TpuTarget
 from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES, ExpertShape
 from moe_jax.kernels.mosaic_tpu.limits import vmem_limit_bytes
 
-MODELS = ("qwen3-30b-a3b", "mixtral-8x7b", "deepseek-v3-ep8")
 TOKENS = (2048, 8192)
-TILE_ROWS = (128, 256, 512)
+TILE_ROWS = (128, 256)
 MOST_TILE_ELEMENTS = 2**22
 """Of a tile of weights. All of a tile is code of its own: larger ones take the compiler minutes."""
 
@@ -36,11 +35,14 @@ MOST_TILE_ELEMENTS = 2**22
 def tilings(shape: ExpertShape) -> Iterator[Tiling]:
     """The list: the contracted dimension whole or in halves, with the two widest equal parts of the columns, up to 2048.
 
-    Narrower parts repeat more: rows are read, and results accumulated, more often.
+    Narrower parts repeat more: rows are read, and results accumulated, more often. Parts are multiples of the widest matrix unit's
+    columns, or else of a register's; halves that are not, are none.
     """
-    width = matmul_columns(shape)
-    parts = [width // number for number in range(1, width // 512 + 1) if width % (256 * number) == 0]
-    for rows, depth in itertools.product(TILE_ROWS, (shape.hidden_size, shape.hidden_size // 2)):
+    width, depth = matmul_columns(shape), shape.hidden_size
+    unit = 256 if width % 256 == 0 else 128
+    parts = [width // number for number in range(1, width // 512 + 1) if width % (unit * number) == 0]
+    depths = [depth, depth // 2] if depth % 256 == 0 else [depth]
+    for rows, depth in itertools.product(TILE_ROWS, depths):
         fitting = [columns for columns in parts if columns <= 2048 and depth * columns <= MOST_TILE_ELEMENTS]
         yield from ((rows, depth, columns) for columns in fitting[:2])
 

@@ -101,7 +101,7 @@ def matmul_calls(
     shape = EXPERT_SHAPES[model]
     sizes = {routing: group_sizes(model, tokens, routing) for routing in ROUTINGS}
     # Both routings take the same program, which has room for the rows of either.
-    rows = math.ceil(max(found.sum() for found in sizes.values()) / 1024) * 1024
+    rows = math.ceil(max(found.sum() for found in sizes.values()) / 256) * 256
     operands = (
         jax.ShapeDtypeStruct((rows, shape.hidden_size), jnp.bfloat16),
         jax.ShapeDtypeStruct((shape.local_experts, matmul_columns(shape), shape.hidden_size), jnp.bfloat16),

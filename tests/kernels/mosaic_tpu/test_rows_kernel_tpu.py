@@ -168,26 +168,38 @@ def test_tiles_of_a_pass_must_divide_all(rng):
         multiply(problem, tiles=dataclasses.replace(TILES, column_tiles=2))
 
 
-@pytest.mark.parametrize("contract", ["in", "out"])
-def test_tiles_of_many_columns_are_multiplied_panel_by_panel(contract, rng, monkeypatch):
-    """Two panels of two strips, and one strip after them."""
+@pytest.mark.parametrize(
+    ("contract", "columns", "panel"),
+    [("in", 1280, 512), ("out", 1280, 512), ("in", 1408, 512), ("out", 1024, 512), ("in", 1536, 512)],
+)
+def test_tiles_of_many_columns_are_multiplied_panel_by_panel(contract, columns, panel, rng, monkeypatch):
+    """Panels of two strips of 256 columns, and what is left: one strip, a strip and a half, nothing."""
     options = dict(projections=2, activation=Activation("silu"), bias=True) if contract == "in" else {}
-    problem = draw(rng, (130, 0, 17), width_in=16, width_out=1250, contract=contract, row_scale=True, **options)
+    problem = draw(rng, (130, 0, 17), width_in=16, width_out=columns - 30, contract=contract, row_scale=True, **options)
     projections = options.get("projections", 1)
     monkeypatch.setattr(limits, "MOST_PANEL_ELEMENTS", projections * 16 * 512)
-    tiles = dataclasses.replace(TILES, columns=1280)
+    assert limits.panel_columns(columns, projections, 16) == panel
+    tiles = dataclasses.replace(TILES, columns=columns)
     result, _ = multiply(problem, tiles=tiles)
     assert_close(result, problem.result)
 
 
+@pytest.mark.parametrize(
+    ("columns", "projections", "depth", "panel"),
+    [(1536, 2, 2048, 768), (2048, 1, 2048, 2048), (4096, 1, 7168, 512), (5760, 1, 4096, 1024), (384, 2, 28672, 256)],
+)
+def test_panels_are_equal_where_a_few_more_of_them_make_them_so(columns, projections, depth, panel):
+    assert limits.panel_columns(columns, projections, depth) == panel
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("least", [64, 128, 256])
-@pytest.mark.parametrize("chunk", [128, 256])
+@pytest.mark.parametrize("chunk", [128, 256, 512])
 def test_every_number_of_rows_is_multiplied_with_every_kind_of_tiles(chunk, least, rng):
     if least > chunk:
         pytest.skip("least is at most a chunk")
     tiles = RowTiles(rows=2 * chunk, columns=128, chunk=chunk, remainder=64, least=least)
-    sizes = rng.permutation([*range(1, 560, 37), 0, 64, 128, 192, 256, 320, 512])
+    sizes = rng.permutation([*range(1, 560, 37), 0, 64, 128, 192, 256, 320, 512, 3 * chunk])
     problem = draw(rng, sizes, start=0, width_in=8, width_out=8)
     assert_close(multiply(problem, tiles=tiles)[0], problem.result)
 
@@ -272,6 +284,33 @@ def test_chosen_tiles_fit_the_device(num_rows, num_groups, width_in, width_out, 
     tiles = choose_row_tiles(problem, TPU_DEVICES[device]).tiles
     check_row_tiles(tiles, TPU_DEVICES[device], 0)
     assert tiles.columns < width_out + 256
+
+
+def gate_and_up(num_rows, num_groups, width_in, width_out) -> RowsProblem:
+    sizes = dict(num_rows=num_rows, num_groups=num_groups, width_in=width_in, width_out=width_out)
+    return RowsProblem(**sizes, projections=2, itemsize=2, output_itemsize=2)
+
+
+@pytest.mark.parametrize("device", ["v6e", "7x"])
+@pytest.mark.parametrize("num_rows", [4096, 16384])
+def test_tiles_fill_the_columns_of_wide_matrix_units_where_the_result_has_as_many(device, num_rows):
+    tiles = choose_row_tiles(gate_and_up(num_rows, 8, 4096, 14336), TPU_DEVICES[device]).tiles
+    assert tiles.columns % 256 == 0
+
+
+def test_where_loading_matrix_units_takes_long_more_rows_are_multiplied_at_once():
+    many, few = gate_and_up(16384, 8, 4096, 14336), gate_and_up(8 * 100, 8, 4096, 14336)
+    assert choose_row_tiles(many, TPU_DEVICES["7x"]).tiles.chunk == 512
+    assert choose_row_tiles(many, TPU_DEVICES["v6e"]).tiles.chunk == 256
+    assert choose_row_tiles(many, TPU_DEVICES["v5e"]).tiles.chunk == 128
+    assert choose_row_tiles(few, TPU_DEVICES["7x"]).tiles.chunk < 512
+
+
+@pytest.mark.parametrize("device", ["v5p", "7x"])
+@pytest.mark.parametrize("num_rows", [2048, 8192])
+def test_rows_are_read_once_by_each_core_where_gate_and_up_do_not_fit_vector_memory_and_copies_matter(device, num_rows):
+    tiles = choose_row_tiles(gate_and_up(num_rows, 32, 7168, 2048), TPU_DEVICES[device]).tiles
+    assert tiles.column_tiles * tiles.columns * TPU_DEVICES[device].cores == 2048
 
 
 def test_rows_that_are_too_long_for_vector_memory_are_refused_by_the_limit():
