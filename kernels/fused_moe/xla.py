@@ -3,8 +3,9 @@
 Three formulations, chosen from static shapes by `plan`:
 
 - *streamed*, on CPUs: every pair of a token and an expert by itself, reading the expert's weights in place (`streamed.py`).
-- *batched*: every expert gets `capacity` slots, and one batched matmul reads the weights in place, without a copy. Rows that
-  find no slot, which is rare unless routing is skewed, are computed block by block afterwards and added.
+- *batched*: every expert gets as many slots, and one batched matmul reads the weights in place, without a copy. Rows that find
+  no slot are computed block by block afterwards and added: in large blocks as far as these are full, the rest of each expert's
+  in small ones. Even routing wants slots for nearly all rows, skewed routing fewer; the rows at hand decide among a few numbers.
 - *loop*, elsewhere with few rows: over blocks of sorted rows of one expert each. Reads only the experts that are used.
 
 Gradients are those of a fourth one, which keeps what they need: gather, grouped matmul, activation, grouped matmul, combine.
@@ -26,7 +27,8 @@ from ..groups import Groups
 from ..selection import Formulation
 from ..varying import varying_like
 from .assignment import Assignment, combine_rows, gather_rows
-from .expert_block import ExpertWeights, apply_expert, kept_apart
+from .expert_block import ExpertWeights, apply_expert
+from .expert_slots import apply_experts
 from .request import Request
 from .streamed import apply_expert_to_row
 
@@ -38,10 +40,10 @@ class Plan(NamedTuple):
 
     formulation: Literal["streamed", "batched", "loop"]
     """See the module's description."""
-    capacity: int
-    """Slots per expert of the batched formulation."""
+    capacities: tuple[int, ...]
+    """Slots per expert of the batched formulation: the numbers among which the rows at hand decide."""
     block_rows: int
-    """Rows per block of the loop, and of the rows that find no slot."""
+    """Rows per block of the loop, and of the small blocks of rows that find no slot."""
     slice_bytes: int
     """Largest slice of a matrix that a block copies at once."""
     platform: str
@@ -62,8 +64,12 @@ def unsupported(request: Request) -> str | None:
     return None
 
 
-_MOST_ROWS_PER_BLOCK = 128
+_MOST_ROWS_PER_BLOCK = 64
 """Larger blocks compute too many rows in vain, smaller ones copy an expert's weights too often."""
+_LARGE_BLOCK = 4
+"""Small blocks in a large one, which copies weights once."""
+_ROWS_PER_COPY = 64
+"""Rows whose products take as long as copying an expert's weights for a block does."""
 
 
 def plan(request: Request) -> tuple[Plan, str]:
@@ -78,11 +84,12 @@ def plan(request: Request) -> tuple[Plan, str]:
     spread = f"{num_rows} rows for {num_experts} experts are {mean:.3g} each on average"
     if mean < 1:
         why = f"{spread}: many experts are not used, and only those that are need be read"
-        return Plan("streamed" if on_cpu else "loop", 0, 8, slice_bytes, request.platform), why
+        return Plan("streamed" if on_cpu else "loop", (), 8, slice_bytes, request.platform), why
     # Two standard deviations above the mean of random routing: most experts need no more.
     usual_rows = -(-math.ceil(mean + 2 * math.sqrt(mean)) // 8) * 8
+    capacities = (usual_rows, *(fewer for part in (2, 4) if (fewer := int(mean / part) // 8 * 8) >= 16))
     why = f"{spread}: computing the slots that stay empty costs less than copying the weights"
-    return Plan("batched", usual_rows, min(usual_rows, _MOST_ROWS_PER_BLOCK), slice_bytes, request.platform), why
+    return Plan("batched", capacities, min(usual_rows, _MOST_ROWS_PER_BLOCK), slice_bytes, request.platform), why
 
 
 def formulation(request: Request) -> Formulation:
@@ -90,10 +97,12 @@ def formulation(request: Request) -> Formulation:
     chosen, why = plan(request)
     if chosen.formulation == "streamed":
         return Formulation("streamed, one row of one expert at a time", why)
-    blocks = f"blocks of {chosen.block_rows} rows, slices of at most {chosen.slice_bytes / 2**20:.3g} MiB of a matrix"
+    slices = f"slices of at most {chosen.slice_bytes / 2**20:.3g} MiB of a matrix"
     if chosen.formulation == "batched":
-        return Formulation(f"batched with {chosen.capacity} slots per expert, rows without a slot in {blocks}", why)
-    return Formulation(f"loop over {blocks}", why)
+        blocks = f"rows without a slot in blocks of {_LARGE_BLOCK * chosen.block_rows} and {chosen.block_rows} rows"
+        slots = " or ".join(map(str, chosen.capacities))
+        return Formulation(f"batched with {slots} slots per expert, {blocks}, {slices}", why)
+    return Formulation(f"loop over blocks of {chosen.block_rows} rows, {slices}", why)
 
 
 def run(request: Request) -> Array:
@@ -192,60 +201,80 @@ def _loop(computation, x, topk_weights, weights, assignment) -> Float[Array, "T 
 
 
 def _batched(computation, x, topk_weights, weights, assignment) -> Float[Array, "T H"]:
-    """All experts at once on the first `capacity` rows of each, then the rows that are left, block by block."""
-    capacity = computation.plan.capacity
+    """All experts at once, with the number of slots that takes least time for these rows."""
+    plan = computation.plan
+    branches = [functools.partial(_with_capacity, computation, capacity) for capacity in plan.capacities]
+    operands = (x, topk_weights, weights, assignment)
+    if len(branches) == 1:
+        return branches[0](*operands)
+    sizes = assignment.groups.sizes
+    costs = jnp.stack([rows_computed(sizes, capacity, plan.block_rows) for capacity in plan.capacities])
+    return jax.lax.switch(jnp.argmin(costs), branches, *operands)
+
+
+def rows_computed(sizes: Int[Array, "E"], capacity: int, small: int) -> Int[Array, ""]:
+    """Rows of which the products take as long as all slots, and blocks for rows that find none, with their copies of weights."""
+    left = jnp.maximum(sizes - capacity, 0)
+    num_large = left // (_LARGE_BLOCK * small)
+    num_small = -(-(left - num_large * _LARGE_BLOCK * small) // small)
+    in_blocks = (num_large * _LARGE_BLOCK + num_small) * small + (num_large + num_small) * _ROWS_PER_COPY
+    return sizes.shape[0] * capacity + jnp.sum(in_blocks)
+
+
+def _with_capacity(computation, capacity, x, topk_weights, weights, assignment) -> Float[Array, "T H"]:
+    """The first `capacity` rows of each expert at once, then the rows that are left, block by block."""
     weights = weights.without_others(assignment.groups.sizes.shape[0])
-    num_experts, projections, width, hidden = weights.gate_up_proj.shape
-    num_pairs = assignment.pair.shape[0]
-    wide = topk_weights.dtype
+    num_experts, num_pairs = weights.down_proj.shape[0], assignment.pair.shape[0]
     input_weights, output_weights = _split_weights(computation, topk_weights)
 
     # A slot beyond its expert's rows holds some row of another expert; nobody looks at its result.
     slots = jnp.minimum(assignment.groups.starts[:, None] + jnp.arange(capacity), num_pairs - 1)
     rows = _rows_of(x, input_weights, assignment.pair[slots.reshape(-1)], assignment)
-    rows = rows.reshape(num_experts, capacity, hidden)
-    gate_up_proj = weights.gate_up_proj.reshape(num_experts, projections * width, hidden)
-    projected = jax.lax.dot_general(gate_up_proj, rows, (((2,), (2,)), ((0,), (0,))), preferred_element_type=wide)
-    projected = kept_apart(projected)
-    if weights.gate_up_bias is not None:
-        projected += weights.gate_up_bias.reshape(num_experts, -1, 1).astype(wide)
-    activated = computation.activation(*jnp.split(projected, projections, axis=1)).astype(x.dtype)
-    results = jax.lax.dot_general(
-        weights.down_proj, activated, (((2,), (1,)), ((0,), (0,))), preferred_element_type=wide
-    )
-    results = kept_apart(results)
-    if weights.down_bias is not None:
-        results += weights.down_bias[:, :, None].astype(wide)
-    results = results.astype(x.dtype).transpose(0, 2, 1).reshape(num_experts * capacity, hidden)
+    results = apply_experts(rows.reshape(num_experts, capacity, -1), weights, computation.activation)
+    results = results.reshape(num_experts * capacity, -1)
 
     expert = jnp.minimum(assignment.expert, num_experts - 1)
     slot = assignment.position - assignment.groups.starts[expert]
     has_slot = assignment.is_local(num_experts) & (slot < capacity)
     total = _combine(results, output_weights, expert * capacity + jnp.minimum(slot, capacity - 1), has_slot)
-    return _add_rows_without_slot(computation, total, x, topk_weights, weights, assignment)
+    return _add_rows_without_slot(computation, capacity, total, x, topk_weights, weights, assignment)
 
 
-def _add_rows_without_slot(computation, total, x, topk_weights, weights, assignment) -> Float[Array, "T H"]:
+def _add_rows_without_slot(computation, capacity, total, x, topk_weights, weights, assignment) -> Float[Array, "T H"]:
     """Add the results of the rows beyond each expert's capacity to their tokens' totals."""
-    capacity, block_rows = computation.plan.capacity, computation.plan.block_rows
+    small = computation.plan.block_rows
+    large = _LARGE_BLOCK * small
     groups = assignment.groups
-    num_pairs, top_k = assignment.pair.shape[0], topk_weights.shape[1]
+    num_pairs, num_experts = assignment.pair.shape[0], groups.sizes.shape[0]
     if num_pairs <= capacity:
         return total
     left = Groups(groups.starts + capacity, jnp.maximum(groups.sizes - capacity, 0))
-    schedule = Schedule.of(left, num_pairs, block_rows)
-    pair = jnp.pad(assignment.pair, (0, block_rows))
+    in_large = left.sizes // large * large
+    pair = jnp.pad(assignment.pair, (0, large))
     input_weights, output_weights = _split_weights(computation, topk_weights)
 
-    def block(index: Array, total: Array) -> Array:
-        expert, first = schedule.group[index], schedule.row[index]
-        pairs = jax.lax.dynamic_slice_in_dim(pair, first, block_rows)
-        output = _apply(computation, _rows_of(x, input_weights, pairs, assignment), weights, expert)
-        member = first + jnp.arange(block_rows) < left.starts[expert] + left.sizes[expert]
-        weighted = output_weights.reshape(-1)[pairs][:, None] * output.astype(total.dtype)
-        return total.at[pairs // top_k].add(jnp.where(member[:, None], weighted, 0))
+    def compute_blocks(results: Array, groups: Groups, block_rows: int) -> Array:
+        schedule = Schedule.of(groups, num_pairs, block_rows)
 
-    return jax.lax.fori_loop(0, schedule.num_blocks, block, total)
+        def block(index: Array, results: Array) -> Array:
+            first = schedule.row[index]
+            pairs = jax.lax.dynamic_slice_in_dim(pair, first, block_rows)
+            rows = _rows_of(x, input_weights, pairs, assignment)
+            output = _apply(computation, rows, weights, schedule.group[index])
+            return jax.lax.dynamic_update_slice_in_dim(results, output, first, axis=0)
+
+        return jax.lax.fori_loop(0, schedule.num_blocks, block, results)
+
+    def add(total: Array) -> Array:
+        results = varying_like(jnp.zeros((num_pairs + large, x.shape[1]), x.dtype), x)
+        # Small blocks first: the last one of an expert reaches beyond its rows, a large one does not.
+        results = compute_blocks(results, Groups(left.starts + in_large, left.sizes - in_large), small)
+        results = compute_blocks(results, Groups(left.starts, in_large), large)
+        slot = assignment.position - groups.starts[jnp.minimum(assignment.expert, num_experts - 1)]
+        has_none = assignment.is_local(num_experts) & (slot >= capacity)
+        return total + _combine(results, output_weights, assignment.position, has_none)
+
+    return jax.lax.cond(jnp.any(left.sizes > 0), add, lambda total: total, total)
 
 
 def _with_gradient(computation, x, topk_weights, weights, assignment) -> Float[Array, "T H"]:

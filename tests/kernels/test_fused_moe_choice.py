@@ -6,6 +6,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from support.implementations import UNDER_TEST
 from support.moe_blocks import Block
@@ -13,7 +14,7 @@ from support.moe_blocks import Block
 from moe_jax.kernels import explain_fused_moe, fused_moe
 from moe_jax.kernels.device import GPU_DEVICES, TPU_DEVICES, targeting
 from moe_jax.kernels.fused_moe.api import IMPLEMENTATIONS as MODULES
-from moe_jax.kernels.fused_moe.xla import Plan
+from moe_jax.kernels.fused_moe.xla import Plan, rows_computed
 
 X, W, IDS = jnp.ones((5, 4)), jnp.ones((5, 2)), jnp.zeros((5, 2), jnp.int32)
 GATE_UP, DOWN = jnp.ones((3, 2, 6, 4)), jnp.ones((3, 4, 6))
@@ -80,8 +81,8 @@ def describe(tokens, experts, top_k, intermediate, dtype=jnp.float32, *, hidden=
         ((1, 64, 8, 384), "streamed", "many experts are not used"),
         ((1, 64, 8, 384, jnp.bfloat16), "streamed", "many experts are not used"),
         ((128, 64, 8, 384), "batched with 24 slots", "16 each on average"),
-        ((2048, 64, 8, 384), "batched with 288 slots", "256 each on average"),
-        ((2048, 8, 2, 3584), "batched with 560 slots", "512 each on average"),
+        ((2048, 64, 8, 384), "batched with 288 or 128 or 64 slots", "256 each on average"),
+        ((2048, 8, 2, 3584), "batched with 560 or 256 or 128 slots", "512 each on average"),
     ],
     ids=str,
 )
@@ -152,13 +153,27 @@ def test_one_rank_of_many_chooses_for_the_rows_that_it_expects_not_for_all_choic
 
 
 @pytest.mark.parametrize(
+    ("rows_of_each", "slots"),
+    [((64,) * 4, 80), ((9,) * 3 + (229,), 16), ((300, 0, 0, 0), 16), ((100, 80, 60, 16), 80)],
+    ids=str,
+)
+def test_rows_at_hand_decide_how_many_slots_experts_get(rows_of_each, slots):
+    """Even routing fills many slots; of skewed routing many would stay empty."""
+    capacities = (80, 32, 16)
+    costs = [rows_computed(jnp.array(rows_of_each), capacity, 64) for capacity in capacities]
+    assert capacities[int(np.argmin(costs))] == slots
+
+
+@pytest.mark.parametrize(
     "formulation",
     [
-        Plan("streamed", capacity=0, block_rows=8, slice_bytes=2**20, platform="cpu"),
-        Plan("batched", capacity=16, block_rows=16, slice_bytes=2**20, platform="cpu"),
-        Plan("batched", capacity=8, block_rows=5, slice_bytes=2**10, platform="cpu"),
-        Plan("loop", capacity=0, block_rows=8, slice_bytes=2**20, platform="gpu"),
-        Plan("loop", capacity=0, block_rows=7, slice_bytes=2**10, platform="gpu"),
+        Plan("streamed", capacities=(), block_rows=8, slice_bytes=2**20, platform="cpu"),
+        Plan("batched", capacities=(16,), block_rows=16, slice_bytes=2**20, platform="cpu"),
+        Plan("batched", capacities=(8,), block_rows=5, slice_bytes=2**10, platform="cpu"),
+        Plan("batched", capacities=(64, 16, 3), block_rows=4, slice_bytes=2**10, platform="cpu"),
+        Plan("batched", capacities=(2,), block_rows=2, slice_bytes=2**10, platform="cpu"),
+        Plan("loop", capacities=(), block_rows=8, slice_bytes=2**20, platform="gpu"),
+        Plan("loop", capacities=(), block_rows=7, slice_bytes=2**10, platform="gpu"),
     ],
     ids=str,
 )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from support.implementations import assert_close, each_implementation_with
+from support.implementations import UNDER_TEST, assert_close, each_implementation_with
 from support.implementations import each_implementation as each_implementation_of
 from support.moe_blocks import Block
 
@@ -116,3 +116,24 @@ def test_gradients_trace_inside_shard_map_over_several_devices(implementation, c
         gradients, result = jax.eval_shape(jax.grad(function, argnums=(1, 2, 3, 4), has_aux=True), *arrays)
     assert result.shape == block.arrays["x"].shape
     assert [gradient.shape for gradient in gradients] == [array.shape for array in arrays[1:]]
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_each_device_decides_for_its_own_rows_how_many_slots_experts_get(check_vma, rng):
+    """200 tokens on each of two devices: one routes evenly, the other sends most of them to one expert."""
+    implementation = UNDER_TEST["xla"]
+    block = Block.draw(rng, implementation, tokens=400, experts=6, top_k=2)
+    skewed = (jnp.arange(400) >= 200)[:, None] & (jnp.arange(2) == 0)
+    block = block.with_arrays(topk_ids=jnp.where(skewed, 5, block.arrays["topk_ids"] % 5))
+    function = jax.jit(sharded_block(implementation, (2, 2), check_vma))
+    block.assert_close(function(*(block.arrays[name] for name in SHARDED_NAMES)), block.expected())
+
+
+def test_vmap_computes_what_each_element_would_with_slots_of_its_own(rng):
+    blocks = [Block.draw(rng, UNDER_TEST["xla"], tokens=150, experts=4, top_k=2) for _ in range(2)]
+    hot = blocks[1].arrays["topk_ids"].at[:140, 0].set(3).at[:140, 1].set(0)
+    blocks[1] = blocks[1].with_arrays(topk_ids=hot)
+    stacked = {name: jnp.stack([block.arrays[name] for block in blocks]) for name in blocks[0].arrays}
+    result = jax.jit(jax.vmap(lambda arrays: fused_moe(**arrays, implementation="xla")))(stacked)
+    for row, block in zip(result, blocks, strict=True):
+        block.assert_close(row, block.expected())
