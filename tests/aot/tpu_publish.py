@@ -80,28 +80,27 @@ def different_kernels(rows: Iterable[Row]) -> Iterator[Row]:
 
 
 def comparison_table(rows: Iterable[Row]) -> Iterator[str]:
-    """Lines of Markdown: ours against megablox."""
-    headings = (
+    """Lines of Markdown: ours against megablox, with figures of both routings side by side."""
+    found = {(row["tpu"], row["model"], row["tokens"], row["routing"]): row for row in rows}
+    headings = [
         "TPU",
         "model",
         "tokens",
-        "routing",
         "bundles, ours / megablox's",
-        "its tiling",
-        "occupancy",
-        "spills/G",
-    )
+        "occupancy, ours",
+        "spills/G, ours / megablox's",
+    ]
     yield f"| {' | '.join(headings)} |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for row in sorted(rows, key=lambda row: (row["model"], row["tpu"], row["tokens"], ROUTINGS.index(row["routing"]))):
-        ours, theirs = row["ours"], row["megablox"]
-        numbers = (f"{row['ratio']:.2f}", "×".join(map(str, theirs["tiling"])))
-        pairs = (
-            f"{ours['occupancy']:.2f} / {theirs['occupancy']:.2f}",
-            f"{ours['spills_per_billion_multiplies']:.0f} / {theirs['spills_per_billion_multiplies']:.0f}",
+    yield "|" + "---|" * len(headings)
+    for tpu, model, tokens in sorted({key[:3] for key in found}):
+        both = [row for routing in ROUTINGS if (row := found.get((tpu, model, tokens, routing))) is not None]
+        spills = ([row[side]["spills_per_billion_multiplies"] for row in both] for side in ("ours", "megablox"))
+        cells = (
+            ", ".join(f"{row['ratio']:.2f}" for row in both),
+            ", ".join(f"{row['ours']['occupancy']:.3f}" for row in both),
+            " / ".join(", ".join(f"{figure:.0f}" for figure in figures) for figures in spills),
         )
-        cells = (row["tpu"], row["model"], row["tokens"], row["routing"], *numbers, *pairs)
-        yield f"| {' | '.join(map(str, cells))} |"
+        yield f"| {' | '.join(map(str, (tpu, model, tokens, *cells)))} |"
 
 
 def main() -> None:
