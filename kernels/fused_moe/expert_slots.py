@@ -16,8 +16,8 @@ slower that way, by more than transposing takes."""
 def apply_experts(rows: Float[Array, "E C H"], weights: ExpertWeights, activation: Activation) -> Float[Array, "E C H"]:
     """The outputs of E experts for C rows each, in their dtype; matmuls and activation in float32.
 
-    With few rows, weights are the left operand, as for one expert (`expert_block.py`), and what flows between the products is
-    transposed, [E, I, C].
+    With few rows, or rows of two bytes an element, weights are the left operand, as for one expert (`expert_block.py`), and what
+    flows between the products is transposed, [E, I, C].
 
     Args:
         rows: of each expert.

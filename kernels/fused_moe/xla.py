@@ -173,7 +173,7 @@ def _streamed(computation, x, topk_weights, weights, assignment) -> Float[Array,
         result = result_of(pair, assignment.expert.reshape(-1)[pair])
         return jax.lax.dynamic_update_index_in_dim(results, result, index, 0)
 
-    nothing = varying_like(jnp.zeros((num_tokens * top_k, x.shape[1]), topk_weights.dtype), x)
+    nothing = varying_like(jnp.zeros((num_tokens * top_k, x.shape[1]), topk_weights.dtype), topk_weights)
     num_local = jnp.sum(assignment.groups.sizes)
     results = jax.lax.fori_loop(0, num_local, one_pair, nothing)
     return _combine(results, output_weights, assignment.position, assignment.is_local(num_experts))
@@ -194,7 +194,7 @@ def _loop(computation, x, topk_weights, weights, assignment) -> Float[Array, "T 
         output = _apply(computation, rows, weights, schedule.group[index])
         return jax.lax.dynamic_update_slice_in_dim(results, output, first, axis=0)
 
-    nothing = varying_like(jnp.zeros((num_pairs + block_rows, x.shape[1]), x.dtype), x)
+    nothing = varying_like(jnp.zeros((num_pairs + block_rows, x.shape[1]), x.dtype), topk_weights)
     results = jax.lax.fori_loop(0, schedule.num_blocks, block, nothing)
     is_local = assignment.is_local(assignment.groups.sizes.shape[0])
     return _combine(results, output_weights, assignment.position, is_local)
@@ -266,7 +266,7 @@ def _add_rows_without_slot(computation, capacity, total, x, topk_weights, weight
         return jax.lax.fori_loop(0, schedule.num_blocks, block, results)
 
     def add(total: Array) -> Array:
-        results = varying_like(jnp.zeros((num_pairs + large, x.shape[1]), x.dtype), x)
+        results = varying_like(jnp.zeros((num_pairs + large, x.shape[1]), x.dtype), topk_weights)
         # Small blocks first: the last one of an expert reaches beyond its rows, a large one does not.
         results = compute_blocks(results, Groups(left.starts + in_large, left.sizes - in_large), small)
         results = compute_blocks(results, Groups(left.starts, in_large), large)

@@ -158,8 +158,8 @@ def _by_group(
 ) -> Iterator[RowTiles]:
     """The same tiles with one pass for each core, as far as their number allows it; none if it could gain little.
 
-    Where cores share the columns, and gate and up the vector memory, each pass has few columns for all the rows. That matters
-    unless copies hide behind products that take far longer.
+    Where gate and up do not fit into vector memory whole, or cores share the columns, each pass has few columns for all the rows.
+    That matters unless copies hide behind products that take far longer.
     """
     hidden = _copy_seconds(best, problem, device) < _product_seconds(best, problem, device) / 2
     if problem.projections == 1 or hidden:

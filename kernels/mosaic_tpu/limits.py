@@ -51,7 +51,7 @@ def compiler_vmem_limit_bytes(device: TpuDevice) -> int:
 def panel_columns(columns: int, projections: int, depth: int) -> int:
     """Columns of a panel of the kernel on rows; the last one of a tile may have fewer.
 
-    Equal panels need no code of its own for the last one, so that a few more of them are worth it.
+    A narrower last panel is code of its own; to do without it, a few more panels are worth it.
     """
     fewest = ceil_div(projections * depth * columns, MOST_PANEL_ELEMENTS)
     for panels in range(fewest, fewest * 3 // 2 + 1):

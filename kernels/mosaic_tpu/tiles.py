@@ -12,8 +12,8 @@ class RowTiles:
     columns: int
     """Output columns of a tile, of gate and of up each: a multiple of 128."""
     chunk: int
-    """Rows that are multiplied at once, again and again; as many as a matrix unit has, so that loading weights into it takes no
-    longer than multiplying by them."""
+    """Rows that are multiplied at once, again and again; with many rows at least as many as a matrix unit has, so that loading
+    weights into it takes no longer than multiplying by them."""
     remainder: int
     """The last rows of a group are multiplied as the next multiple of this many, a multiple of 16 that divides `chunk`."""
     least: int

@@ -1,6 +1,7 @@
 """Compile a TPU kernel, and count what it executes and copies; what was counted once is kept in a folder."""
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -91,7 +92,7 @@ def _figures(schedule: Schedule, call: TpuKernelCall, useful_multiplies: float, 
     slowest: Execution = max(executions, key=lambda execution: execution.bundles)
     spills = sum(execution.slots("VSTORE:SPILL") for execution in executions)
     written_bytes = sum(sum(execution.written_bytes.values()) for execution in executions)
-    result_bytes = sum(math.prod(result.shape) * result.dtype.itemsize for result in call.results)
+    result_bytes = sum(_padded_size(result.shape) * result.dtype.itemsize for result in call.results)
     if cores == 1 and written_bytes > result_bytes:
         raise ValueError(f"{written_bytes} bytes are written, but the results have {result_bytes}")
     return {
@@ -102,6 +103,12 @@ def _figures(schedule: Schedule, call: TpuKernelCall, useful_multiplies: float, 
         "read_bytes": sum(sum(execution.read_bytes.values()) for execution in executions),
         "written_bytes": written_bytes,
     }
+
+
+def _padded_size(shape: tuple[int, ...]) -> int:
+    """Elements that an array has room for in device memory, in tiles of up to 16 rows and 128 columns."""
+    units = itertools.chain((128, 16), itertools.repeat(1))
+    return math.prod(-(-size // unit) * unit for size, unit in zip(reversed(shape), units, strict=False))
 
 
 def _without_addresses(text: str) -> str:

@@ -137,3 +137,31 @@ def test_vmap_computes_what_each_element_would_with_slots_of_its_own(rng):
     result = jax.jit(jax.vmap(lambda arrays: fused_moe(**arrays, implementation="xla")))(stacked)
     for row, block in zip(result, blocks, strict=True):
         block.assert_close(row, block.expected())
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 64])
+def test_replicated_tokens_and_weights_need_not_vary_where_the_offset_of_experts_does(tokens, rng):
+    block = Block.draw(rng, UNDER_TEST["xla"], tokens=tokens, experts=2, top_k=2)
+    ids = rng.integers(0, 4, (tokens, 2))
+    mesh = jax.make_mesh((2,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def local(arrays):
+        offset = jax.lax.axis_index("expert") * 2
+        return jax.lax.psum(fused_moe(**arrays, expert_offset=offset, implementation="xla"), "expert")
+
+    arrays = block.arrays | {"topk_ids": jnp.asarray(ids, jnp.int32)}
+    result = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P(), out_specs=P()))(arrays)
+    # Both devices hold the same two experts, as 0 and 1 and as 2 and 3.
+    block.assert_close(result, block.with_arrays(topk_ids=jnp.asarray(ids % 2, jnp.int32)).expected())
+
+
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 4), (9, 30), (200, 4)])
+def test_float64_is_computed_in_float64_where_integers_have_64_bits_too(tokens, experts, rng):
+    with jax.enable_x64(True):
+        block = Block.draw(rng, UNDER_TEST["xla"], tokens=tokens, experts=experts, top_k=2, bias=True)
+        names = [name for name in block.arrays if name != "topk_ids"]
+        doubles = {name: jnp.asarray(rng.standard_normal(block.arrays[name].shape)) for name in names}
+        block = block.with_arrays(**doubles, topk_ids=block.arrays["topk_ids"].astype(jnp.int64))
+        result = jax.jit(lambda arrays: fused_moe(**arrays, implementation="xla"))(block.arrays)
+        assert result.dtype == jnp.float64
+        np.testing.assert_allclose(result, block.expected(), rtol=1e-11, atol=1e-11)
