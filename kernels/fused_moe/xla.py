@@ -180,12 +180,29 @@ def _streamed(computation, x, topk_weights, weights, assignment) -> Float[Array,
 
 
 def _loop(computation, x, topk_weights, weights, assignment) -> Float[Array, "T H"]:
-    """Block by block; a block's surplus rows, which belong to the next expert, are overwritten by the blocks that follow."""
+    """Block by block."""
     block_rows = computation.plan.block_rows
-    num_pairs = assignment.pair.shape[0]
-    schedule = Schedule.of(assignment.groups, num_pairs, block_rows)
-    pair = jnp.pad(assignment.pair, (0, block_rows))
     input_weights, output_weights = _split_weights(computation, topk_weights)
+    results = _no_results(x, topk_weights, assignment, block_rows)
+    results = _in_blocks(computation, results, x, input_weights, weights, assignment, assignment.groups, block_rows)
+    is_local = assignment.is_local(assignment.groups.sizes.shape[0])
+    return _combine(results, output_weights, assignment.position, is_local)
+
+
+def _no_results(x, topk_weights, assignment, block_rows: int) -> Float[Array, "rows H"]:
+    """Room for the results of all sorted rows, and for the surplus rows of a block."""
+    return varying_like(jnp.zeros((assignment.pair.shape[0] + block_rows, x.shape[1]), x.dtype), topk_weights)
+
+
+def _in_blocks(
+    computation, results, x, input_weights, weights, assignment, groups: Groups, block_rows: int
+) -> Float[Array, "rows H"]:
+    """`results` with those of `groups`, which are rows of one expert each.
+
+    A block's surplus rows, which belong to the next expert, are overwritten by the blocks that follow.
+    """
+    schedule = Schedule.of(groups, assignment.pair.shape[0], block_rows)
+    pair = jnp.pad(assignment.pair, (0, block_rows))
 
     def block(index: Array, results: Array) -> Array:
         first = schedule.row[index]
@@ -194,10 +211,7 @@ def _loop(computation, x, topk_weights, weights, assignment) -> Float[Array, "T 
         output = _apply(computation, rows, weights, schedule.group[index])
         return jax.lax.dynamic_update_slice_in_dim(results, output, first, axis=0)
 
-    nothing = varying_like(jnp.zeros((num_pairs + block_rows, x.shape[1]), x.dtype), topk_weights)
-    results = jax.lax.fori_loop(0, schedule.num_blocks, block, nothing)
-    is_local = assignment.is_local(assignment.groups.sizes.shape[0])
-    return _combine(results, output_weights, assignment.position, is_local)
+    return jax.lax.fori_loop(0, schedule.num_blocks, block, results)
 
 
 def _batched(computation, x, topk_weights, weights, assignment) -> Float[Array, "T H"]:
@@ -250,26 +264,15 @@ def _add_rows_without_slot(computation, capacity, total, x, topk_weights, weight
         return total
     left = Groups(groups.starts + capacity, jnp.maximum(groups.sizes - capacity, 0))
     in_large = left.sizes // large * large
-    pair = jnp.pad(assignment.pair, (0, large))
     input_weights, output_weights = _split_weights(computation, topk_weights)
-
-    def compute_blocks(results: Array, groups: Groups, block_rows: int) -> Array:
-        schedule = Schedule.of(groups, num_pairs, block_rows)
-
-        def block(index: Array, results: Array) -> Array:
-            first = schedule.row[index]
-            pairs = jax.lax.dynamic_slice_in_dim(pair, first, block_rows)
-            rows = _rows_of(x, input_weights, pairs, assignment)
-            output = _apply(computation, rows, weights, schedule.group[index])
-            return jax.lax.dynamic_update_slice_in_dim(results, output, first, axis=0)
-
-        return jax.lax.fori_loop(0, schedule.num_blocks, block, results)
+    compute = functools.partial(_in_blocks, computation)
+    operands = (x, input_weights, weights, assignment)
 
     def add(total: Array) -> Array:
-        results = varying_like(jnp.zeros((num_pairs + large, x.shape[1]), x.dtype), topk_weights)
+        results = _no_results(x, topk_weights, assignment, large)
         # Small blocks first: the last one of an expert reaches beyond its rows, a large one does not.
-        results = compute_blocks(results, Groups(left.starts + in_large, left.sizes - in_large), small)
-        results = compute_blocks(results, Groups(left.starts, in_large), large)
+        results = compute(results, *operands, Groups(left.starts + in_large, left.sizes - in_large), small)
+        results = compute(results, *operands, Groups(left.starts, in_large), large)
         slot = assignment.position - groups.starts[jnp.minimum(assignment.expert, num_experts - 1)]
         has_none = assignment.is_local(num_experts) & (slot >= capacity)
         return total + _combine(results, output_weights, assignment.position, has_none)
