@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from ..activations import Activation
-from ..indices import starts
+from ..indices import slice_starts
 from ..varying import varying_like
 
 
@@ -75,19 +75,21 @@ def apply_expert(
 
     def gate_up_slice(first: Array | int, size: int) -> Array:
         shape = (1, projections, size, hidden)
-        matrix = jax.lax.dynamic_slice(weights.gate_up_proj, starts(weights.start + expert, 0, first, 0), shape)
+        matrix = jax.lax.dynamic_slice(weights.gate_up_proj, slice_starts(weights.start + expert, 0, first, 0), shape)
         matrix = matrix.reshape(projections * size, hidden)
         product = jax.lax.dot_general(matrix, rows, (((1,), (1,)), ((), ())), preferred_element_type=wide)
         if weights.gate_up_bias is not None:
-            bias = jax.lax.dynamic_slice(weights.gate_up_bias, starts(expert, 0, first), shape[:3])
+            bias = jax.lax.dynamic_slice(weights.gate_up_bias, slice_starts(expert, 0, first), shape[:3])
             product += bias.reshape(-1, 1).astype(wide)
         return activation(*jnp.split(product, projections)).astype(rows.dtype)
 
     def down_slice(first: Array | int, size: int) -> Array:
-        matrix = jax.lax.dynamic_slice(weights.down_proj, starts(weights.start + expert, first, 0), (1, size, width))[0]
+        matrix = jax.lax.dynamic_slice(
+            weights.down_proj, slice_starts(weights.start + expert, first, 0), (1, size, width)
+        )[0]
         product = jax.lax.dot_general(matrix, activated, (((1,), (0,)), ((), ())), preferred_element_type=wide)
         if weights.down_bias is not None:
-            bias = jax.lax.dynamic_slice(weights.down_bias, starts(expert, first), (1, size))
+            bias = jax.lax.dynamic_slice(weights.down_bias, slice_starts(expert, first), (1, size))
             product += bias.reshape(-1, 1).astype(wide)
         return product.astype(rows.dtype)
 
@@ -120,6 +122,6 @@ def _in_slices(
 
     def one_slice(index: Array, result: Array) -> Array:
         first = jnp.minimum(index * size, height - size)
-        return jax.lax.dynamic_update_slice(result, compute(first, size), starts(first, 0))
+        return jax.lax.dynamic_update_slice(result, compute(first, size), slice_starts(first, 0))
 
     return jax.lax.fori_loop(0, number, one_slice, varying_like(jnp.zeros(shape, like.dtype), like))

@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from ..activations import Activation
-from ..indices import starts
+from ..indices import slice_starts
 from .expert_block import ExpertWeights
 
 _SMALLEST_CHUNK = 32
@@ -48,7 +48,7 @@ def multiply_row(row: Float[Array, "D"], weights: Float[Array, "G N D"], group: 
         start = min(first, depth - chunk)  # the last chunk may overlap the one before it, whose numbers count once
         numbers = jax.lax.slice_in_dim(row, start, start + chunk).astype(wide)
         numbers = jnp.where(jnp.arange(start, start + chunk) >= first, numbers, 0)
-        columns = jax.lax.dynamic_slice(weights, starts(group, 0, start), (1, height, chunk))[0]
+        columns = jax.lax.dynamic_slice(weights, slice_starts(group, 0, start), (1, height, chunk))[0]
         total += columns.astype(wide) * numbers
 
     # As a product with ones, because XLA on CPUs adds the numbers of a row one after another. The barrier keeps the sum

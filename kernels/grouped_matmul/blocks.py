@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..groups import Groups
-from ..indices import starts
+from ..indices import slice_starts
 from ..varying import varying_like
 
 
@@ -86,13 +86,13 @@ def multiply(
             )
             start, shape = [group, 0, 0], [1, *weights.shape[1:]]
             start[1 + kept], shape[1 + kept] = first, slice_width
-            matrix = jax.lax.dynamic_slice(weights, starts(*start), shape)[0]
+            matrix = jax.lax.dynamic_slice(weights, slice_starts(*start), shape)[0]
             product = jax.lax.dot_general(
                 operand, matrix, (((1,), (contracted,)), ((), ())), preferred_element_type=accumulator
             )
             if bias is not None:
-                product += jax.lax.dynamic_slice(bias, starts(group, first), (1, slice_width)).astype(accumulator)
-            return jax.lax.dynamic_update_slice(result, product.astype(output_dtype), starts(row, first))
+                product += jax.lax.dynamic_slice(bias, slice_starts(group, first), (1, slice_width)).astype(accumulator)
+            return jax.lax.dynamic_update_slice(result, product.astype(output_dtype), slice_starts(row, first))
 
         return _repeat(num_slices, one_slice, result)
 

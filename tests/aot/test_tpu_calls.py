@@ -1,6 +1,7 @@
 """Kernels are found in traced programs with the scalars that they get, and what they copy is counted from their schedules."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,16 @@ from moe_jax.kernels import fused_moe, grouped_matmul
 from moe_jax.kernels.device import TPU_DEVICES, targeting
 
 TOKENS = 1024
+MODELS = (
+    "mixtral-8x7b",
+    "qwen3-30b-a3b",
+    "qwen3-235b-a22b",
+    "deepseek-v3-ep8",
+    "deepseek-v3-ep32",
+    "deepseek-v3-ep64",
+    "gpt-oss-120b",
+    "olmoe-1b-7b",
+)
 
 
 def calls_of(function, device, known, *arguments) -> list[TpuKernelCall]:
@@ -48,17 +59,13 @@ def experts_block(shape, device, ids) -> list[TpuKernelCall]:
     return calls_of(block, device, {0: jnp.asarray(ids, jnp.int32)}, arguments["topk_ids"], *leaves)
 
 
+EVERY_CASE = list(itertools.product(MODELS, TPU_DEVICES, (2048, 8192)))
+QUICK_CASES = [("qwen3-30b-a3b", "v6e", 2048), ("deepseek-v3-ep64", "v5p", 8192), ("deepseek-v3-ep64", "7x", 2048)]
+
+
 @pytest.mark.parametrize(
     ("model", "device", "tokens"),
-    [
-        ("qwen3-30b-a3b", "v6e", TOKENS),
-        pytest.param("mixtral-8x7b", "v5p", 8192, marks=pytest.mark.slow),
-        ("deepseek-v3-ep64", "v5p", 8192),
-        pytest.param("deepseek-v3-ep8", "v5p", 8192, marks=pytest.mark.slow),
-        pytest.param("deepseek-v3-ep32", "v5p", 8192, marks=pytest.mark.slow),
-        pytest.param("deepseek-v3-ep8", "v6e", 8192, marks=pytest.mark.slow),
-        pytest.param("gpt-oss-120b", "7x", 2048, marks=pytest.mark.slow),
-    ],
+    [pytest.param(*case, marks=[] if case in QUICK_CASES else pytest.mark.slow) for case in EVERY_CASE],
 )
 def test_gate_and_up_in_one_pass_move_at_most_six_tenths_of_two_matmuls_and_an_activation(model, device, tokens, rng):
     shape = EXPERT_SHAPES[model]
