@@ -2,16 +2,18 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 
-def equally_varying(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
-    """The arrays, each marked as varying over every manual mesh axis over which any of them varies.
+def equally_varying(*arrays: ArrayLike | None) -> tuple[jax.Array | None, ...]:
+    """The arrays as JAX has them, each marked as varying over every manual mesh axis over which any of them varies.
 
     Loop carries and custom gradients need operands that vary alike. The mark is the identity outside `shard_map`; its
     transpose sums a gradient over the axes over which the operand itself was replicated, which is what its gradient is.
     """
-    axes = frozenset().union(*(_varying_axes(array) for array in arrays if array is not None))
-    return tuple(array if array is None else _vary(array, axes) for array in arrays)
+    own = [None if array is None else jnp.asarray(array) for array in arrays]
+    axes = frozenset().union(*(_varying_axes(array) for array in own if array is not None))
+    return tuple(None if array is None else _vary(array, axes) for array in own)
 
 
 def varying_like(array: jax.Array, reference: jax.Array) -> jax.Array:

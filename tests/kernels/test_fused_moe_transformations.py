@@ -156,6 +156,13 @@ def test_replicated_tokens_and_weights_need_not_vary_where_the_offset_of_experts
 
 
 @pytest.mark.parametrize(("tokens", "experts"), [(1, 4), (9, 30), (200, 4)])
+def test_numpy_arrays_are_computed_like_those_of_jax_without_jit(tokens, experts, rng):
+    block = Block.draw(rng, UNDER_TEST["xla"], tokens=tokens, experts=experts, top_k=2)
+    arrays = {name: np.asarray(array) for name, array in block.arrays.items()}
+    block.assert_close(fused_moe(**arrays, implementation="xla"), block.expected())
+
+
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 4), (9, 30), (200, 4)])
 def test_float64_is_computed_in_float64_where_integers_have_64_bits_too(tokens, experts, rng):
     with jax.enable_x64(True):
         block = Block.draw(rng, UNDER_TEST["xla"], tokens=tokens, experts=experts, top_k=2, bias=True)

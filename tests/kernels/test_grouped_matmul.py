@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from oracles import expert_gradients
 from oracles import experts as oracle
-from support.implementations import assert_close, each_implementation_with
+from support.implementations import UNDER_TEST, assert_close, each_implementation_with
 from support.implementations import each_implementation as each_implementation_of
 from support.rounding import ROUNDED_ONCE
 
@@ -69,6 +69,12 @@ def test_each_row_is_multiplied_by_the_matrix_of_its_group(implementation, group
     result = multiply(implementation, rows, weights, group_sizes)
     assert result.dtype == rows.dtype
     assert_close(result, oracle.grouped_matmul(rows, weights, group_sizes), implementation.rounding)
+
+
+def test_numpy_arrays_are_multiplied_like_those_of_jax_without_jit(rng):
+    rows, weights = (np.asarray(array) for array in draw(rng, UNDER_TEST["xla"], 60, 4))
+    result = grouped_matmul(rows, weights, np.array([40, 0, 3, 17]), implementation="xla")
+    assert_close(result, oracle.grouped_matmul(rows, weights, (40, 0, 3, 17)), 1e-5)
 
 
 @each_implementation_with(
