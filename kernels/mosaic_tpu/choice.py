@@ -26,6 +26,9 @@ PRODUCT_ROWS = {"v5e": (4, 28), "v5p": (4, 28), "v6e": (15, 122), "7x": (155, 26
 """What multiplying some rows at once takes, in the time of one of many rows: so many more than the rows there are, and at least so
 many and 0.6 for each row, since weights have to be loaded into matrix units. Read from compiled kernels with 64 to 1024 rows."""
 
+POPULAR_SHARE, POPULAR_ROWS = 1 / 8, 4
+"""So many of the groups are taken to have so many times the mean of rows, half of all: routers have favourites."""
+
 OVERLAP_EXPONENT = 4
 """Products and copies together are taken for the root of the sum of such powers of both: the longer of them, if it is by far, and
 a fifth more if they are equal, because neither hides the other all the time."""
@@ -171,11 +174,13 @@ def _by_group(
 
 
 def _tiles(chunk: int, rows: int, columns: int, problem: RowsProblem, device: TpuDevice) -> RowTiles:
-    # Each size of a remainder is code of its own; large groups hardly gain from fine ones.
     mean_rows = problem.num_rows / problem.num_groups
-    remainder = chunk // 4 if chunk > LANES and mean_rows < 4 * chunk else chunk // 2
-    # A narrow matrix unit has loaded its weights after few rows.
-    least = 64 if chunk == LANES else device.mxu_size
+    if chunk == LANES or rows == chunk > device.mxu_size:
+        # A narrow matrix unit has loaded its weights after few rows; where loading takes long, every row less counts.
+        remainder = least = 64
+    else:
+        # Each size of a remainder is code of its own; large groups hardly gain from fine ones.
+        remainder, least = chunk // 4 if mean_rows < 4 * chunk else chunk // 2, device.mxu_size
     return RowTiles(rows=rows, columns=columns, chunk=chunk, remainder=remainder, least=least)
 
 
@@ -184,8 +189,9 @@ def _estimated_seconds(tiles: RowTiles, problem: RowsProblem, device: TpuDevice)
     overlapped = sum(seconds**OVERLAP_EXPONENT for seconds in both) ** (1 / OVERLAP_EXPONENT)
     passes = _passes(tiles, problem)
     visits = _visits(tiles, problem) * _num_tiles(tiles, problem) / _cores_used(passes, device)
-    # The first copies of a pass, and its last, overlap with nothing.
-    bytes_alone = problem.width_in * problem.itemsize * (tiles.rows + tiles.columns * problem.projections)
+    # The first copies of a pass, and its last, overlap with nothing: the rows of a visit, as many as there are, and weights.
+    visit_rows = min(tiles.rows, problem.num_rows / problem.num_groups)
+    bytes_alone = problem.width_in * problem.itemsize * (visit_rows + tiles.columns * problem.projections)
     return overlapped + visits * SECONDS_PER_VISIT + passes * bytes_alone / device.hbm_bytes_per_second
 
 
@@ -197,7 +203,10 @@ def _visits(tiles: RowTiles, problem: RowsProblem) -> float:
 
 def _product_seconds(tiles: RowTiles, problem: RowsProblem, device: TpuDevice) -> float:
     groups = min(problem.num_groups, problem.num_rows)
-    rows = groups * _product_rows(problem.num_rows / max(groups, 1), tiles, device)
+    mean_rows = problem.num_rows / max(groups, 1)
+    rest_rows = mean_rows * (1 - POPULAR_SHARE * POPULAR_ROWS) / (1 - POPULAR_SHARE)
+    popular = _product_rows(POPULAR_ROWS * mean_rows, tiles, device)
+    rows = groups * (POPULAR_SHARE * popular + (1 - POPULAR_SHARE) * _product_rows(rest_rows, tiles, device))
     # One pass of float32 operands is six of bfloat16.
     cost = 6 if problem.itemsize == 4 else 1
     # A matrix unit multiplies by as many columns as it has at least.
@@ -207,7 +216,7 @@ def _product_seconds(tiles: RowTiles, problem: RowsProblem, device: TpuDevice) -
 
 
 def _product_rows(mean_rows: float, tiles: RowTiles, device: TpuDevice) -> float:
-    """Rows of which the products take as long as those of a group, on average over sizes around the mean."""
+    """Rows of which the products take as long as those of a group, on average over sizes around `mean_rows`."""
     more, least = PRODUCT_ROWS[device.name]
 
     def at_once(size: int) -> float:

@@ -195,10 +195,11 @@ def test_panels_are_equal_where_a_few_more_of_them_make_them_so(columns, project
 @pytest.mark.slow
 @pytest.mark.parametrize("least", [64, 128, 256])
 @pytest.mark.parametrize("chunk", [128, 256, 512])
-def test_every_number_of_rows_is_multiplied_with_every_kind_of_tiles(chunk, least, rng):
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_every_number_of_rows_is_multiplied_with_every_kind_of_tiles(chunks, chunk, least, rng):
     if least > chunk:
         pytest.skip("least is at most a chunk")
-    tiles = RowTiles(rows=2 * chunk, columns=128, chunk=chunk, remainder=64, least=least)
+    tiles = RowTiles(rows=chunks * chunk, columns=128, chunk=chunk, remainder=64, least=least)
     sizes = rng.permutation([*range(1, 560, 37), 0, 64, 128, 192, 256, 320, 512, 3 * chunk])
     problem = draw(rng, sizes, start=0, width_in=8, width_out=8)
     assert_close(multiply(problem, tiles=tiles)[0], problem.result)
