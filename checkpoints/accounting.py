@@ -18,6 +18,7 @@ from .safetensors_file import TensorEntry
 from .stored_rows import FLOAT8, SCALE_DTYPES, BlockFP8Rows, MXFP4Rows, PlainRows, StoredRows, block_grid
 from .tensor_plan import FORMS, StoredTensor, TensorPlan, plan_tensors
 
+OUTPUT_TABLE = "lm_head.kernel"
 ROTARY_BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")
 SCALE_SUFFIX = "_scale_inv"
 BLOCKS_SUFFIX, SCALES_SUFFIX = "_blocks", "_scales"
@@ -93,7 +94,7 @@ def _reason_to_drop(name: str, family: Family, decoder: Decoder) -> str | None:
         return f"layer {layer} of a decoder with {depth} layers (multi-token prediction)"
     if ROTARY_BUFFERS.fullmatch(name):
         return "rotary frequencies follow from the configuration"
-    if decoder.tie_word_embeddings and name == family.names.get("lm_head.kernel"):
+    if decoder.tie_word_embeddings and name == family.names.get(OUTPUT_TABLE):
         return "tied to the embedding table"
     return None
 
@@ -143,6 +144,11 @@ class _Matcher:
 
     def _match_fp8(self, stored: StoredTensor, weights: TensorEntry) -> StoredRows | None:
         scales = self._take(stored.name + SCALE_SUFFIX)
+        if len(stored.shape) < 2:
+            self.problems.append(
+                f"{weights.file}: {weights.name}: is {FLOAT8}, which needs a matrix; its shape is {list(stored.shape)}"
+            )
+            return None
         if not isinstance(self.quantization, BlockFP8):
             self.problems.append(
                 f"{weights.file}: {weights.name}: is {FLOAT8}, but config.json has no quantization_config of method fp8"

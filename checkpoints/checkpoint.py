@@ -11,6 +11,7 @@ from moe_jax.families import Decoder, Family, get_family, parameter_shapes
 from moe_jax.families.names import CheckpointForm
 from moe_jax.families.parameters import FLOAT32_PARAMETERS
 
+from .casting import change_dtype
 from .dtypes import weight_dtype
 from .errors import CheckpointError
 from .layout import Shape
@@ -87,7 +88,8 @@ class Checkpoint(Protocol):
             dtype: Convert to this dtype, except parameters that must stay float32; None: `dtype_of(path)`.
 
         Raises:
-            CheckpointError: Unknown path, experts that aren't there, an illegal dtype, or a file that cannot be read.
+            CheckpointError: Unknown path, experts that aren't there, an illegal dtype or one that cannot hold a value, or
+                a file that cannot be read.
         """
         ...
 
@@ -209,4 +211,4 @@ class InMemoryCheckpoint(SlicedReader):
         if tuple(leaf.shape) != shape:
             raise CheckpointError(f"{path}: shape must be {list(shape)}, got {list(leaf.shape)}")
         window = (slice(None),) * self.sliced_axis(path) + (slice(start, stop),)
-        return np.asarray(leaf[window]).astype(target_dtype(path, np.dtype(leaf.dtype), dtype), copy=False)
+        return change_dtype(np.asarray(leaf[window]), target_dtype(path, np.dtype(leaf.dtype), dtype), path)

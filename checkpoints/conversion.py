@@ -24,18 +24,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .checkpoint import Checkpoint
+from .checkpoint_json import read_checkpoint_json
 from .dtypes import MAIN_PARAMETER, naming_dtype, weight_dtype
 from .errors import CheckpointError
+from .file_names import MANIFEST_NAME, PARTS_FOLDER
 from .hub import resolve_source
-from .manifest import MANIFEST_NAME, PARTS_FOLDER, Chunk, Manifest, plan_conversion
+from .manifest import Chunk, Manifest, plan_conversion
 from .opening import open_checkpoint
 from .parts import Part, Slice
 from .progress import Progress, ProgressCallback
-from .safetensors_folder import read_json_object
 from .side_files import copy_side_files
 from .staging import (
     check_output,
     check_space,
+    check_unfinished_work,
     clear,
     commit,
     exclusive,
@@ -92,6 +94,7 @@ def convert(
     dtype: Any = None,
     shards: int = 1,
     overwrite: bool = False,
+    revision: str | None = None,
     expert_group_bytes: int = DEFAULT_PART_BYTES,
     progress: ProgressCallback | None = None,
 ) -> ConversionReport:
@@ -107,6 +110,7 @@ def convert(
             its share. Any other number of devices can load it too, but hosts may have to read more.
         overwrite: Replace `output` if it exists, and discard what an interrupted conversion with another source or
             other options has left.
+        revision: Branch, tag or commit of a model on the hub; None: its newest.
         expert_group_bytes: Size of a part, at most, unless a single expert's weights are larger.
         progress: Called with `Progress(done_bytes, total_bytes, label)` after each part.
 
@@ -115,15 +119,12 @@ def convert(
 
     Raises:
         CheckpointError: `shards` isn't positive, the source isn't whole (every problem is listed, nothing
-            is written), the output exists, there is no space left, or an interrupted conversion of something else is in
-            the way.
+            is written), the output exists or holds the source, there is no space left, an interrupted conversion of
+            something else is in the way, or a value is beyond the range of `dtype`.
     """
-    folder = resolve_source(source)
-    if folder.resolve() == Path(output).resolve():
-        raise CheckpointError(f"{output}: source and output are the same folder")
-    check_output(Path(output).absolute(), overwrite)
+    check_output(Path(output).absolute(), overwrite, source)  # before anything is downloaded
     return write_converted(
-        open_checkpoint(folder),
+        open_checkpoint(resolve_source(source, revision)),
         output,
         dtype=dtype,
         shards=shards,
@@ -149,7 +150,7 @@ def write_converted(
     """
     started = time.monotonic()
     output = Path(output).absolute()
-    check_output(output, overwrite)
+    check_output(output, overwrite, reader.folder)
     manifest = plan_conversion(reader, None if dtype is None else weight_dtype(dtype), expert_group_bytes, shards)
     work = incomplete_folder(output)
     with write_errors(work), exclusive(work):
@@ -190,24 +191,15 @@ def read_as_written(reader: Checkpoint) -> None:
             reader.read_slice(s.path, s.start, s.stop, manifest.leaves[s.path].dtype)
 
 
-def check_unfinished_work(work: Path, digest: str | None, overwrite: bool) -> None:
+def check_unfinished_conversion(work: Path, digest: str | None, overwrite: bool) -> None:
     """Raise CheckpointError unless what `work` holds may be discarded for a conversion with this digest.
 
     An interrupted conversion is somebody's to go on with. A model that was being saved from memory cannot be gone on
     with, so that saving one again discards it.
     """
-    if not work.exists():
-        return
     found = _find_plan(work)
-    if found is None:
-        strangers = {entry.name for entry in work.iterdir()} - {f"{PLAN_NAME}.tmp"}
-        if strangers:
-            raise CheckpointError(f"{work}: is in the way and is not an interrupted conversion: {sorted(strangers)}")
-    elif not overwrite and (digest is not None or _digest_in(found) is not None):
-        raise CheckpointError(
-            f"{work}: holds an interrupted conversion of another source, or with other options; "
-            "delete it, or discard it with --overwrite (overwrite=True)"
-        )
+    may_discard = overwrite or (digest is None and found is not None and _digest_in(found) is None)
+    check_unfinished_work(work, PLAN_NAME, found is not None, may_discard)
 
 
 def _find_plan(work: Path) -> Path | None:
@@ -216,7 +208,7 @@ def _find_plan(work: Path) -> Path | None:
 
 
 def _digest_in(plan: Path) -> str | None:
-    return Manifest.from_json(read_json_object(plan), plan).digest
+    return Manifest.from_json(read_checkpoint_json(plan), plan).digest
 
 
 def _prepare(work: Path, manifest: Manifest, overwrite: bool) -> None:
@@ -227,7 +219,7 @@ def _prepare(work: Path, manifest: Manifest, overwrite: bool) -> None:
         os.replace(found, work / PLAN_NAME)
         shutil.rmtree(work / PENDING_FOLDER, ignore_errors=True)
     else:
-        check_unfinished_work(work, manifest.digest, overwrite)
+        check_unfinished_conversion(work, manifest.digest, overwrite)
         clear(work, last=found)
         write_file(work / PLAN_NAME, plan)
     (work / PARTS_FOLDER).mkdir(exist_ok=True)
@@ -333,4 +325,4 @@ def _finish(work: Path, output: Path) -> None:
     sync(work)
     os.replace(work / PLAN_NAME, work / MANIFEST_NAME)
     sync(work)
-    commit(output)
+    commit(work, output)

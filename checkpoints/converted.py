@@ -13,12 +13,15 @@ import numpy as np
 from moe_jax.families import parameter_shapes
 from moe_jax.families.names import CheckpointForm
 
+from .casting import change_dtype
 from .checkpoint import Region, SlicedReader, describe, target_dtype
+from .checkpoint_json import read_checkpoint_json
 from .errors import CheckpointError
+from .file_names import CONFIG_NAME, MANIFEST_NAME, PARTS_FOLDER
 from .layout import Shape
-from .manifest import MANIFEST_NAME, PARTS_FOLDER, Manifest
+from .manifest import Manifest
 from .parts import Slice
-from .safetensors_folder import read_json_object
+from .zarr_files import array_problems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +41,13 @@ class ConvertedCheckpoint(SlicedReader):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.manifest = Manifest.from_json(read_json_object(folder / MANIFEST_NAME), folder / MANIFEST_NAME)
-        self.config: dict[str, Any] = read_json_object(folder / "config.json")
-        self.family, self.decoder = describe(self.config, folder / "config.json")
+        self.manifest = Manifest.from_json(read_checkpoint_json(folder / MANIFEST_NAME), folder / MANIFEST_NAME)
+        self.config: dict[str, Any] = read_checkpoint_json(folder / CONFIG_NAME)
+        self.family, self.decoder = describe(self.config, folder / CONFIG_NAME)
+        if self.manifest.family != self.family.model_type:
+            raise CheckpointError(
+                f"{folder / MANIFEST_NAME}: family is {self.manifest.family!r}, but {CONFIG_NAME} says {self.family.model_type!r}"
+            )
         self.form: CheckpointForm = cast(CheckpointForm, self.manifest.form)
         self.quantization = self.manifest.quantization
         self.dropped: Mapping[str, str] = self.manifest.dropped
@@ -97,6 +104,21 @@ class ConvertedCheckpoint(SlicedReader):
                 problems.append(f"{self.folder / PARTS_FOLDER / part.name}: missing")
         return problems
 
+    def check_files(self) -> None:
+        """Compare the files of every part, by name and size, with what they should hold; no value is read.
+
+        Raises:
+            CheckpointError: Listing every file that is missing or of a wrong size.
+        """
+        problems: list[str] = []
+        for part in self.manifest.parts:
+            for piece in part.slices:
+                leaf = self.manifest.leaves[piece.path]
+                array = self.folder / PARTS_FOLDER / part.name / piece.path
+                problems += array_problems(array, leaf.slice_shape(piece.start, piece.stop), leaf.dtype)
+        if problems:
+            raise CheckpointError(f"{self.folder}: not a whole converted checkpoint:", problems)
+
     def sliced_axis(self, path: str) -> int:
         """The axis along which the parts split it."""
         self.shape_of(path)
@@ -131,5 +153,5 @@ class ConvertedCheckpoint(SlicedReader):
             folder = cast(Path, self.folder) / PARTS_FOLDER / stored.part
             read_part_into(piece, folder, path, wanted, leaf.slice_shape(first, last))
             if piece is not window:
-                window[...] = piece
+                window[...] = change_dtype(piece, out.dtype, f"{folder}: {path}")
         return out

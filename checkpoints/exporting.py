@@ -2,6 +2,14 @@
 
 Every tensor's place in its file is fixed before a byte is written, so parameters are read slice by slice, in whatever
 order they are stored, and each slice is written to where it belongs.
+
+The life of an output folder:
+
+1. `OUT.incomplete/` is created, with `export.json`, which identifies this export.
+2. `OUT.incomplete/model.incomplete/` is filled, forced to the disk, and renamed to `OUT.incomplete/model`.
+3. That is renamed to `OUT`, and `OUT.incomplete` removed.
+
+After a kill before the second rename an export begins anew; after it, only the last step is left.
 """
 
 import dataclasses
@@ -19,19 +27,34 @@ from moe_jax.families.names import CheckpointForm
 from .checkpoint import Checkpoint, target_dtype
 from .dtypes import MAIN_PARAMETER, SAFETENSORS_NAMES, naming_dtype, weight_dtype
 from .errors import CheckpointError
+from .file_names import INDEX_NAME, SINGLE_NAME
+from .hub import resolve_source
 from .opening import open_checkpoint
 from .parts import plan_parts
 from .progress import Progress, ProgressCallback
-from .safetensors_folder import INDEX_NAME, SINGLE_NAME
 from .side_files import copy_side_files
-from .staging import check_output, check_space, clear, commit, exclusive, incomplete_folder, sync_tree, write_errors
+from .staging import (
+    check_output,
+    check_space,
+    check_unfinished_work,
+    clear,
+    commit,
+    exclusive,
+    incomplete_folder,
+    remove,
+    sync,
+    sync_tree,
+    write_errors,
+    write_file,
+)
 from .tensor_plan import StoredTensor, TensorPlan, plan_tensors
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 """What the Hugging Face libraries use."""
 
 _SLICE_BYTES = 256 << 20
-_MARK = "export.unfinished"
+_PLAN_NAME = "export.json"
+_FINISHED = "model"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,29 +89,34 @@ def export(
     dtype: Any = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
+    revision: str | None = None,
     progress: ProgressCallback | None = None,
 ) -> ExportReport:
     """Write a checkpoint as a Hugging Face folder that `transformers` loads.
 
     Args:
-        source: A converted folder (or a Hugging Face one), or an open checkpoint.
+        source: A converted folder, a Hugging Face folder, the id of a model on its hub, or an open checkpoint.
         output: The folder to create.
         form: "per_expert" or "fused"; None: the form that the checkpoint came in.
         dtype: Convert to this dtype; None: as stored.
         max_shard_bytes: Size of a safetensors file, at most, unless one tensor is larger.
-        overwrite: Replace `output` if it exists.
+        overwrite: Replace `output` if it exists, and discard an interrupted export from another source or with other
+            options that only had to be renamed.
+        revision: Branch, tag or commit of a model on the hub; None: its newest.
         progress: Called with `Progress(done_bytes, total_bytes, label)` after each slice.
 
     Raises:
-        CheckpointError: The source isn't whole, the family has no such form, the output exists, or there is no space
-            left.
+        CheckpointError: The source isn't whole, the family has no such form, the output exists or holds the source, there
+            is no space left, or a value is beyond the range of `dtype`.
     """
     started = time.monotonic()
     output = Path(output).absolute()
-    reader = open_checkpoint(source) if isinstance(source, str | os.PathLike) else source
-    if reader.folder is not None and reader.folder.resolve() == output.resolve():
-        raise CheckpointError(f"{output}: source and output are the same folder")
-    check_output(output, overwrite)
+    if isinstance(source, str | os.PathLike):
+        check_output(output, overwrite, source)  # before anything is downloaded
+        reader = open_checkpoint(resolve_source(source, revision))
+    else:
+        reader = source
+    check_output(output, overwrite, reader.folder)
     if max_shard_bytes < 1:
         raise CheckpointError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
     plan = plan_tensors(reader.decoder, reader.family, form or reader.form)
@@ -97,35 +125,59 @@ def export(
     shards = _shards(plan, dtypes, max_shard_bytes)
     total = sum(_nbytes(tensor, dtypes) for tensor in plan)
     work = incomplete_folder(output)
+    identity = {
+        "digest": reader.digest,
+        "form": plan.form,
+        "dtype": None if asked is None else asked.name,
+        "max_shard_bytes": max_shard_bytes,
+    }
     with write_errors(work), exclusive(work):
-        _prepare(work)
-        check_space(work, total)
-        places = _write_headers(work, shards, dtypes)
-        _write_tensors(reader, plan, dtypes, work, places, total, progress)
-        copy_side_files(reader, work, _exported_config(reader, dtypes))
-        if len(shards) > 1:
-            _write_index(work, places, total)
-        (work / _MARK).unlink()
-        sync_tree(work)
-        commit(output)
+        if _is_finished(work, identity):
+            if progress is not None:
+                progress(Progress(done_bytes=total, total_bytes=total, label="start"))
+        else:
+            _prepare(work, identity, overwrite)
+            unfinished = incomplete_folder(work / _FINISHED)
+            unfinished.mkdir()
+            check_space(unfinished, total)
+            places = _write_headers(unfinished, shards, dtypes)
+            _write_tensors(reader, plan, dtypes, unfinished, places, total, progress)
+            copy_side_files(reader, unfinished, _exported_config(reader, dtypes))
+            if len(shards) > 1:
+                _write_index(unfinished, places, total)
+            sync_tree(unfinished)
+            os.rename(unfinished, work / _FINISHED)
+            sync(work)
+        commit(work / _FINISHED, output)
+        remove(work, last=work / _PLAN_NAME)
     return ExportReport(
         output=output,
         family=reader.family.model_type,
         form=plan.form,
-        tensors=len(places),
+        tensors=sum(map(len, shards.values())),
         files=tuple(shards),
         nbytes=total,
         seconds=time.monotonic() - started,
     )
 
 
-def _prepare(work: Path) -> None:
-    """Make `work` an empty folder, discarding what an interrupted export has left; a mark says that it is one."""
-    if any(work.iterdir()) and not (work / _MARK).exists():
-        raise CheckpointError(f"{work}: is in the way and is not an interrupted export; delete it")
-    (work / _MARK).touch()
-    clear(work, last=work / _MARK)
-    (work / _MARK).touch()
+def _is_finished(work: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether an earlier run of this very export was killed when everything was written."""
+    if identity["digest"] is None or not (work / _FINISHED).exists() or not (work / _PLAN_NAME).exists():
+        return False
+    return (work / _PLAN_NAME).read_text(encoding="utf-8") == _plan(identity)
+
+
+def _prepare(work: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
+    """Make `work` an empty folder of this export, discarding what an interrupted one has left."""
+    has_plan, has_model = (work / _PLAN_NAME).exists(), (work / _FINISHED).exists()
+    check_unfinished_work(work, _PLAN_NAME, has_plan, overwrite or not has_model)
+    clear(work, last=work / _PLAN_NAME)
+    write_file(work / _PLAN_NAME, _plan(identity))
+
+
+def _plan(identity: Mapping[str, Any]) -> str:
+    return json.dumps(identity, indent=1) + "\n"
 
 
 def _nbytes(tensor: StoredTensor, dtypes: Mapping[str, np.dtype]) -> int:

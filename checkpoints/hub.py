@@ -1,14 +1,24 @@
-"""Where a model's files are: a folder here, or a repository on the Hugging Face hub."""
+"""Where a model's files are: a folder here, or a repository on the Hugging Face hub.
+
+Of a repository `config.json` comes first: a model that cannot be read is refused before its weights are downloaded.
+"""
 
 import os
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
+from .checkpoint import describe
+from .checkpoint_json import read_checkpoint_json
 from .errors import CheckpointError
-from .side_files import SIDE_FILES
+from .file_names import CONFIG_NAME, INDEX_NAME, SIDE_FILES
+from .quantization_config import read_quantization
+from .safetensors_file import TensorEntry, parse_header
+from .safetensors_folder import has_weights
 
-CONFIG = "config.json"
-DOWNLOADED = ("*.safetensors", "model.safetensors.index.json", CONFIG, *SIDE_FILES)
+DOWNLOADED = ("*.safetensors", INDEX_NAME, CONFIG_NAME, *SIDE_FILES)
 """What is downloaded: never a pickle, never code."""
 NOT_DOWNLOADED = ("*/*", "consolidated*")
 """The same weights in the layout of whoever trained them, which some repositories hold as well."""
@@ -24,9 +34,13 @@ def resolve_source(source: str | os.PathLike[str], revision: str | None = None) 
         revision: Branch, tag or commit on the hub.
 
     Raises:
-        CheckpointError: It is neither a folder nor an id, or the repository cannot be downloaded.
+        CheckpointError: It is neither a folder nor an id, the repository cannot be downloaded, its `config.json` isn't
+            supported, or a revision of a folder is asked for.
     """
-    return _resolve(source, revision, DOWNLOADED)
+    if _is_here(source, revision):
+        return Path(source)
+    _check_supported(_download(source, revision, (CONFIG_NAME,)) / CONFIG_NAME)
+    return _download(source, revision, DOWNLOADED)
 
 
 def resolve_config(source: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -37,26 +51,85 @@ def resolve_config(source: str | os.PathLike[str], revision: str | None = None) 
         revision: Branch, tag or commit on the hub.
 
     Raises:
-        CheckpointError: It is nothing of these, or the repository cannot be downloaded.
+        CheckpointError: It is nothing of these, the repository cannot be downloaded, or a revision of a file or folder is
+            asked for.
     """
-    found = _resolve(source, revision, (CONFIG,))
-    return found / CONFIG if found.is_dir() else found
+    found = Path(source) if _is_here(source, revision) else _download(source, revision, (CONFIG_NAME,))
+    return found / CONFIG_NAME if found.is_dir() else found
 
 
-def _resolve(source: str | os.PathLike[str], revision: str | None, downloaded: tuple[str, ...]) -> Path:
-    folder = Path(source)
-    if folder.exists():
-        return folder
+def resolve_headers(
+    source: str | os.PathLike[str], revision: str | None = None
+) -> tuple[Path, Mapping[str, TensorEntry] | None]:
+    """As `resolve_source`, but of a repository whose weights are not here only `config.json` and headers are downloaded.
+
+    Returns:
+        The folder of `config.json`, and the tensors by name where their files are not in that folder.
+
+    Raises:
+        CheckpointError: As `resolve_source`, or a header is damaged.
+    """
+    if _is_here(source, revision):
+        return Path(source), None
+    folder = _download(source, revision, (CONFIG_NAME, INDEX_NAME))
+    _check_supported(folder / CONFIG_NAME)
+    return folder, None if has_weights(folder) else _headers(str(source), revision)
+
+
+def _is_here(source: str | os.PathLike[str], revision: str | None) -> bool:
+    """Whether `source` is a file or folder; if not, it is an id."""
+    if os.path.exists(source):
+        if revision is not None:
+            raise CheckpointError(f"{source}: is not on the hub, so it has no revision {revision!r}")
+        return True
     if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
         raise CheckpointError(f"{source}: does not exist")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    return False
 
-    try:
+
+def _check_supported(config_file: Path) -> None:
+    config = read_checkpoint_json(config_file)
+    describe(config, config_file)
+    read_quantization(config, config_file)
+
+
+def _download(source: str | os.PathLike[str], revision: str | None, names: tuple[str, ...]) -> Path:
+    """The local copy of a repository, in which at least the files with these names are."""
+    from huggingface_hub import snapshot_download
+
+    with _download_errors(source):
         return Path(
             snapshot_download(
-                source, revision=revision, allow_patterns=list(downloaded), ignore_patterns=list(NOT_DOWNLOADED)
+                str(source), revision=revision, allow_patterns=list(names), ignore_patterns=list(NOT_DOWNLOADED)
             )
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+
+
+def _headers(repository: str, revision: str | None) -> dict[str, TensorEntry]:
+    """The tensors of a repository by name, as the headers of its files describe them."""
+    from huggingface_hub import get_safetensors_metadata
+
+    with _download_errors(repository):
+        files = get_safetensors_metadata(repository, revision=revision).files_metadata
+    tensors: dict[str, TensorEntry] = {}
+    for name, metadata in sorted(files.items()):
+        header = {
+            tensor: {"dtype": info.dtype, "shape": info.shape, "data_offsets": list(info.data_offsets)}
+            for tensor, info in metadata.tensors.items()
+        }
+        for entry in parse_header(Path(repository, name), header):
+            tensors[entry.name] = entry
+    return tensors
+
+
+@contextmanager
+def _download_errors(source: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what goes wrong with the hub into a CheckpointError that names `source`."""
+    from huggingface_hub import errors
+
+    # What the HTTP library raises, whichever it is, and OSError.
+    of_the_network = cast(tuple[type[Exception], ...], errors.HfHubHTTPError.__bases__)
+    try:
+        yield
+    except (errors.NotASafetensorsRepoError, errors.SafetensorsParsingError, *of_the_network) as error:
         raise CheckpointError(f"{source}: is not a folder, and cannot be downloaded from the hub: {error}") from error

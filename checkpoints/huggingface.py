@@ -13,18 +13,18 @@ import numpy as np
 
 from moe_jax.families.names import CheckpointForm
 
-from .accounting import account, detect_form
+from .accounting import OUTPUT_TABLE, account, detect_form
 from .checkpoint import SlicedReader, describe, target_dtype
-from .dtypes import ASSUMED_DTYPE, named_dtype
+from .checkpoint_json import read_checkpoint_json
+from .dtypes import ASSUMED_DTYPE, MAIN_PARAMETER, named_dtype
 from .errors import CheckpointError
+from .file_names import CONFIG_NAME
 from .layout import Shape
 from .quantization_config import read_quantization
-from .safetensors_file import FileRange, read_header_bytes
-from .safetensors_folder import list_tensors, read_json_object
-from .stored_rows import MXFP4Rows, PlainRows, StoredRows
+from .safetensors_file import FileRange, TensorEntry, read_header_bytes
+from .safetensors_folder import list_tensors
+from .stored_rows import MXFP4Rows, PlainRows, StoredRows, read_in_range
 from .tensor_plan import StoredTensor, TensorPlan
-
-CONFIG_NAME = "config.json"
 
 _TRANSPOSED_ROWS = 256
 """Rows transposed at a time: enough for whole cache lines in the result, few enough to stay in the cache."""
@@ -42,17 +42,15 @@ class HuggingFaceCheckpoint(SlicedReader):
             wrong shape or dtype, an unknown family or quantization.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tensors: Mapping[str, TensorEntry] | None = None) -> None:
+        """Open `folder`; `tensors`, if its files are elsewhere, is what their headers say: no value can be read then."""
         self.folder = folder
-        self.config: dict[str, Any] = read_json_object(folder / CONFIG_NAME)
-        self.family, self.decoder = describe(self.config, folder / CONFIG_NAME)
-        try:
-            quantization = read_quantization(self.config)
-        except CheckpointError as error:
-            raise CheckpointError(f"{folder / CONFIG_NAME}: {error}") from error
         where = folder / CONFIG_NAME
+        self.config: dict[str, Any] = read_checkpoint_json(where)
+        self.family, self.decoder = describe(self.config, where)
+        quantization = read_quantization(self.config, where)
         self._decoded_dtype = np.dtype(ASSUMED_DTYPE) if quantization is None else named_dtype(self.config, where)
-        self.tensors = list_tensors(folder)
+        self.tensors = list_tensors(folder) if tensors is None else tensors
         self.plan: TensorPlan = detect_form(self.family, self.decoder, self.tensors)
         accounting = account(self.plan, self.family, self.decoder, self.tensors, quantization)
         if accounting.problems:
@@ -62,6 +60,23 @@ class HuggingFaceCheckpoint(SlicedReader):
         self.dropped: Mapping[str, str] = accounting.dropped
         self.shapes: Mapping[str, Shape] = self.plan.shapes
         self._rows = accounting.rows
+
+    def check_tied_embeddings(self) -> None:
+        """Read the output table, if there is one although it is tied to the embedding table, and compare the two.
+
+        Raises:
+            CheckpointError: They differ. `transformers` doesn't tie them then, whatever `config.json` says.
+        """
+        names = self.family.names
+        output = self.tensors.get(names.get(OUTPUT_TABLE, ""))
+        embedding = self.tensors.get(names[MAIN_PARAMETER])
+        if not self.decoder.tie_word_embeddings or output is None or embedding is None:
+            return
+        if not output.has_bytes_of(embedding):
+            raise CheckpointError(
+                f"{output.file}: {output.name} differs from {embedding.name}, although they are tied by "
+                f"{self.folder / CONFIG_NAME}: its tie_word_embeddings should be false"
+            )
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -128,7 +143,7 @@ def _fill(tensor: StoredTensor, source: StoredRows, region: np.ndarray, rows: ra
     layout = tensor.packed_layout if is_packed and tensor.packed_layout is not None else tensor.layout
     target = layout.split_view(region)
     if target.flags.c_contiguous:
-        source.read_into(target.reshape(layout.stored_shape(region.shape)), rows.start)
+        read_in_range(source, target.reshape(layout.stored_shape(region.shape)), rows.start)
         return
     row_shape = layout.stored_shape(region.shape)[1:]
     row_size = math.prod(row_shape)
@@ -138,6 +153,6 @@ def _fill(tensor: StoredTensor, source: StoredRows, region: np.ndarray, rows: ra
     spread = np.empty((len(piece), row_size + _CACHE_LINE // region.itemsize), region.dtype)[:, :row_size]
     for begin in range(0, len(rows), step):
         count = min(step, len(rows) - begin)
-        source.read_into(piece[:count], rows.start + begin)
+        read_in_range(source, piece[:count], rows.start + begin)
         spread[:count] = piece[:count].reshape(count, row_size)
         target[begin : begin + count] = spread[:count].reshape(count, *target.shape[1:])

@@ -52,12 +52,6 @@ class Layout:
         """The stored tensor's content, given ours; a view where the layout allows it."""
         return self.split_view(region).reshape(self.stored_shape(region.shape))
 
-    def to_ours(self, stored: np.ndarray, shape: Shape) -> np.ndarray:
-        """Our content (a view of `stored`), given the stored tensor and the `shape` of our region."""
-        sizes = dict(zip(self.axes, shape, strict=True))
-        split = self._split
-        return stored.reshape([sizes[axis] for axis in split]).transpose([split.index(axis) for axis in self.axes])
-
 
 @functools.cache
 def parse_layout(pattern: str) -> Layout:

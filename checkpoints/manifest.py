@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,14 +11,14 @@ import numpy as np
 from moe_jax.families.parameter_splits import split_of
 
 from .checkpoint import Checkpoint, target_dtype
+from .dtypes import WEIGHT_DTYPES
 from .errors import CheckpointError
+from .file_names import PARTS_FOLDER
 from .layout import Shape
-from .parts import Part, Slice, plan_parts
-from .tensor_plan import is_expert_leaf
+from .parts import PART_NAME, Part, Slice, plan_parts
+from .tensor_plan import FORMS, is_expert_leaf
 
-MANIFEST_NAME = "moe_jax.json"
 FORMAT_VERSION = 1
-PARTS_FOLDER = "parts"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,13 +118,18 @@ class Manifest:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], where: object) -> "Manifest":
-        """The manifest of a file's JSON object; CheckpointError naming `where` when it isn't one of this version."""
+        """The manifest of a file's JSON object.
+
+        Raises:
+            CheckpointError: Naming `where`: it isn't one of this version, or says what cannot be, such as a part that lies
+                outside the folder.
+        """
         version = content.get("format_version")
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{where}: format_version must be {FORMAT_VERSION}, got {version!r}")
         try:
             source = content["source"]
-            return cls(
+            manifest = cls(
                 family=content["family"],
                 form=source["form"],
                 digest=source["digest"],
@@ -145,6 +150,43 @@ class Manifest:
             raise CheckpointError(
                 f"{where}: is not a manifest of format version {FORMAT_VERSION}: {error!r}"
             ) from error
+        if problems := list(_problems(manifest)):
+            raise CheckpointError(f"{where}: is not a manifest of format version {FORMAT_VERSION}:", problems)
+        return manifest
+
+
+def _problems(manifest: Manifest) -> Iterator[str]:
+    """What a manifest that was read says and cannot be; its types are those of the JSON text, whatever they are."""
+    if not isinstance(manifest.family, str):
+        yield f"family must be a name, got {manifest.family!r}"
+    if manifest.form not in FORMS:
+        yield f"form must be one of {', '.join(FORMS)}; got {manifest.form!r}"
+    for name in ("digest", "quantization", "dtype"):
+        if not isinstance(value := getattr(manifest, name), str | None):
+            yield f"{name} must be a text or null, got {value!r}"
+    if not isinstance(manifest.dropped, dict):
+        yield f"dropped must be an object, got {manifest.dropped!r}"
+    if not _is_count(manifest.shards) or manifest.shards < 1:
+        yield f"shards must be positive, got {manifest.shards!r}"
+    for path, leaf in manifest.leaves.items():
+        if not all(map(_is_count, leaf.shape)):
+            yield f"{path}: shape must be a list of sizes, got {list(leaf.shape)}"
+        elif not _is_count(leaf.axis) or leaf.axis >= len(leaf.shape):
+            yield f"{path}: axis must be one of its {len(leaf.shape)}, counted from 0; got {leaf.axis!r}"
+        if leaf.dtype not in WEIGHT_DTYPES:
+            yield f"{path}: dtype must be one of {', '.join(dtype.name for dtype in WEIGHT_DTYPES)}; got {leaf.dtype.name}"
+    for part in manifest.parts:
+        if not PART_NAME.fullmatch(part.name):
+            yield f"{part.name!r} must be the name of a part, a folder in {PARTS_FOLDER}/"
+        for piece in part.slices:
+            if piece.path not in manifest.leaves:
+                yield f"part {part.name!r} holds {piece.path!r}, which is none of the leaves"
+            if not _is_count(piece.start) or not _is_count(piece.stop) or piece.start > piece.stop:
+                yield f"part {part.name!r}: {piece.path}: must be from a start up to a stop, got {[piece.start, piece.stop]}"
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def plan_conversion(reader: Checkpoint, dtype: Any, group_bytes: int, shards: int = 1) -> Manifest:

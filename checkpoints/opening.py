@@ -6,8 +6,8 @@ from pathlib import Path
 from .checkpoint import Checkpoint
 from .converted import ConvertedCheckpoint
 from .errors import CheckpointError
-from .huggingface import CONFIG_NAME, HuggingFaceCheckpoint
-from .manifest import MANIFEST_NAME
+from .file_names import CONFIG_NAME, MANIFEST_NAME
+from .huggingface import HuggingFaceCheckpoint
 from .staging import INCOMPLETE_SUFFIX
 
 
@@ -15,8 +15,17 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """A reader of the Hugging Face folder or converted folder `path`; parameters are read when asked for.
 
     Raises:
-        CheckpointError: The folder doesn't exist, is neither, or isn't whole; every problem found is listed.
+        CheckpointError: The folder doesn't exist, is neither, or isn't whole; every problem found is listed. Or it has two
+            different tables that its `config.json` says are one.
     """
+    reader = open_headers(path)
+    if isinstance(reader, HuggingFaceCheckpoint):
+        reader.check_tied_embeddings()
+    return reader
+
+
+def open_headers(path: str | os.PathLike[str]) -> ConvertedCheckpoint | HuggingFaceCheckpoint:
+    """As `open_checkpoint`, but no value is read, and so none is compared."""
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is not a folder" if folder.exists() else f"{folder}: does not exist")

@@ -24,6 +24,7 @@ from .errors import CheckpointError
 from .layout import Shape
 from .manifest import Chunk
 from .safetensors_file import FileRange
+from .zarr_files import DESCRIPTION_NAME, is_plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +41,11 @@ class PartWriter:
     """Writes parts; one per thread."""
 
     def __init__(self) -> None:
-        # Nobody else touches the arrays while they are written, so Orbax need not copy them first.
-        arrays = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
         # A part is written by one process; of a job with several, Orbax would let it wait for the others.
         this = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
-        registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, arrays))
-        with _without_expected_warnings():
+        registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, ocp.type_handlers.NumpyHandler()))
+        with _quiet_orbax():
             handler = ocp.PyTreeCheckpointHandler(
                 use_ocdbt=False,
                 use_compression=False,
@@ -60,18 +59,18 @@ class PartWriter:
     ) -> None:
         """Save `slices` (path -> values) as the Orbax checkpoint `folder`, nested by the components of the paths.
 
-        Values that lie in files go from there straight into chunks; Orbax saves a placeholder of one element for each,
-        and with it everything that makes the folder a checkpoint. So it does for arrays in chunks, whose size Orbax
-        would round to what it finds best.
+        Orbax saves a placeholder of one element for each, and with it everything that makes the folder a checkpoint. The
+        values are then written here: those that lie in files go from there straight into chunks, chunks have the size that
+        was asked for, which Orbax would round to what it finds best, and a full disk is an error of one file, not of a
+        thread of Orbax.
         """
-        own = {path: s for path, s in slices.items() if isinstance(s, FilesArray) or chunks[path] is not None}
-        arrays = {path: _placeholder(s) if path in own else s for path, s in slices.items()}
+        arrays = {path: np.zeros((1,) * len(values.shape), values.dtype) for path, values in slices.items()}
         save_args = {path: ocp.SaveArgs() for path in arrays}
-        with _without_expected_warnings():
+        with _quiet_orbax():
             self._checkpointer.save(
                 folder.absolute(), args=ocp.args.PyTreeSave(_nested(arrays), save_args=_nested(save_args))
             )
-        for path, values in own.items():
+        for path, values in slices.items():
             _replace_placeholder(folder / path, values, chunks[path])
 
     def close(self) -> None:
@@ -79,15 +78,11 @@ class PartWriter:
         self._checkpointer.close()
 
 
-def _placeholder(values: np.ndarray | FilesArray) -> np.ndarray:
-    return np.zeros((1,) * len(values.shape), values.dtype)
-
-
 def _replace_placeholder(folder: Path, values: np.ndarray | FilesArray, chunk: Chunk | None) -> None:
     """Give the zarr array in `folder` its true shape and its bytes: a chunk is a file of uncompressed numbers."""
-    description = folder / ".zarray"
+    description = folder / DESCRIPTION_NAME
     metadata = json.loads(description.read_text())
-    if any(metadata[key] != value for key, value in _PLAIN_CHUNKS.items()):
+    if not is_plain(metadata):
         raise RuntimeError(f"Orbax was asked for plain zarr chunks, but wrote {metadata}")
     chunk = Chunk(axis=0, length=values.shape[0]) if chunk is None else chunk
     chunk_shape = [*values.shape[: chunk.axis], chunk.length, *values.shape[chunk.axis + 1 :]]
@@ -104,7 +99,9 @@ def _replace_placeholder(folder: Path, values: np.ndarray | FilesArray, chunk: C
             else:
                 window = slice(number * chunk.length, (number + 1) * chunk.length)
                 part = np.ascontiguousarray(values[(slice(None),) * chunk.axis + (window,)])
-                part.view(np.uint8).tofile(file)
+                data = memoryview(part.reshape(-1).view(np.uint8))
+                while data:
+                    data = data[file.write(data) :]
 
 
 def _take(remaining: list[FileRange], nbytes: int) -> Iterator[FileRange]:
@@ -129,9 +126,6 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-_PLAIN_CHUNKS = {"compressor": None, "filters": None, "order": "C", "dimension_separator": ".", "zarr_format": 2}
-"""What makes a chunk a file of nothing but the numbers (zarr format 2)."""
-
 _EXPECTED_WARNINGS = (
     "Skipping merge of OCDBT",
     "Setting the target_byte_size too small",
@@ -141,9 +135,11 @@ _EXPECTED_WARNINGS = (
 
 
 @contextlib.contextmanager
-def _without_expected_warnings() -> Iterator[None]:
+def _quiet_orbax() -> Iterator[None]:
+    """Without the warnings that are expected, and without the tracebacks that its threads log of what is raised here, too."""
+
     def keep(record: logging.LogRecord) -> bool:
-        return not any(warning in record.getMessage() for warning in _EXPECTED_WARNINGS)
+        return not record.exc_info and not any(warning in record.getMessage() for warning in _EXPECTED_WARNINGS)
 
     logger = logging.getLogger("absl")
     logger.addFilter(keep)

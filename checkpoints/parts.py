@@ -5,9 +5,13 @@ outside the experts share parts; one that is larger than a part is split along i
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 
 from .tensor_plan import is_expert_leaf, layer_of
+
+PART_NAME = re.compile(r"(model|layers)\.[\w.-]+")
+"""What the names look like; each is that of a folder."""
 
 Sizes = Mapping[str, tuple[int, int]]
 """Parameter -> length of its sliced axis, bytes of one step along it."""

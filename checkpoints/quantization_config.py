@@ -26,13 +26,23 @@ class MXFP4:
 
 Quantization = BlockFP8 | MXFP4
 
+DEFAULT_BLOCK = [128, 128]
+"""What `transformers` takes where `weight_block_size` is absent; null means one multiplier per matrix."""
 
-def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
+
+def read_quantization(config: Mapping[str, Any], where: object) -> Quantization | None:
     """The quantization of the checkpoint that `config` (its `config.json`) belongs to, None if it isn't quantized.
 
     Raises:
-        CheckpointError: Any other method, or a variant of these whose tensors would be read wrongly.
+        CheckpointError: Naming `where`: any other method, or a variant of these whose tensors would be read wrongly.
     """
+    try:
+        return _read_quantization(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def _read_quantization(config: Mapping[str, Any]) -> Quantization | None:
     settings = config.get("quantization_config")
     if settings is None:
         return None
@@ -49,7 +59,7 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
         )
     if settings.get("fmt", "e4m3") != "e4m3":
         raise CheckpointError(f"quantization_config: fmt must be 'e4m3', got {settings['fmt']!r}")
-    block = settings.get("weight_block_size")
+    block = settings.get("weight_block_size", DEFAULT_BLOCK)
     if block is None:
         return BlockFP8(block=None)
     if not (isinstance(block, list) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)):

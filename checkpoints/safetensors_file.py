@@ -59,6 +59,7 @@ class FileRange:
 _NOT_IN_KERNEL = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 """What `copy_file_range` says of a pair of file systems between which it cannot copy."""
 _COPY_BYTES = 1 << 22
+_COMPARED_BYTES = 1 << 22
 
 
 def _copy_some(source: int, target: int, count: int, offset: int) -> int:
@@ -126,6 +127,14 @@ class TensorEntry:
         self.read_into(rows, start)
         return rows
 
+    def has_bytes_of(self, other: "TensorEntry") -> bool:
+        """Whether dtype, shape and bytes are the same; CheckpointError when a file cannot be read."""
+        if (self.dtype, self.shape) != (other.dtype, other.shape):
+            return False
+        step = max(1, _COMPARED_BYTES // max(self.row_bytes, 1))
+        pieces = ((start, min(start + step, self.num_rows)) for start in range(0, self.num_rows, step))
+        return all(self.read(*piece).tobytes() == other.read(*piece).tobytes() for piece in pieces)
+
 
 def pread(file: Path, buffer: memoryview, offset: int, what: str) -> None:
     """Fill `buffer` from `offset` of `file`; CheckpointError naming the file and `what` when that is impossible."""
@@ -154,13 +163,30 @@ def read_header(file: Path) -> tuple[TensorEntry, ...]:
     header_bytes, size = read_header_bytes(file)
     try:
         header = json.loads(header_bytes.decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # the latter of brackets nested too deeply
         raise CheckpointError(f"{file}: the header is not valid JSON: {error}") from error
     except _DuplicateKeyError as error:
         raise CheckpointError(f"{file}: the header names {error.key!r} twice") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: the header is not a JSON object")
-    data_start = 8 + len(header_bytes)
+    return parse_header(file, header, len(header_bytes), size)
+
+
+def parse_header(
+    file: Path, header: Mapping[str, Any], header_bytes: int = 0, size: int | None = None
+) -> tuple[TensorEntry, ...]:
+    """Every tensor that the header of `file` describes, in the order of the data.
+
+    Args:
+        file: Where the header is from.
+        header: Tensor name -> dtype, shape, data_offsets.
+        header_bytes: Length of the header's text; without it, the entries don't say where in the file they are.
+        size: Size of the file, if it is known.
+
+    Raises:
+        CheckpointError: As `read_header`.
+    """
+    data_start = 8 + header_bytes
     entries = [
         _entry(file, name, description, data_start) for name, description in header.items() if name != "__metadata__"
     ]
@@ -234,12 +260,12 @@ def _entry(file: Path, name: str, description: Any, data_start: int) -> TensorEn
     return TensorEntry(name=name, file=file, dtype=dtype, shape=tuple(shape), offset=data_start + begin)
 
 
-def _check_contiguous(file: Path, entries: list[TensorEntry], data_start: int, size: int) -> None:
+def _check_contiguous(file: Path, entries: list[TensorEntry], data_start: int, size: int | None) -> None:
     position = data_start
     for entry in entries:
         if entry.offset < position:
             raise CheckpointError(f"{file}: {entry.name}: its bytes overlap those of another tensor")
-        if entry.offset + entry.nbytes > size:
+        if size is not None and entry.offset + entry.nbytes > size:
             raise CheckpointError(
                 f"{file}: truncated: {entry.name} ends at byte {entry.offset + entry.nbytes}, the file has {size}"
             )
@@ -248,5 +274,5 @@ def _check_contiguous(file: Path, entries: list[TensorEntry], data_start: int, s
                 f"{file}: {entry.name}: {entry.offset - position} bytes before it belong to no tensor"
             )
         position += entry.nbytes
-    if position != size:
+    if size is not None and position != size:
         raise CheckpointError(f"{file}: {size - position} bytes at the end belong to no tensor")

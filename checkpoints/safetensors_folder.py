@@ -2,28 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from moe_jax import json_files
-
+from .checkpoint_json import read_checkpoint_json
 from .errors import CheckpointError
+from .file_names import INDEX_NAME, SINGLE_NAME
 from .safetensors_file import TensorEntry, read_header
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-
-
-def read_json_object(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`; CheckpointError naming the file when there is none."""
-    try:
-        return json_files.read_json_object(file)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file}: does not exist") from error
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
 
 
 def list_tensors(folder: Path) -> dict[str, TensorEntry]:
@@ -59,6 +44,14 @@ def list_tensors(folder: Path) -> dict[str, TensorEntry]:
     return tensors
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether the files of weights that `model.safetensors.index.json` names, or the single one, are all there."""
+    if (folder / SINGLE_NAME).exists():
+        return True
+    weight_map = _weight_map(folder)
+    return bool(weight_map) and all((folder / name).exists() for name in set(weight_map.values()))
+
+
 def _weight_map(folder: Path) -> Mapping[str, str] | None:
     """The index's tensor name -> file name; None without an index, or with one that is a leftover.
 
@@ -68,7 +61,7 @@ def _weight_map(folder: Path) -> Mapping[str, str] | None:
     index = folder / INDEX_NAME
     if not index.exists():
         return None
-    weight_map = read_json_object(index).get("weight_map")
+    weight_map = read_checkpoint_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index}: weight_map must be an object of tensor name -> file name")
     is_leftover = (folder / SINGLE_NAME).exists() and SINGLE_NAME not in weight_map.values()

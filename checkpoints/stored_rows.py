@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 
 from .block_fp8 import decode_block_fp8, scale_values
+from .casting import all_finite, check_range, may_overflow
 from .layout import Shape
 from .mxfp4 import decode_mxfp4
 from .safetensors_file import TensorEntry
@@ -18,6 +19,11 @@ class StoredRows(Protocol):
     """A tensor whose first axis can be read piece by piece."""
 
     @property
+    def entry(self) -> TensorEntry:
+        """The tensor of the file that holds the numbers; of decoded ones, without their scales."""
+        ...
+
+    @property
     def dtype(self) -> np.dtype | None:
         """Dtype of the numbers; None when they have no dtype of their own, because they are decoded."""
         ...
@@ -25,6 +31,18 @@ class StoredRows(Protocol):
     def read_into(self, out: np.ndarray, start: int) -> None:
         """Fill the C-contiguous `out` with the rows that begin at `start`, in the dtype of `out`."""
         ...
+
+
+def read_in_range(rows: StoredRows, out: np.ndarray, start: int) -> None:
+    """`rows.read_into(out, start)`; CheckpointError if the dtype of `out` is too narrow for one of the numbers."""
+    rows.read_into(out, start)
+    if not may_overflow(rows.dtype or np.dtype(np.float32), out.dtype) or all_finite(out):
+        return
+    step = max(1, _CAST_BYTES // max(out[:1].nbytes, 1))
+    for begin in range(0, len(out), step):
+        exact = np.empty(out[begin : begin + step].shape, np.float32)
+        rows.read_into(exact, start + begin)
+        check_range(exact, out[begin : begin + step], f"{rows.entry.file}: {rows.entry.name}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +66,8 @@ class PlainRows:
         for begin in range(0, len(out), step):
             rows = np.empty(out[begin : begin + step].shape, self.entry.dtype)
             self.entry.read_into(rows, start + begin)
-            out[begin : begin + step] = rows
+            with np.errstate(over="ignore"):
+                out[begin : begin + step] = rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +79,11 @@ class BlockFP8Rows:
     block: tuple[int, int]
 
     dtype = None
+
+    @property
+    def entry(self) -> TensorEntry:
+        """The float8 numbers."""
+        return self.weights
 
     def read_into(self, out: np.ndarray, start: int) -> None:
         """Read and decode the rows, of which a 3-D tensor's are whole matrices."""
@@ -88,6 +112,11 @@ class MXFP4Rows:
     scales: TensorEntry
 
     dtype = None
+
+    @property
+    def entry(self) -> TensorEntry:
+        """The blocks."""
+        return self.blocks
 
     def read_into(self, out: np.ndarray, start: int) -> None:
         """Read and decode one expert after the other."""

@@ -9,11 +9,11 @@ from typing import cast
 
 from moe_jax.config import MoEConfig
 
-from .checkpoint import Checkpoint
-from .hub import resolve_source
+from .converted import ConvertedCheckpoint
+from .file_names import PARTS_FOLDER
+from .hub import resolve_headers
 from .huggingface import HuggingFaceCheckpoint
-from .manifest import PARTS_FOLDER
-from .opening import open_checkpoint
+from .opening import open_headers
 from .tensor_plan import is_expert_leaf
 
 
@@ -50,25 +50,39 @@ class Summary:
     dtypes: Mapping[str, int]
     """Dtype in which parameters are read -> how many numbers."""
     nbytes: int
-    """Bytes of all files that hold weights."""
+    """Bytes of all files that hold weights; of files that are on the hub alone, without their headers."""
     files: int
     """How many there are."""
     dropped: Mapping[str, str]
     """Tensors left out on purpose -> why."""
 
 
-def inspect(path: str | os.PathLike[str]) -> Summary:
-    """What the checkpoint at `path` (a Hugging Face folder, a hub id, a converted folder) holds.
+def inspect(path: str | os.PathLike[str], *, revision: str | None = None) -> Summary:
+    """What the checkpoint at `path` holds, from headers and sizes of files; no value is read.
+
+    Args:
+        path: A Hugging Face folder, a converted folder, or a hub id. Of a model on the hub whose weights are not in the
+            local cache, only `config.json` and headers are downloaded.
+        revision: Branch, tag or commit of a model on the hub; None: its newest.
 
     Raises:
         CheckpointError: It isn't whole; every problem is listed.
     """
-    folder = resolve_source(path)
-    return summarize(open_checkpoint(folder), folder)
+    folder, headers = resolve_headers(path, revision)
+    if headers is not None:
+        reader = HuggingFaceCheckpoint(folder, headers)
+        return summarize(reader, sum(entry.nbytes for entry in headers.values()), len(reader.files))
+    reader = open_headers(folder)
+    if isinstance(reader, ConvertedCheckpoint):
+        reader.check_files()
+        files = [file for file in (folder / PARTS_FOLDER).rglob("*") if file.is_file()]
+    else:
+        files = reader.files
+    return summarize(reader, sum(file.stat().st_size for file in files), len(files))
 
 
-def summarize(reader: Checkpoint, folder: Path) -> Summary:
-    """The summary of an open checkpoint."""
+def summarize(reader: ConvertedCheckpoint | HuggingFaceCheckpoint, nbytes: int, files: int) -> Summary:
+    """The summary of an open checkpoint whose weights are in so many bytes of so many files."""
     decoder = reader.decoder
     moe = cast(MoEConfig, decoder.layers[decoder.moe_layers[0]].feed_forward) if decoder.moe_layers else None
     parameters = active = 0
@@ -79,12 +93,9 @@ def summarize(reader: Checkpoint, folder: Path) -> Summary:
         active += count // shape[0] * moe.top_k if moe is not None and is_expert_leaf(path) else count
         name = reader.dtype_of(path).name
         dtypes[name] = dtypes.get(name, 0) + count
-    converted = not isinstance(reader, HuggingFaceCheckpoint)
-    parts = (folder / PARTS_FOLDER).rglob("*")
-    files = [file for file in parts if file.is_file()] if converted else list(reader.files)
     return Summary(
-        folder=folder,
-        kind="converted" if converted else "huggingface",
+        folder=reader.folder,
+        kind="converted" if isinstance(reader, ConvertedCheckpoint) else "huggingface",
         family=reader.family.model_type,
         architecture=reader.family.architecture,
         form=reader.form,
@@ -102,7 +113,7 @@ def summarize(reader: Checkpoint, folder: Path) -> Summary:
         parameters=parameters,
         active_parameters=active,
         dtypes=dtypes,
-        nbytes=sum(file.stat().st_size for file in files),
-        files=len(files),
+        nbytes=nbytes,
+        files=files,
         dropped=reader.dropped,
     )

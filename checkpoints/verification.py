@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_jax.families import Decoder, Family
 
+from .casting import overflowed
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
 from .hub import resolve_source
@@ -32,7 +33,7 @@ class Difference:
     values: int
     """How many of its values differ."""
     largest: float
-    """Largest absolute difference; NaN if a NaN takes part."""
+    """Largest absolute difference; NaN if a NaN takes part, infinite if a number became infinite."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,11 @@ class VerificationReport:
 
 
 def verify(
-    source: str | os.PathLike[str], output: str | os.PathLike[str], *, progress: ProgressCallback | None = None
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    progress: ProgressCallback | None = None,
 ) -> VerificationReport:
     """Compare every value of `source` with `output`, bit by bit, in little memory.
 
@@ -69,13 +74,14 @@ def verify(
     Args:
         source: Folder or hub id of the original.
         output: Folder of the copy.
+        revision: Branch, tag or commit of a source on the hub; None: its newest.
         progress: Called with `Progress(done_bytes, total_bytes, label)` after each slice.
 
     Raises:
         CheckpointError: One of them isn't whole, or they are models of different configuration; each field that differs
             is named.
     """
-    original, copy = open_checkpoint(resolve_source(source)), open_checkpoint(output)
+    original, copy = open_checkpoint(resolve_source(source, revision)), open_checkpoint(output)
     if original.family is not copy.family:
         raise CheckpointError(
             f"{source} and {output} are different models: {_describe(original.family, original)} "
@@ -148,19 +154,26 @@ def _compare(
     original: Checkpoint, copy: Checkpoint, tensors: tuple[StoredTensor, ...], piece: Slice
 ) -> Iterator[Difference]:
     got = copy.read_slice(piece.path, piece.start, piece.stop)
-    expected = original.read_slice(piece.path, piece.start, piece.stop).astype(got.dtype, copy=False)
-    if np.array_equal(_bits(expected), _bits(got)):
+    # What is decoded must be rounded once, as `convert` does it.
+    is_decoded = original.quantization is not None and original.dtype_of(piece.path) != got.dtype
+    exact = original.read_slice(piece.path, piece.start, piece.stop, np.float32 if is_decoded else None)
+    with np.errstate(over="ignore"):
+        expected = exact.astype(got.dtype, copy=False)
+    unequal = _bits(expected) != _bits(got)
+    if exact.dtype != got.dtype:  # what became infinite is lost, though the copy has the same infinity
+        unequal |= overflowed(exact, expected)
+    if not unequal.any():
         return
     for tensor in tensors:
         if not tensor.rows(piece.start, piece.stop):
             continue
-        theirs, ours = tensor.region(expected, piece.start), tensor.region(got, piece.start)
-        unequal = _bits(theirs) != _bits(ours)
-        if unequal.any():
+        of_tensor = tensor.region(unequal, piece.start)
+        if of_tensor.any():
+            theirs, ours = tensor.region(exact, piece.start)[of_tensor], tensor.region(got, piece.start)[of_tensor]
             with np.errstate(invalid="ignore"):
-                distance = np.abs(theirs[unequal].astype(np.float64) - ours[unequal].astype(np.float64))
+                distance = np.abs(theirs.astype(np.float64) - ours.astype(np.float64))
             yield Difference(
-                tensor=tensor.name, parameter=tensor.path, values=int(unequal.sum()), largest=float(distance.max())
+                tensor=tensor.name, parameter=tensor.path, values=int(of_tensor.sum()), largest=float(distance.max())
             )
 
 

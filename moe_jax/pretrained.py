@@ -24,7 +24,7 @@ from moe_jax.checkpoints import (
     resolve_source,
     write_converted,
 )
-from moe_jax.checkpoints.conversion import check_unfinished_work, read_as_written
+from moe_jax.checkpoints.conversion import check_unfinished_conversion, read_as_written
 from moe_jax.checkpoints.dtypes import MAIN_PARAMETER
 from moe_jax.checkpoints.staging import check_output, incomplete_folder
 from moe_jax.config import ParallelConfig
@@ -51,6 +51,7 @@ def from_pretrained(
     num_redundant_experts: int = 0,
     fuse_shared_experts: bool = False,
     implementation: str | None = None,
+    revision: str | None = None,
 ) -> CausalLM:
     """Load a model.
 
@@ -68,19 +69,20 @@ def from_pretrained(
         num_redundant_experts: extra slots in every MoE layer, filled with copies of experts, for load balancing.
         fuse_shared_experts: compute shared experts among the routed ones, see `MoEConfig`; parameters are the same.
         implementation: implementation of the expert computation; None chooses by device and shape.
+        revision: branch, tag or commit of a model on the hub; None: its newest.
 
     Raises:
         ValueError: `parallel` is given without `mesh`, only some of the mesh's axes have names that say what they split,
             the mesh cannot split the experts evenly, or `fuse_shared_experts` of a model whose shared experts are unlike its
             routed ones.
-        moe_jax.checkpoints.CheckpointError: there is no such checkpoint, it isn't whole, or its family or one of its
-            settings isn't supported.
+        moe_jax.checkpoints.CheckpointError: there is no such checkpoint, it isn't whole, its family or one of its
+            settings isn't supported, or a value is beyond the range of `dtype`.
     """
     if parallel is not None and mesh is None:
         raise ValueError(f"parallel needs mesh=, got None with {parallel}")
     if parallel is None:
         parallel = ParallelConfig() if mesh is None else parallel_of(mesh)
-    folder = resolve_source(source)
+    folder = resolve_source(source, revision)
     reader = open_checkpoint(folder)
     create = functools.partial(
         CausalLM,
@@ -136,12 +138,13 @@ def save_pretrained(model: CausalLM, folder: str | os.PathLike[str], *, overwrit
     Args:
         model: a model that knows its `config.json` (`hf_config`), as those of `from_pretrained` do.
         folder: where to write; it must not exist.
-        overwrite: replace what is there, and discard an interrupted conversion to `folder`.
+        overwrite: replace a model that is there, unless `model.source_folder` is that or lies in it, and discard an
+            interrupted conversion to `folder`.
 
     Raises:
         ValueError: the model doesn't know its `config.json`.
-        moe_jax.checkpoints.CheckpointError: the folder exists, an interrupted conversion to it is waiting to be finished, or
-            it cannot be written.
+        moe_jax.checkpoints.CheckpointError: the folder exists or may not be replaced, an interrupted conversion to it is
+            waiting to be finished, or it cannot be written.
     """
     if model.hf_config is None:
         raise ValueError("the model has no hf_config: build it with hf_config= to say what its config.json holds")
@@ -171,8 +174,8 @@ def _write_together(reader: Checkpoint, folder: str | os.PathLike[str], overwrit
     writes, problem = jax.process_index() == 0, None
     if writes:
         try:
-            check_output(Path(folder).absolute(), overwrite)
-            check_unfinished_work(incomplete_folder(Path(folder).absolute()), reader.digest, overwrite)
+            check_output(Path(folder).absolute(), overwrite, reader.folder)
+            check_unfinished_conversion(incomplete_folder(Path(folder).absolute()), reader.digest, overwrite)
         except CheckpointError as error:
             problem = error
     if multihost_utils.broadcast_one_to_all(np.array(problem is not None)):

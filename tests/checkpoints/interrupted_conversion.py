@@ -3,6 +3,7 @@
 Processes are forked from a server that has imported everything once: importing takes far longer than converting.
 """
 
+import itertools
 import multiprocessing
 import os
 import resource
@@ -19,7 +20,7 @@ _SERVER.set_forkserver_preload(
 
 def run_killed_after(seconds: float | None, source: Path, output: Path, options: Mapping[str, Any]) -> int | None:
     """Convert, and kill the process after `seconds` (None: never); its exit code, -9 if it was killed."""
-    process = _SERVER.Process(target=_convert, args=(source, output, options, None))
+    process = _SERVER.Process(target=_run, args=("convert", source, output, options))
     process.start()
     process.join(seconds)
     process.kill()
@@ -28,10 +29,18 @@ def run_killed_after(seconds: float | None, source: Path, output: Path, options:
 
 
 def run_killed_at_rename(
-    destination: Path, after: bool, source: Path, output: Path, options: Mapping[str, Any]
+    destination: Path, after: bool, source: Path, output: Path, options: Mapping[str, Any], command: str = "convert"
 ) -> int | None:
-    """Convert; the process kills itself just before, or just after, something is renamed to `destination`."""
-    process = _SERVER.Process(target=_convert, args=(source, output, options, (destination, after)))
+    """Convert or export; the process kills itself just before, or just after, something is renamed to `destination`."""
+    process = _SERVER.Process(target=_run_to_rename, args=(command, source, output, options, destination, after))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def run_killed_before_step(step: int, source: Path, output: Path, options: Mapping[str, Any]) -> int | None:
+    """Export; the process kills itself just before the `step`-th change or sync of a name, counted from 0."""
+    process = _SERVER.Process(target=_export_to_step, args=(step, source, output, options))
     process.start()
     process.join()
     return process.exitcode
@@ -60,13 +69,34 @@ def _write_small_files(command: str, largest_file: int, source: Path, output: Pa
         sending.send(None)
 
 
-def _convert(source: Path, output: Path, options: Mapping[str, Any], kill: tuple[Path, bool] | None) -> None:
-    from moe_jax.checkpoints import convert
+def _run(command: str, source: Path, output: Path, options: Mapping[str, Any]) -> None:
+    from moe_jax import checkpoints
 
-    if kill is not None:
-        for name in ("rename", "replace"):
-            setattr(os, name, _killing(getattr(os, name), *kill))
-    convert(source, output, **options)
+    getattr(checkpoints, command)(source, output, **options)
+
+
+def _run_to_rename(
+    command: str, source: Path, output: Path, options: Mapping[str, Any], destination: Path, after: bool
+) -> None:
+    for name in ("rename", "replace"):
+        setattr(os, name, _killing(getattr(os, name), destination, after))
+    _run(command, source, output, options)
+
+
+def _export_to_step(step: int, source: Path, output: Path, options: Mapping[str, Any]) -> None:
+    steps = itertools.count()
+
+    def counted(change: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*arguments: Any, **kwargs: Any) -> Any:
+            if next(steps) == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return change(*arguments, **kwargs)
+
+        return wrapper
+
+    for name in ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync"):
+        setattr(os, name, counted(getattr(os, name)))
+    _run("export", source, output, options)
 
 
 def _killing(rename: Callable[..., None], destination: Path, after: bool) -> Callable[..., None]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_checkpoint as tiny
 
-from moe_jax.checkpoints import CheckpointError, convert, open_checkpoint, write_converted
+from moe_jax.checkpoints import CheckpointError, convert, inspect, open_checkpoint, verify, write_converted
 
 INDEX = "model.safetensors.index.json"
 
@@ -49,7 +49,14 @@ def test_a_folder_without_a_configuration_is_refused(source):
 
 @pytest.mark.parametrize(
     ("text", "problem"),
-    [("{", "is not valid JSON"), ("[]", "must hold a JSON object, got list"), ("\xff", "is not valid JSON")],
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "must hold a JSON object, got list"),
+        ("\xff", "is not valid JSON"),
+        ("[" * 100_000 + "]" * 100_000, "is not valid JSON"),
+        (f'{{"hidden_size": {"9" * 5000}}}', "is not valid JSON"),
+    ],
+    ids=["open brace", "list", "not UTF-8", "nested too deeply", "too many digits"],
 )
 def test_a_broken_configuration_is_refused(source, tensors, text, problem):
     tiny.write_folder(source, tensors)
@@ -236,6 +243,47 @@ def test_a_missing_output_table_is_refused_unless_the_embedding_is_tied(source, 
     assert "lm_head.kernel" not in open_checkpoint(source).shapes
 
 
+def tied(tensors):
+    """A configuration whose tables are tied, and tensors that hold both."""
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    return tensors, {**tiny.QWEN3, "tie_word_embeddings": True}
+
+
+def test_an_output_table_that_differs_from_the_embedding_it_is_tied_to_is_refused(source, tensors, rng):
+    tensors, config = tied(tensors)
+    table = tensors["lm_head.weight"]
+    table.view(np.uint8).reshape(-1)[rng.integers(table.nbytes)] ^= 1
+    tiny.write_folder(source, tensors, config)
+    words = ("lm_head.weight differs from model.embed_tokens.weight", str(source / "config.json"), "should be false")
+    refuses(source, str(source / "model.safetensors"), *words)
+    with pytest.raises(CheckpointError, match="differs from"):
+        verify(source, source)
+    tiny.write_folder(source, tensors, {**config, "tie_word_embeddings": False})
+    np.testing.assert_array_equal(open_checkpoint(source).read("lm_head.kernel"), table.T)
+
+
+def test_an_output_table_of_another_dtype_or_shape_than_the_embedding_it_is_tied_to_is_refused(source, tensors):
+    tensors, config = tied(tensors)
+    for other in (tensors["lm_head.weight"].astype(np.float16), tensors["lm_head.weight"][:-1]):
+        tiny.write_folder(source, {**tensors, "lm_head.weight": other}, config)
+        refuses(source, "lm_head.weight differs from model.embed_tokens.weight")
+
+
+def test_an_output_table_that_equals_the_embedding_it_is_tied_to_is_compared_in_pieces(source, tensors, monkeypatch):
+    tensors, config = tied(tensors)
+    tiny.write_folder(source, tensors, config, shards=2)
+    monkeypatch.setattr("moe_jax.checkpoints.safetensors_file._COMPARED_BYTES", 100)  # three rows of 32 bytes
+    read = []
+    real = os.preadv
+    monkeypatch.setattr("os.preadv", lambda *arguments: read.append(real(*arguments)) or read[-1])
+    assert "lm_head.kernel" not in open_checkpoint(source).shapes
+    assert sum(read) == 2 * tensors["lm_head.weight"].nbytes
+    assert max(read) <= 100
+    read.clear()
+    assert inspect(source).tied_embeddings
+    assert read == []  # only headers
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors", None])
 def test_other_quantization_methods_are_refused_by_name(source, tensors, method):
     tiny.write_folder(source, tensors, {**tiny.QWEN3, "quantization_config": {"quant_method": method}})
@@ -268,6 +316,17 @@ def test_float8_without_or_with_misshapen_scales_is_refused(source, tensors):
     config = {**tiny.QWEN3, "quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 4]}}
     tiny.write_folder(source, tensors, config)
     refuses(source, f"{first}_scale_inv: missing", f"{second}_scale_inv: shape must be [1, 2], got [1, 1]")
+
+
+@pytest.mark.parametrize("block", [None, [4, 4], "absent"], ids=str)
+def test_float8_that_is_no_matrix_is_refused(source, tensors, block):
+    name = "model.layers.1.input_layernorm.weight"
+    tensors[name] = tensors[name].astype(ml_dtypes.float8_e4m3fn)
+    tensors[f"{name}_scale_inv"] = np.ones(1, np.float32)
+    settings = {"quant_method": "fp8"} if block == "absent" else {"quant_method": "fp8", "weight_block_size": block}
+    tiny.write_folder(source, tensors, {**tiny.QWEN3, "quantization_config": settings})
+    error = refuses(source, f"{source / 'model.safetensors'}: {name}", "needs a matrix", "[8]")
+    assert len(error.problems) == 1
 
 
 def test_unreadable_shards_are_reported(source, tensors):

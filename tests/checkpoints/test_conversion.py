@@ -219,11 +219,24 @@ def test_multi_token_prediction_layers_rotary_buffers_and_a_tied_output_table_ar
         "model.layers.17.mlp.experts.0.up_proj.weight": "layer 17 of a decoder with 2 layers (multi-token prediction)",
     }
     tensors |= {name: np.ones(2, np.float32) for name in dropped if name != "lm_head.weight"}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     source = tiny.write_folder(tmp_path / "source", tensors, config)
     report = convert(source, tmp_path / "output")
     assert report.dropped == dropped
     assert verify(source, tmp_path / "output").dropped == dropped
     assert inspect(tmp_path / "output").dropped == dropped
+
+
+def test_blocks_are_those_of_transformers_where_the_configuration_gives_no_size(tmp_path, rng):
+    config = {**tiny.QWEN3, "hidden_size": 136, "quantization_config": {"quant_method": "fp8"}}
+    tensors = tiny.random_tensors(rng, config)
+    name = "model.layers.0.self_attn.o_proj.weight"  # [136, 8]: two blocks of 128 rows, the second ragged
+    tensors[name] = tensors[name].astype(ml_dtypes.float8_e4m3fn)
+    tensors[f"{name}_scale_inv"] = np.array([[0.5], [4.0]], np.float32)
+    source = tiny.write_folder(tmp_path / "source", tensors, config)
+    read = open_checkpoint(source).read("layers.0.attention.o_proj.kernel")
+    expected = tensors[name].astype(np.float32) * np.where(np.arange(136) < 128, 0.5, 4.0)[:, None]
+    np.testing.assert_array_equal(read, expected.T)
 
 
 def test_block_fp8_with_ragged_blocks_and_any_scale_dtype_is_decoded(tmp_path, rng):

@@ -129,14 +129,18 @@ def test_a_dtype_is_added_where_another_would_be_assumed(tmp_path, rng, output):
     assert json.loads((output / "config.json").read_text()) == {**unnamed, "dtype": "float32"}
 
 
-def test_tokenizer_and_generation_settings_travel_along(source, converted, output):
-    (source / "tokenizer.json").write_text("{}")
-    (source / "generation_config.json").write_text('{"eos_token_id": [3]}')
+def test_tokenizer_chat_template_and_generation_settings_travel_along(source, converted, output):
+    names = (
+        "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
+        "tokenizer.model", "tiktoken.model", "tekken.json", "chat_template.jinja", "chat_template.json",
+    )  # fmt: skip
+    for name in names:
+        (source / name).write_text(f"of {name}")
     convert(source, converted)
     shutil.rmtree(source)
     export(converted, output)
-    assert (output / "tokenizer.json").read_text() == "{}"
-    assert (output / "generation_config.json").read_text() == '{"eos_token_id": [3]}'
+    for name in names:
+        assert (output / name).read_text() == f"of {name}"
 
 
 def test_an_unknown_form_is_refused_with_the_legal_ones(source, output):
@@ -150,16 +154,6 @@ def test_gpt_oss_has_no_per_expert_form(output):
     with pytest.raises(CheckpointError, match="gpt_oss checkpoints have no per_expert form"):
         export(case.folder("fused"), output, form="per_expert")
     assert not output.exists()
-
-
-def test_an_interrupted_export_is_discarded_and_done_again(source, output):
-    work = output.with_name("output.incomplete")
-    work.mkdir()
-    (work / "export.unfinished").touch()
-    (work / "model.safetensors").write_bytes(b"half")
-    export(source, output)
-    assert verify(source, output).ok
-    assert not work.exists()
 
 
 def test_progress_ends_at_the_total(source, output):

@@ -2,6 +2,8 @@
 
 import collections
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -43,6 +45,71 @@ def test_overwriting_never_removes_a_folder_that_is_no_model(source, output, wri
     with pytest.raises(CheckpointError, match="not a model"):
         write(source, output, overwrite=True)
     assert (output / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
+@pytest.mark.parametrize("config", ["{}", "[]", '{"model_type": 3}', None], ids=str)
+def test_overwriting_never_removes_a_folder_whose_configuration_is_not_that_of_a_model(source, output, write, config):
+    output.mkdir()
+    (output / "model.safetensors").write_text("mine")
+    if config is not None:
+        (output / "config.json").write_text(config)
+    with pytest.raises(CheckpointError, match="is not a model and will not be overwritten"):
+        write(source, output, overwrite=True)
+    assert (output / "model.safetensors").read_text() == "mine"
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
+@pytest.mark.parametrize(
+    "stranger", ["thesis.txt", "runs/log", "parts/notes.txt", "parts/mine/log", "tokenizer.json/log"]
+)
+def test_overwriting_never_removes_what_does_not_belong_to_a_model(source, output, write, stranger):
+    convert(source, output)
+    (output / stranger).parent.mkdir(exist_ok=True)
+    (output / stranger).write_text("mine")
+    in_the_way = output / stranger if stranger == "parts/notes.txt" else (output / stranger).parent
+    with pytest.raises(CheckpointError, match="will not be overwritten") as caught:
+        write(source, output, overwrite=True)
+    assert str(output / stranger if in_the_way == output else in_the_way) in str(caught.value)
+    assert (output / stranger).read_text() == "mine"
+    assert verify(source, output).ok
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
+@pytest.mark.parametrize("first", WRITERS.values(), ids=WRITERS.keys())
+def test_what_a_repository_of_the_hub_holds_may_be_overwritten(source, output, write, first):
+    first(source, output)
+    for name in ("README.md", "LICENSE", "LICENSE.txt", ".gitattributes", "tokenizer.json", "chat_template.jinja"):
+        (output / name).write_text("of the model")
+    write(source, output, overwrite=True)
+    assert verify(source, output).ok
+    assert not (output / "README.md").exists()
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
+@pytest.mark.parametrize("through_a_link", [False, True])
+def test_a_source_inside_the_output_is_never_removed(tmp_path, rng, write, through_a_link):
+    big = tiny.write_folder(tmp_path / "big", tiny.random_tensors(rng))
+    source = tiny.write_folder(big / "parts" / "src", tiny.random_tensors(rng))
+    given = source
+    if through_a_link:
+        given = tmp_path / "link"
+        given.symlink_to(source)
+    before = sorted(big.rglob("*"))
+    for overwrite in (False, True):
+        with pytest.raises(CheckpointError, match="lies in this folder, which will not be overwritten"):
+            write(given, big, overwrite=overwrite)
+    assert sorted(big.rglob("*")) == before
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
+def test_a_link_to_the_source_is_the_same_folder(tmp_path, source, write):
+    (tmp_path / "link").symlink_to(source)
+    with pytest.raises(CheckpointError, match="same folder"):
+        write(tmp_path / "link", source, overwrite=True)
+    with pytest.raises(CheckpointError, match="same folder"):
+        write(source, tmp_path / "link", overwrite=True)
+    assert (source / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
@@ -110,6 +177,25 @@ def test_a_disk_that_refuses_a_write_ends_in_an_error_and_no_output(source, outp
     tiny.assert_nothing_that_looks_whole(output)
     WRITERS[command](source, output)
     assert verify(source, output).ok
+
+
+WRITE_PART = """
+import pathlib, resource, sys
+import numpy as np
+from moe_jax.checkpoints.orbax_part import PartWriter
+writer = PartWriter()
+resource.setrlimit(resource.RLIMIT_FSIZE, (250, 250))  # less than Orbax needs to describe two arrays
+try:
+    writer.write(pathlib.Path(sys.argv[1]), {"a.b": np.ones((4, 4)), "a.c": np.ones((4, 4))}, {"a.b": None, "a.c": None})
+except (OSError, ValueError):
+    sys.exit(3)
+"""
+
+
+def test_what_orbax_fails_to_write_is_raised_and_not_logged_as_well(tmp_path):
+    command = [sys.executable, "-c", WRITE_PART, str(tmp_path / "part")]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (child.returncode, child.stderr) == (3, "")
 
 
 def test_two_conversions_to_the_same_output_do_not_mix(source, output):

@@ -69,7 +69,21 @@ def test_a_header_length_beyond_the_file_is_refused_without_allocating_it(file, 
     refuses(file, str(length))
 
 
-@pytest.mark.parametrize("header", ["{", "[1, 2]", '"text"', b"\xff\xfe{}", "", "{} trailing"])
+DEEP = "[" * 100_000 + "]" * 100_000
+NO_JSON = [
+    "{",
+    "[1, 2]",
+    '"text"',
+    b"\xff\xfe{}",
+    "",
+    "{} trailing",
+    DEEP,
+    f'{{"first": {DEEP}}}',
+    f'{{"first": {"9" * 5000}}}',
+]
+
+
+@pytest.mark.parametrize("header", NO_JSON, ids=range(len(NO_JSON)))
 def test_a_header_that_is_no_json_object_is_refused(file, header):
     tiny.write_raw(file, header, b"")
     refuses(file, "header")

@@ -1,9 +1,11 @@
 """Inspect: what it says about checkpoints whose contents are known."""
 
+import json
+
 import pytest
 import tiny_checkpoint as tiny
 
-from moe_jax.checkpoints import convert, inspect
+from moe_jax.checkpoints import CheckpointError, convert, inspect
 
 
 @pytest.fixture
@@ -28,3 +30,49 @@ def test_both_kinds_of_folder_are_described(source, tmp_path):
         assert summary.quantization is None
         assert summary.nbytes >= 4 * parameters
     assert inspect(source).files == 2
+
+
+def damage_chunk(array):
+    """Cut a byte off a chunk; the file."""
+    chunk = max(file for file in array.iterdir() if file.name != ".zarray")
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    return chunk
+
+
+def remove_chunk(array):
+    chunk = max(file for file in array.iterdir() if file.name != ".zarray")
+    chunk.unlink()
+    return chunk
+
+
+def remove_description(array):
+    (array / ".zarray").unlink()
+    return array / ".zarray"
+
+
+def describe_other_shape(array):
+    description = json.loads((array / ".zarray").read_text())
+    description["shape"][0] += 1
+    (array / ".zarray").write_text(json.dumps(description))
+    return array / ".zarray"
+
+
+def break_description(array):
+    (array / ".zarray").write_text("[")
+    return array / ".zarray"
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_converted_folder_that_misses_a_file_or_a_byte_is_not_whole(source, tmp_path, rng, shards, dtype):
+    output = tmp_path / "output"
+    convert(source, output, shards=shards, dtype=dtype, expert_group_bytes=1500)
+    assert inspect(output).kind == "converted"
+    arrays = sorted(file.parent for file in output.rglob(".zarray"))
+    damages = (damage_chunk, remove_chunk, remove_description, describe_other_shape, break_description)
+    for damage, array in zip(damages, rng.choice(len(arrays), len(damages), replace=False), strict=True):
+        file = damage(arrays[array])
+        with pytest.raises(CheckpointError, match="not a whole converted checkpoint") as caught:
+            inspect(output)
+        assert any(str(file) in problem for problem in caught.value.problems)
+    assert len(caught.value.problems) == len(damages)

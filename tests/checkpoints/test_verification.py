@@ -2,6 +2,7 @@
 
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
 import tiny_checkpoint as tiny
@@ -144,6 +145,20 @@ def test_settings_that_change_nothing_may_differ(source, output):
     assert verify(source, output).ok
 
 
+def _first_slice(manifest):
+    return manifest["parts"]["model.000"]
+
+
+@pytest.mark.parametrize("name", ["/tmp/elsewhere", "../parts/model.000", "..", "model.000/..", "", "a\\b"])
+def test_a_part_outside_the_folder_is_refused(source, output, name):
+    manifest = json.loads((output / "moe_jax.json").read_text())
+    manifest["parts"] = {name if part == "model.000" else part: slices for part, slices in manifest["parts"].items()}
+    (output / "moe_jax.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"moe_jax\.json(.|\n)*must be the name of a part") as caught:
+        verify(source, output)
+    assert repr(name) in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -152,8 +167,37 @@ def test_settings_that_change_nothing_may_differ(source, output):
         (lambda manifest: manifest["leaves"].pop("final_norm.scale"), "final_norm.scale"),
         (lambda manifest: manifest["leaves"]["final_norm.scale"].update(shape=[9]), r"final_norm.scale: shape"),
         (lambda manifest: manifest["parts"].pop("model.000"), "do not hold all of it"),
+        (lambda manifest: manifest.update(family="mixtral"), "family is 'mixtral', but config.json says 'qwen3_moe'"),
+        (lambda manifest: manifest.update(family=None), "family must be a name, got None"),
+        (
+            lambda manifest: manifest["source"].update(form="stacked"),
+            "form must be one of per_expert, fused; got 'stacked'",
+        ),
+        (lambda manifest: manifest["source"].update(dropped=[]), r"dropped must be an object, got \[\]"),
+        (lambda manifest: manifest["source"].update(digest=3), "digest must be a text or null, got 3"),
+        (lambda manifest: manifest.update(shards=0), "shards must be positive, got 0"),
+        (lambda manifest: manifest["leaves"]["final_norm.scale"].update(axis=7), "axis must be one of its 1.*got 7"),
+        (lambda manifest: manifest["leaves"]["final_norm.scale"].update(axis=-1), "axis must be one of its 1.*got -1"),
+        (
+            lambda manifest: manifest["leaves"]["final_norm.scale"].update(axis="x"),
+            "axis must be one of its 1.*got 'x'",
+        ),
+        (
+            lambda manifest: manifest["leaves"]["final_norm.scale"].update(shape=["8"]),
+            r"final_norm.scale: shape must be",
+        ),
+        (
+            lambda manifest: manifest["leaves"]["final_norm.scale"].update(dtype="int8"),
+            "dtype must be one of.*got int8",
+        ),
+        (lambda manifest: _first_slice(manifest).update({"final_norm.scale": [5, 2]}), r"got \[5, 2\]"),
+        (lambda manifest: _first_slice(manifest).update({"final_norm.scale": [0.0, 8]}), r"got \[0.0, 8\]"),
+        (
+            lambda manifest: _first_slice(manifest).update({"surprise": [0, 8]}),
+            "'surprise', which is none of the leaves",
+        ),
     ],
-    ids=["version", "no leaves", "leaf missing", "leaf misshapen", "part missing"],
+    ids=range(19),
 )
 def test_a_manifest_that_does_not_fit_is_refused(source, output, change, words):
     manifest = json.loads((output / "moe_jax.json").read_text())
@@ -161,3 +205,29 @@ def test_a_manifest_that_does_not_fit_is_refused(source, output, change, words):
     (output / "moe_jax.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match=words):
         verify(source, output)
+
+
+def test_numbers_that_became_infinite_are_differences_though_the_copy_has_the_infinity_they_are_rounded_to(
+    tmp_path, tensors, rng
+):
+    """As in a float16 copy of bfloat16 numbers that another program has made."""
+    name = "model.layers.1.self_attn.v_proj.weight"
+    index = tuple(rng.integers(0, tensors[name].shape))
+    tensors[name][index] = 2.0**20
+    config = {**tiny.QWEN3, "torch_dtype": None}
+    source = tiny.write_folder(tmp_path / "wide", {n: a.astype(ml_dtypes.bfloat16) for n, a in tensors.items()}, config)
+    with np.errstate(over="ignore"):
+        narrow = {n: a.astype(ml_dtypes.bfloat16).astype(np.float16) for n, a in tensors.items()}
+    (difference,) = verify(source, tiny.write_folder(tmp_path / "narrow", narrow, config)).differences
+    assert (difference.tensor, difference.values, difference.largest) == (name, 1, np.inf)
+
+
+def test_decoded_numbers_are_compared_in_the_dtype_of_the_copy(tmp_path, tensors, rng):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].astype(ml_dtypes.float8_e4m3fn)
+    tensors[f"{name}_scale_inv"] = rng.uniform(0.5, 2, (2, 2)).astype(np.float32)  # products that bfloat16 rounds
+    settings = {"quant_method": "fp8", "weight_block_size": [4, 4]}
+    config = {**tiny.QWEN3, "torch_dtype": "bfloat16", "quantization_config": settings}
+    source = tiny.write_folder(tmp_path / "quantized", tensors, config)
+    convert(source, tmp_path / "decoded", dtype="float32")
+    assert verify(source, tmp_path / "decoded").ok

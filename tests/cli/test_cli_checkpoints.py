@@ -1,7 +1,11 @@
 """`moe-jax inspect`, `convert`, `export` and `verify` on golden checkpoints."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from moe_jax.cli.progress import byte_progress
 
 CASE = golden_case("qwen3_moe", "renormalized")
 SOURCE = str(CASE.folder("per_expert"))
+DEMO = Path(__file__).parents[2] / "examples" / "demo_model"
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +169,61 @@ def test_a_difference_of_nan_is_null_in_json(exported, tmp_path, capsys):
     save_file(tensors, folder / "model.safetensors")
     (difference,) = run_json(capsys, "verify", SOURCE, str(folder), status=1)["differences"]
     assert difference["largest"] is None
+
+
+def test_an_infinite_difference_is_null_in_json(exported, tmp_path, capsys):
+    folder = shutil.copytree(exported, tmp_path / "changed")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = np.inf
+    save_file(tensors, folder / "model.safetensors")
+    (difference,) = run_json(capsys, "verify", SOURCE, str(folder), status=1)["differences"]
+    assert difference["largest"] is None
+    run("verify", SOURCE, str(folder), status=1)
+    assert "inf" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("inspect", "some/one"),
+        ("convert", "some/one", "out"),
+        ("export", "some/one", "out"),
+        ("verify", "some/one", "out"),
+        ("generate", "some/one", "--prompt", "x"),
+        ("compile", "some/one", "--target", "h200:1x8"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_revision_is_asked_of_the_hub(command, tmp_path, capsys, monkeypatch):
+    def download(source, *, revision, **options):
+        raise FileNotFoundError(f"asked for {source} {revision}")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("moe_jax.cli.commands.compile.ENVIRONMENT", {})
+    run(*command, "--revision", "v2", status=2)
+    assert "asked for some/one v2" in capsys.readouterr().err
+    run(*command, status=2)
+    assert "asked for some/one None" in capsys.readouterr().err
+
+
+def test_a_disk_that_refuses_a_write_ends_in_one_message_and_no_traceback(tmp_path):
+    small_files = ["bash", "-c", 'ulimit -f 1000; exec "$@"', "bash"]  # of 1024 bytes each: the embedding does not fit
+    child = subprocess.run(
+        [
+            *small_files,
+            sys.executable,
+            "-m",
+            "moe_jax.cli",
+            "convert",
+            str(DEMO),
+            str(tmp_path / "out"),
+            "--dtype=float32",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert child.returncode == 2
+    assert child.stderr.count("\n") == 1, child.stderr
+    assert re.match(r"moe-jax convert: .*could not be written: .*File too large", child.stderr)

@@ -87,6 +87,31 @@ def test_generation_settings_are_saved_though_the_process_changed_its_folder(tmp
     assert (tmp_path / "elsewhere" / "saved" / "generation_config.json").read_text() == '{"eos_token_id": 3}'
 
 
+@pytest.mark.parametrize("inner", [".", "inner"])
+def test_saving_never_removes_the_folder_that_the_model_was_loaded_from(tmp_path, inner):
+    for folder in (tmp_path / "all", tmp_path / "all" / inner):
+        shutil.copytree(RENORMALIZED.folder("per_expert"), folder, dirs_exist_ok=True)
+    model = from_pretrained(tmp_path / "all" / inner)
+    before = sorted((tmp_path / "all").rglob("*"))
+    with pytest.raises(CheckpointError, match=r"same folder|lies in this folder, which will not be overwritten"):
+        save_pretrained(model, tmp_path / "all", overwrite=True)
+    assert sorted((tmp_path / "all").rglob("*")) == before
+
+
+def test_a_revision_is_that_of_a_model_on_the_hub(tmp_path, monkeypatch):
+    asked = []
+
+    def download(source, **options):
+        asked.append((source, options["revision"]))
+        return str(RENORMALIZED.folder("per_expert"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    from_pretrained("somebody/tiny", revision="v2")
+    assert set(asked) == {("somebody/tiny", "v2")}
+    with pytest.raises(CheckpointError, match="has no revision 'v2'"):
+        from_pretrained(RENORMALIZED.folder("per_expert"), revision="v2")
+
+
 def test_a_model_whose_source_folder_is_gone_is_saved_with_a_warning_that_says_what_is_missing(tmp_path):
     model = from_pretrained(with_generation_settings(tmp_path / "model"))
     (tmp_path / "model").rename(tmp_path / "moved")

@@ -8,9 +8,11 @@ from moe_jax.cli import exit_codes
 
 SUMMARY = "convert a Hugging Face checkpoint to Orbax"
 DESCRIPTION = """\
-Convert the safetensors of a Hugging Face checkpoint into a folder of Orbax parts, which loads without torch and from which
-every host reads only its share. It streams: memory stays small, whatever the model's size. Interrupted, the same command goes
-on where it was; until it is done, the work is in OUT.incomplete.
+Convert the safetensors of a Hugging Face checkpoint into a folder of Orbax parts, from which every host reads only its share.
+It streams, so memory stays small whatever the model's size. If it is interrupted, run the same command again to resume it;
+unfinished work is in OUT.incomplete.
+
+A converted folder may be converted again, with another --dtype or other --shards.
 """
 EXAMPLES = """\
   moe-jax convert Qwen3-30B-A3B/ converted/
@@ -22,18 +24,22 @@ EXAMPLES = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("source", metavar="SRC", help="a Hugging Face folder or a hub id (owner/name)")
-    parser.add_argument("output", metavar="OUT", help="the folder to create")
+    parser.add_argument(
+        "source", metavar="SRC", help="a Hugging Face folder, a hub id (owner/name) or a converted folder"
+    )
+    parser.add_argument("output", metavar="OUT", help="the folder to create; its parent folder must exist")
+    shared.add_revision(parser)
     shared.add_dtype(parser)
     parser.add_argument(
         "--shards",
         type=shared.positive_int,
         default=1,
         metavar="N",
-        help="lay the output out for N devices that split the model, so that hosts read only their share (default: 1)",
+        help="lay the output out for N devices that share the model (expert times tensor axis), so that hosts read only their "
+        "share (default: 1)",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace OUT, or what another conversion left unfinished"
+        "--overwrite", action="store_true", help="replace OUT, and discard unfinished work of another conversion"
     )
     shared.add_json(parser)
 
@@ -52,6 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
                 dtype=shared.dtype_named(arguments.dtype),
                 shards=arguments.shards,
                 overwrite=arguments.overwrite,
+                revision=arguments.revision,
                 progress=progress,
             )
     except KeyboardInterrupt:

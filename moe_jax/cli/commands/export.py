@@ -9,7 +9,7 @@ from moe_jax.cli import exit_codes
 SUMMARY = "write a checkpoint as a Hugging Face folder"
 DESCRIPTION = """\
 Write a converted checkpoint as a Hugging Face folder (safetensors, config.json, tokenizer) that transformers loads. Experts are
-stored as in the original checkpoint, one by one or fused, unless --form says otherwise.
+stored as in the original checkpoint, one by one or fused, unless --form says otherwise. gpt-oss has only the fused form.
 """
 EXAMPLES = """\
   moe-jax export converted/ exported/
@@ -19,15 +19,20 @@ EXAMPLES = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("source", metavar="SRC", help="a converted folder, or a Hugging Face folder")
-    parser.add_argument("output", metavar="HF_DIR", help="the folder to create")
+    parser.add_argument(
+        "source", metavar="SRC", help="a converted folder, a Hugging Face folder or a hub id (owner/name)"
+    )
+    parser.add_argument("output", metavar="HF_DIR", help="the folder to create; its parent folder must exist")
     parser.add_argument(
         "--form",
         choices=("per_expert", "fused"),
         help="how experts are stored (default: as in the original checkpoint)",
     )
+    shared.add_revision(parser)
     shared.add_dtype(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace HF_DIR if it exists")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace HF_DIR, and discard unfinished work of another export"
+    )
     shared.add_json(parser)
 
 
@@ -44,6 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
             form=arguments.form,
             dtype=shared.dtype_named(arguments.dtype),
             overwrite=arguments.overwrite,
+            revision=arguments.revision,
             progress=progress,
         )
     if arguments.json:
@@ -51,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         return exit_codes.SUCCESS
     facts = [
         ("family", report.family),
-        ("experts", report.form.replace("_", " ")),
+        ("experts", "one by one" if report.form == "per_expert" else report.form),
         ("tensors", report.tensors),
         ("files", len(report.files)),
         ("size", format_bytes(report.nbytes)),

@@ -12,8 +12,10 @@ if TYPE_CHECKING:
 
 SUMMARY = "show what is in a checkpoint"
 DESCRIPTION = """\
-Show what a checkpoint holds: family, layers, experts, parameters, number formats. Only headers are read, and every tensor is
-accounted for: a checkpoint that is not whole is refused with the list of what is wrong.
+Show what a checkpoint holds: family, layers, experts, parameters, number formats. Only headers and file sizes are
+read (of a model on the hub only config.json and the headers are downloaded), and every tensor is accounted for: an incomplete
+checkpoint is refused with a list of what is wrong. Number formats are those in which parameters
+are loaded; quantized ones are decoded.
 """
 EXAMPLES = """\
   moe-jax inspect examples/demo_model
@@ -22,11 +24,13 @@ EXAMPLES = """\
 """
 
 KINDS = {"huggingface": "Hugging Face folder", "converted": "converted folder"}
+FORMS = {"per_expert": "experts stored one by one", "fused": "experts fused"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     shared.add_model(parser)
+    shared.add_revision(parser)
     shared.add_json(parser)
 
 
@@ -35,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     from moe_jax.checkpoints import inspect
     from moe_jax.cli.output import print_json
 
-    summary = inspect(arguments.model)
+    summary = inspect(arguments.model, revision=arguments.revision)
     if arguments.json:
         print_json(dataclasses.asdict(summary))
     else:
@@ -52,7 +56,7 @@ def print_summary(summary: "Summary") -> None:
         experts = f"{summary.experts}, of which {summary.experts_per_token} per token, width {summary.expert_intermediate_size}"
     facts = [
         ("family", f"{summary.family} ({summary.architecture})"),
-        ("what", f"{KINDS[summary.kind]}, experts {summary.form.replace('_', ' ')}"),
+        ("what", f"{KINDS[summary.kind]}, {FORMS[summary.form]}"),
         ("layers", f"{summary.layers}, of which {summary.moe_layers} with experts"),
         ("experts", experts),
         ("shared experts", f"width {summary.shared_intermediate_size}" if summary.shared_intermediate_size else "none"),
@@ -64,6 +68,6 @@ def print_summary(summary: "Summary") -> None:
         ("size", f"{format_bytes(summary.nbytes)} in {summary.files:,} {'file' if summary.files == 1 else 'files'}"),
     ]
     print_facts(str(summary.folder), facts)
-    print_table("Number formats", ["format", "parameters"], summary.dtypes.items())
+    print_table("Number formats when loaded", ["format", "parameters"], summary.dtypes.items())
     if summary.dropped:
         print_table("Tensors left out", ["tensor", "why"], summary.dropped.items())

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 SUMMARY = "compare a converted or exported checkpoint with its source"
 DESCRIPTION = """\
 Compare every value of SRC with OUT, bit by bit; each may be a Hugging Face folder or a converted one. Where OUT has another
-number format, SRC is rounded to it first. The exit status is 1 if anything differs.
+dtype, SRC is rounded to it first. The exit status is 1 if anything differs.
 """
 EXAMPLES = """\
   moe-jax verify Qwen3-30B-A3B/ converted/
@@ -25,8 +25,11 @@ EXAMPLES = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("source", metavar="SRC", help="the original: a folder or a hub id (owner/name)")
+    parser.add_argument(
+        "source", metavar="SRC", help="the original: a Hugging Face folder, a hub id (owner/name) or a converted folder"
+    )
     parser.add_argument("output", metavar="OUT", help="the copy: a converted folder or a Hugging Face folder")
+    shared.add_revision(parser)
     shared.add_json(parser)
 
 
@@ -37,12 +40,12 @@ def run(arguments: argparse.Namespace) -> int:
     from moe_jax.cli.progress import byte_progress
 
     with byte_progress("comparing") as progress:
-        report = verify(arguments.source, arguments.output, progress=progress)
+        report = verify(arguments.source, arguments.output, revision=arguments.revision, progress=progress)
     if arguments.json:
         differences = [
             {
                 **dataclasses.asdict(difference),
-                "largest": None if math.isnan(difference.largest) else difference.largest,
+                "largest": difference.largest if math.isfinite(difference.largest) else None,
             }
             for difference in report.differences
         ]
