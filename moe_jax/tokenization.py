@@ -98,7 +98,8 @@ class Tokenizer:
         Raises:
             ValueError: there is no chat template, or it rejects these messages.
         """
-        text = self.chat_template.render(messages, add_generation_prompt=True, **self.special_tokens, **variables)
+        variables = {**self.special_tokens, **variables}
+        text = self.chat_template.render(messages, add_generation_prompt=True, **variables)
         return self.encode(text, add_special_tokens=False)  # the template writes them
 
 

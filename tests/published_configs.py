@@ -323,6 +323,200 @@ GPT_OSS_20B: dict[str, Any] = {
     "vocab_size": 201088,
 }
 
+QWEN3_CODER_30B_A3B: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "decoder_sparse_step": 1,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 5472,
+    "max_position_embeddings": 262144,
+    "max_window_layers": 28,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "qkv_bias": False,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 10000000,
+    "router_aux_loss_coef": 0.0,
+    "shared_expert_intermediate_size": 0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.52.3",
+    "use_cache": True,
+    "use_qk_norm": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+QWEN3_CODER_480B_A35B: dict[str, Any] = {
+    **QWEN3_CODER_30B_A3B,
+    "hidden_size": 6144,
+    "intermediate_size": 8192,
+    "max_window_layers": 62,
+    "moe_intermediate_size": 2560,
+    "num_attention_heads": 96,
+    "num_experts": 160,
+    "num_hidden_layers": 62,
+    "num_key_value_heads": 8,
+}
+
+QWEN3_235B_A22B_THINKING_2507: dict[str, Any] = {
+    **QWEN3_30B_A3B,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "max_position_embeddings": 262144,
+    "max_window_layers": 94,
+    "moe_intermediate_size": 1536,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 94,
+    "rope_theta": 5000000,
+}
+
+MIXTRAL_8X22B: dict[str, Any] = {
+    **MIXTRAL_8X7B,
+    "hidden_size": 6144,
+    "intermediate_size": 16384,
+    "max_position_embeddings": 65536,
+    "num_attention_heads": 48,
+    "num_hidden_layers": 56,
+    "router_aux_loss_coef": 0.001,
+    "router_jitter_noise": 0.0,
+}
+
+QWEN2_57B_A14B: dict[str, Any] = {
+    **QWEN1_5_MOE_A2_7B,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 28,
+    "moe_intermediate_size": 2560,
+    "num_attention_heads": 28,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "shared_expert_intermediate_size": 20480,
+    "sliding_window": 65536,
+}
+
+DEEPSEEK_V2_236B: dict[str, Any] = {
+    **DEEPSEEK_V2_LITE,
+    "hidden_size": 5120,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "n_group": 8,
+    "n_routed_experts": 160,
+    "num_attention_heads": 128,
+    "num_hidden_layers": 60,
+    "num_key_value_heads": 128,
+    "q_lora_rank": 1536,
+    "routed_scaling_factor": 16.0,
+    "topk_group": 3,
+    "topk_method": "group_limited_greedy",
+}
+
+DEEPSEEK_R1_UNSLOTH: dict[str, Any] = {
+    **DEEPSEEK_V3_671B,
+    "pad_token_id": 128815,
+    "transformers_version": "4.48.1",
+    "unsloth_fixed": True,
+}
+
+KIMI_K2_1T: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+    "aux_loss_alpha": 0.001,
+    "bos_token_id": 163584,
+    "eos_token_id": 163585,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "initializer_range": 0.02,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 131072,
+    "model_type": "kimi_k2",
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 384,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 64,
+    "num_nextn_predict_layers": 0,
+    "pretraining_tp": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.827,
+    "rope_scaling": {
+        "beta_fast": 1.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "scoring_func": "sigmoid",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.48.3",
+    "use_cache": True,
+    "v_head_dim": 128,
+    "vocab_size": 163840,
+}
+
+GLM_4_6: dict[str, Any] = {
+    **GLM_4_5_AIR,
+    "first_k_dense_replace": 3,
+    "hidden_size": 5120,
+    "intermediate_size": 12288,
+    "max_position_embeddings": 202752,
+    "moe_intermediate_size": 1536,
+    "n_routed_experts": 160,
+    "num_hidden_layers": 92,
+    "routed_scaling_factor": 2.5,
+    "use_qk_norm": True,
+}
+
+GPT_OSS_120B: dict[str, Any] = {
+    **GPT_OSS_20B,
+    "layer_types": ["sliding_attention", "full_attention"] * 18,
+    "num_hidden_layers": 36,
+    "num_local_experts": 128,
+}
+
 CONFIGS = {
     config["model_type"]: config
     for config in (
@@ -332,6 +526,7 @@ CONFIGS = {
         OLMOE_1B_7B,
         DEEPSEEK_V2_LITE,
         DEEPSEEK_V3_671B,
+        KIMI_K2_1T,
         GLM_4_5_AIR,
         GPT_OSS_20B,
     )
@@ -350,3 +545,17 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
     "gpt-oss-20b": (GPT_OSS_20B, 20_914_757_184),
 }
 """Name -> config and number of parameters of the decoder (without multi-token prediction layers)."""
+
+ANNOUNCED: dict[str, tuple[dict[str, Any], float]] = {
+    "Qwen3-Coder-30B-A3B": (QWEN3_CODER_30B_A3B, 30.5e9),
+    "Qwen3-Coder-480B-A35B": (QWEN3_CODER_480B_A35B, 480e9),
+    "Qwen3-235B-A22B-Thinking-2507": (QWEN3_235B_A22B_THINKING_2507, 235e9),
+    "Mixtral-8x22B": (MIXTRAL_8X22B, 141e9),
+    "Qwen2-57B-A14B": (QWEN2_57B_A14B, 57.4e9),
+    "DeepSeek-V2": (DEEPSEEK_V2_236B, 236e9),
+    "DeepSeek-R1 (unsloth)": (DEEPSEEK_R1_UNSLOTH, 671e9),
+    "Kimi-K2": (KIMI_K2_1T, 1.04e12),
+    "GLM-4.6": (GLM_4_6, 355e9),
+    "gpt-oss-120b": (GPT_OSS_120B, 117e9),
+}
+"""The same for more models, with the round number of parameters that their authors announce."""

@@ -16,9 +16,16 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_revision(parser: argparse.ArgumentParser) -> None:
+    """`--revision`, of a hub id."""
+    parser.add_argument(
+        "--revision", metavar="NAME", help="branch, tag or commit of a model on the hub (default: its main branch)"
+    )
+
+
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     """`--dtype`, computed and held."""
-    parser.add_argument("--dtype", choices=DTYPES, help="number format of the model (default: the checkpoint's)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the model (default: the checkpoint's)")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -59,6 +59,12 @@ DESCRIPTION = "Mixture-of-Experts checkpoints of Hugging Face in JAX: look at th
 BAD_INPUT_ERRORS = (OSError, ValueError, NotImplementedError)
 """What unusable files and arguments raise; anything else is a defect of the program and shows its traceback."""
 
+OUT_OF_MEMORY = (
+    "out of memory; smaller --batch, shorter prompts and fewer new tokens need less, --dtype bfloat16 halves float32, "
+    "and --mesh spreads a model over several devices"
+)
+"""What a user can do about it. Not every command has every option, but the one that runs models does."""
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
@@ -142,9 +148,26 @@ def run_command(arguments: argparse.Namespace) -> int:
         else:
             print(f"moe-jax {arguments.command}: {describe(error)}", file=sys.stderr)
         return exit_codes.BAD_INPUT
-    except Exception:  # noqa: BLE001 - whatever a defect raises
-        traceback.print_exc()
-        return exit_codes.DEFECT
+    except Exception as error:  # noqa: BLE001 - whatever a defect raises
+        out_of_memory = is_out_of_memory(error)
+        if arguments.debug or not out_of_memory:
+            traceback.print_exc()
+        else:
+            print(f"moe-jax {arguments.command}: {OUT_OF_MEMORY}\n{first_line(error)}", file=sys.stderr)
+        return exit_codes.BAD_INPUT if out_of_memory else exit_codes.DEFECT
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether this is the runtime's way to say that a device, or the host, has no room; jax need not be imported for it."""
+    if isinstance(error, MemoryError):
+        return True
+    is_jax = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
+    return is_jax and any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory"))
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; what follows is a table of buffers."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def describe(error: Exception) -> str:

@@ -17,13 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mesh",
         type=mesh_sizes,
         metavar="AXIS=N,...",
-        help="spread the model over devices: expert=N splits the experts, tensor=N every matrix, data=N the prompts",
+        help="spread the model over devices: expert=N splits the experts, tensor=N every expert, data=N the prompts",
     )
     group.add_argument(
         "--distributed",
         action="store_true",
-        help="this is one of several processes with the same command; SLURM, Open MPI, Kubernetes jobs and TPU pods are "
-        "recognised, elsewhere give the three options below; process 0 prints",
+        help="this is one of several processes that run the same command; SLURM, Open MPI, Kubernetes jobs and TPU pods are "
+        "detected, elsewhere give the three options below; process 0 prints",
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
     group.add_argument("--num-processes", type=int, metavar="N", help="how many processes there are")

@@ -13,7 +13,7 @@ NUM_HEADS = key("num_attention_heads")
 
 def even_head_dim(config: HFConfig) -> int:
     """The hidden size split evenly over the heads."""
-    return config["hidden_size"] // config["num_attention_heads"]
+    return resolve(key("hidden_size"), config) // resolve(NUM_HEADS, config)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,10 +34,17 @@ class GroupedQueryRow:
     rope: RopeRow = RopeRow()
 
     def layers(self, config: HFConfig) -> tuple[Attention, ...]:
-        """The attention of every layer."""
+        """The attention of every layer; ValueError if numbers of heads don't go together, or a window holds nothing."""
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("slides", "rope")}
         fields = resolve(settings, config)
+        if fields["num_heads"] % fields["num_kv_heads"]:
+            raise ValueError(
+                f"config.json: num_key_value_heads must divide num_attention_heads={fields['num_heads']}, "
+                f"got {fields['num_kv_heads']}"
+            )
         window, head_dim = fields.pop("sliding_window"), fields["head_dim"]
+        if window == 0:
+            raise ValueError("config.json: sliding_window must be at least 1, or null for none; got 0")
         rope = read_rope(config, self.rope, head_dim=head_dim)
         full = GroupedQueryAttention(**fields, rope=rope, scale=head_dim**-0.5)
         sliding = dataclasses.replace(full, sliding_window=window)

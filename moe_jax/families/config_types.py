@@ -1,58 +1,46 @@
-"""What type the values of a `config.json` must have: a wrong one is named here, not where it would fail in a computation."""
+"""What type the values of a `config.json` must have."""
 
-import dataclasses
-import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
-
-@dataclasses.dataclass(frozen=True)
-class JSONType:
-    """A type of JSON values."""
-
-    words: str
-    """As an error says it: "must be ..."."""
-    accepts: Callable[[Any], bool]
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-INTEGER = JSONType("an integer", _is_integer)
-NUMBER = JSONType(
-    "a finite number", lambda value: _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
-)
-BOOLEAN = JSONType("true or false", lambda value: isinstance(value, bool))
-STRING = JSONType("a string", lambda value: isinstance(value, str))
-OBJECT = JSONType("an object", lambda value: isinstance(value, Mapping))
-INTEGERS = JSONType(
-    "a list of integers", lambda value: isinstance(value, list | tuple) and all(map(_is_integer, value))
-)
-STRINGS = JSONType(
-    "a list of strings",
-    lambda value: isinstance(value, list | tuple) and all(isinstance(item, str) for item in value),
+from moe_jax.json_types import (
+    BOOLEAN,
+    INTEGERS,
+    NATURAL,
+    NUMBER,
+    NUMBER_ABOVE_1,
+    NUMBER_FROM_0,
+    OBJECT,
+    POSITIVE_INTEGER,
+    POSITIVE_NUMBER,
+    STRING,
+    STRINGS,
+    JSONType,
 )
 
 CONFIG_TYPES: Mapping[str, JSONType] = {
     **dict.fromkeys(
         (
             "vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings",
-            "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window", "max_window_layers",
+            "num_attention_heads", "num_key_value_heads", "head_dim",
             "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-            "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size",
-            "num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts", "num_experts_per_tok",
-            "n_group", "topk_group", "first_k_dense_replace", "decoder_sparse_step", "moe_layer_freq",
+            "intermediate_size", "moe_intermediate_size",
+            "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",
+            "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k",
+            "n_group", "topk_group", "decoder_sparse_step", "moe_layer_freq",
         ),
-        INTEGER,
+        POSITIVE_INTEGER,
     ),
     **dict.fromkeys(
         (
-            "rms_norm_eps", "rope_theta", "partial_rotary_factor", "clip_qkv", "routed_scaling_factor", "swiglu_limit",
-            "swiglu_alpha", "router_jitter_noise",
+            "sliding_window", "max_window_layers", "shared_expert_intermediate_size", "n_shared_experts",
+            "first_k_dense_replace",
         ),
-        NUMBER,
+        NATURAL,
     ),
+    **dict.fromkeys(
+        ("rms_norm_eps", "partial_rotary_factor", "clip_qkv", "swiglu_limit"), POSITIVE_NUMBER
+    ),
+    **dict.fromkeys(("routed_scaling_factor", "swiglu_alpha", "router_jitter_noise"), NUMBER),
     **dict.fromkeys(
         (
             "tie_word_embeddings", "attention_bias", "qkv_bias", "mlp_bias", "use_sliding_window", "use_qk_norm",
@@ -62,6 +50,7 @@ CONFIG_TYPES: Mapping[str, JSONType] = {
     ),
     **dict.fromkeys(("model_type", "hidden_act", "topk_method", "scoring_func"), STRING),
     **dict.fromkeys(("rope_parameters", "rope_scaling", "quantization_config"), OBJECT),
+    "rope_theta": NUMBER_ABOVE_1,
     "mlp_only_layers": INTEGERS,
     "layer_types": STRINGS,
 }  # fmt: skip
@@ -69,32 +58,10 @@ CONFIG_TYPES: Mapping[str, JSONType] = {
 
 ROPE_PARAMETER_TYPES: Mapping[str, JSONType] = {
     **dict.fromkeys(("rope_type", "type"), STRING),
-    **dict.fromkeys(
-        (
-            "rope_theta", "partial_rotary_factor", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
-            "attention_factor",
-        ),
-        NUMBER,
-    ),
-    "original_max_position_embeddings": INTEGER,
+    **dict.fromkeys(("partial_rotary_factor", "factor", "attention_factor"), POSITIVE_NUMBER),
+    **dict.fromkeys(("beta_fast", "beta_slow", "mscale", "mscale_all_dim"), NUMBER_FROM_0),
+    "rope_theta": NUMBER_ABOVE_1,
+    "original_max_position_embeddings": POSITIVE_INTEGER,
     "truncate": BOOLEAN,
 }  # fmt: skip
 """The same for what is inside `rope_parameters` or `rope_scaling`."""
-
-
-def check_types(values: Mapping[str, Any], types: Mapping[str, JSONType], inside: str = "") -> None:
-    """Raise ValueError naming every one of `values` that has another type than `types` says.
-
-    Args:
-        values: `config.json`, or an object in it.
-        types: key -> type; what isn't there may be anything.
-        inside: the key of that object.
-    """
-    prefix = f"{inside}." if inside else ""
-    problems = [
-        f"{prefix}{name} must be {types[name].words}, got {value!r}"
-        for name, value in values.items()
-        if value is not None and name in types and not types[name].accepts(value)
-    ]
-    if problems:
-        raise ValueError(f"config.json: {'; '.join(problems)}")

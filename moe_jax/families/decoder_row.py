@@ -2,16 +2,18 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from moe_jax.config import GroupLimit, MoEConfig, RouterConfig, SharedExpertsConfig
 from moe_jax.families.attention_rows import GroupedQueryRow, LatentRow
 from moe_jax.families.config_keys import check_keys
 from moe_jax.families.decoder import Decoder, DenseFeedForward, Layer
 from moe_jax.families.layer_plans import PerLayer, every_layer
+from moe_jax.families.rope import max_positions
 from moe_jax.families.settings import HFConfig, Setting, key, resolve
 
 HIDDEN_SIZE = key("hidden_size")
+NUM_EXPERTS = key("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERTS_PER_TOKEN = key("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
 
 ACTIVATIONS: Mapping[str, str] = {
     "silu": "silu",
@@ -36,9 +38,9 @@ def hidden_activation(config: HFConfig) -> str:
 class MixtureRow:
     """Settings of the Mixture-of-Experts layers."""
 
-    num_experts: Setting
     intermediate_size: Setting
-    top_k: Setting = key("num_experts_per_tok")
+    num_experts: Setting = NUM_EXPERTS
+    top_k: Setting = EXPERTS_PER_TOKEN
     activation: Setting = hidden_activation
     router: Mapping[str, Setting] = dataclasses.field(default_factory=dict)
     """Fields of `RouterConfig`."""
@@ -53,24 +55,23 @@ class MixtureRow:
     """Which layers have a Mixture of Experts."""
 
     def build(self, config: HFConfig) -> MoEConfig:
-        """The layer's configuration."""
-        router: dict[str, Any] = resolve(self.router, config)
-        if self.group_limit is not None and resolve(self.limits_groups, config):
-            router["group_limit"] = GroupLimit(**resolve(self.group_limit, config))
-        shared = None
-        if self.shared_experts is not None:
-            fields = resolve(self.shared_experts, config)
-            shared = SharedExpertsConfig(**fields) if fields["intermediate_size"] else None
-        return MoEConfig(
-            hidden_size=resolve(HIDDEN_SIZE, config),
-            intermediate_size=resolve(self.intermediate_size, config),
-            num_experts=resolve(self.num_experts, config),
-            top_k=resolve(self.top_k, config),
-            activation=resolve(self.activation, config),
-            router=RouterConfig(**router),
-            shared_experts=shared,
-            expert_bias=resolve(self.expert_bias, config),
-        )
+        """The layer's configuration; ValueError if its settings don't go together."""
+        fields = ("intermediate_size", "num_experts", "top_k", "activation", "router", "shared_experts", "expert_bias")
+        settings = resolve({"hidden_size": HIDDEN_SIZE, **{name: getattr(self, name) for name in fields}}, config)
+        router, shared = settings.pop("router"), settings.pop("shared_experts")
+        has_groups = self.group_limit is not None and resolve(self.limits_groups, config)
+        groups = resolve(self.group_limit, config) if has_groups else None
+        try:
+            return MoEConfig(
+                router=RouterConfig(**router, group_limit=None if groups is None else GroupLimit(**groups)),
+                shared_experts=SharedExpertsConfig(**shared) if shared and shared["intermediate_size"] else None,
+                **settings,
+            )
+        except ValueError as error:
+            given = ", ".join(
+                f"{name}={config[name]}" for name in (*NUM_EXPERTS.names, *EXPERTS_PER_TOKEN.names) if name in config
+            )
+            raise ValueError(f"config.json: MoE layers with {given} are not possible: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,7 @@ class DecoderRow:
             ),
             norm_epsilon=resolve(self.norm_epsilon, config),
             tie_word_embeddings=resolve(self.tie_word_embeddings, config),
-            max_positions=resolve(key("max_position_embeddings"), config),
+            max_positions=max_positions(config, self.attention.rope),
         )
 
     def _dense(self, config: HFConfig) -> DenseFeedForward:

@@ -2,25 +2,26 @@
 
 from typing import Any
 
+from moe_jax.families.attention_rows import NUM_HEADS
 from moe_jax.families.layer_plans import after_first_dense
-from moe_jax.families.settings import HFConfig, key
+from moe_jax.families.settings import HFConfig, key, resolve
 
-NUM_EXPERTS = key("n_routed_experts", "num_experts", "num_local_experts")
 EXPERT_SIZE = key("moe_intermediate_size")
+NUM_SHARED_EXPERTS = key("n_shared_experts", null=0)
+NUM_GROUPS = key("n_group")
 
 
 def shared_experts_size(config: HFConfig) -> int:
     """All shared experts are one MLP, as wide as they are together."""
-    return config["moe_intermediate_size"] * config["n_shared_experts"]
+    return resolve(EXPERT_SIZE, config) * resolve(NUM_SHARED_EXPERTS, config)
 
 
 def has_groups(config: HFConfig) -> bool:
     """One group limits nothing."""
-    return config["n_group"] > 1
+    return resolve(NUM_GROUPS, config) > 1
 
 
 MIXTURE: dict[str, Any] = {
-    "num_experts": NUM_EXPERTS,
     "intermediate_size": EXPERT_SIZE,
     "where": after_first_dense,
 }
@@ -36,7 +37,7 @@ SIGMOID_ROUTER = {
 """DeepSeek-V3's fields of `RouterConfig`."""
 
 BIASED_GROUP_LIMIT = {
-    "num_groups": key("n_group"),
+    "num_groups": NUM_GROUPS,
     "groups_kept": key("topk_group"),
     "score": "top2_sum",
     "masked_score": float("-inf"),
@@ -52,4 +53,4 @@ LATENT_ATTENTION_KEYS = ("head_dim", "qk_head_dim")
 
 def one_kv_head_per_head(config: HFConfig) -> tuple[int, ...]:
     """Latent attention has a key and a value per query head."""
-    return (config["num_attention_heads"],)
+    return (resolve(NUM_HEADS, config),)

@@ -10,6 +10,7 @@ from moe_jax.families.deepseek import (
     LATENT_ATTENTION_KEYS,
     MIXTURE,
     MIXTURE_KEYS,
+    NUM_GROUPS,
     one_kv_head_per_head,
     shared_experts_size,
 )
@@ -32,7 +33,7 @@ DEEPSEEK_V2 = Family(
             **MIXTURE,
             router={"renormalize": False, "routed_scaling_factor": key("routed_scaling_factor")},
             group_limit={
-                "num_groups": key("n_group"),
+                "num_groups": NUM_GROUPS,
                 "groups_kept": key("topk_group"),
                 "score": "max",
                 "masked_score": 0.0,

@@ -1,5 +1,7 @@
 """DeepSeek-V3 (arXiv 2412.19437): latent attention, sigmoid routing steered by a bias within the best groups."""
 
+import dataclasses
+
 from moe_jax.families.attention_rows import LatentRow
 from moe_jax.families.decoder_row import DecoderRow, MixtureRow
 from moe_jax.families.deepseek import (
@@ -39,3 +41,6 @@ DEEPSEEK_V3 = Family(
     ),
     names={**DECODER_NAMES, **shared_expert_names("shared_experts")},
 )
+
+KIMI_K2 = dataclasses.replace(DEEPSEEK_V3, model_type="kimi_k2")
+"""Kimi-K2 (Moonshot AI, arXiv 2507.20534): the same decoder in other sizes, under a name of its own."""

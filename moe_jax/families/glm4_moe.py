@@ -37,6 +37,7 @@ GLM4_MOE = Family(
             limits_groups=has_groups,
             shared_experts={"intermediate_size": shared_experts_size},
         ),
+        refused={"topk_method": ("noaux_tc",), "scoring_func": ("sigmoid",)},
         read=("use_qk_norm", *MIXTURE_KEYS),
     ),
     names={**DECODER_NAMES, **shared_expert_names("shared_experts")},

@@ -42,7 +42,6 @@ GPT_OSS = Family(
             ),
         ),
         mixture=MixtureRow(
-            num_experts=key("num_local_experts", "num_experts"),
             intermediate_size=key("intermediate_size"),
             activation=clamped_swiglu,
             router={"score_after_top_k": True, "logits_bias": True, "round_weights_to_input_dtype": True},

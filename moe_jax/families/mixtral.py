@@ -15,7 +15,6 @@ MIXTRAL = Family(
     build_decoder=DecoderRow(
         attention=GroupedQueryRow(sliding_window=key("sliding_window", default=None), rope=RopeRow(theta=1e6)),
         mixture=MixtureRow(
-            num_experts=key("num_local_experts", "num_experts"),
             intermediate_size=key("intermediate_size"),
             router={"renormalize": True},
         ),

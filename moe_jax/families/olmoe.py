@@ -18,7 +18,6 @@ OLMOE = Family(
             clip_qkv=key("clip_qkv", default=None),
         ),
         mixture=MixtureRow(
-            num_experts=key("num_experts", "num_local_experts"),
             intermediate_size=key("intermediate_size"),
             router=SOFTMAX_ROUTER,
         ),

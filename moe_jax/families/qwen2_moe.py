@@ -18,7 +18,6 @@ QWEN2_MOE = Family(
             slides=listed_or_every_other_below,
         ),
         mixture=MixtureRow(
-            num_experts=key("num_experts", "num_local_experts"),
             intermediate_size=key("moe_intermediate_size"),
             router=SOFTMAX_ROUTER,
             shared_experts={"intermediate_size": key("shared_expert_intermediate_size"), "sigmoid_gate": True},

@@ -19,11 +19,11 @@ QWEN3_MOE = Family(
             sliding_window=sliding_window,
         ),
         mixture=MixtureRow(
-            num_experts=key("num_experts", "num_local_experts"),
             intermediate_size=key("moe_intermediate_size"),
             router=SOFTMAX_ROUTER,
             where=sparse_step,
         ),
+        refused={"qkv_bias": (False,), "use_qk_norm": (True,), "shared_expert_intermediate_size": (0,)},
         read=(*SLIDING_WINDOW_KEYS, *SPARSE_STEP_KEYS),
         ignored=("max_window_layers",),
     ),

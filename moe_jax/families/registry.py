@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from moe_jax.families.deepseek_v2 import DEEPSEEK_V2
-from moe_jax.families.deepseek_v3 import DEEPSEEK_V3
+from moe_jax.families.deepseek_v3 import DEEPSEEK_V3, KIMI_K2
 from moe_jax.families.family import Family
 from moe_jax.families.glm4_moe import GLM4_MOE
 from moe_jax.families.gpt_oss import GPT_OSS
@@ -15,7 +15,7 @@ from moe_jax.families.settings import HFConfig
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
-    for family in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE, GPT_OSS)
+    for family in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, DEEPSEEK_V2, DEEPSEEK_V3, KIMI_K2, GLM4_MOE, GPT_OSS)
 }
 
 

@@ -8,9 +8,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.families.config_types import ROPE_PARAMETER_TYPES, check_types
+from moe_jax.families.config_types import ROPE_PARAMETER_TYPES
 from moe_jax.families.decoder import LinearScaling, Rope, YarnScaling
-from moe_jax.families.settings import HFConfig
+from moe_jax.families.settings import HFConfig, key, resolve
+from moe_jax.json_types import check_types
+
+MAX_POSITIONS = key("max_position_embeddings")
 
 ROPE_KEYS = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
 """Keys of `config.json` that are read here."""
@@ -50,7 +53,7 @@ def rope_parameters(config: HFConfig, row: RopeRow) -> dict[str, Any]:
     """
     spelling = next((name for name in ("rope_scaling", "rope_parameters") if config.get(name)), None)
     given = row.parameters if spelling is None else config[spelling]
-    check_types(given, ROPE_PARAMETER_TYPES, inside=spelling or "")
+    check_types(given, ROPE_PARAMETER_TYPES, file="config.json", inside=spelling or "")
     parameters = {name: value for name, value in given.items() if value is not None}
     rope_type = parameters.pop("type", None)
     rope_type = parameters.setdefault("rope_type", rope_type or "default")
@@ -74,12 +77,31 @@ def read_rope(config: HFConfig, row: RopeRow, *, head_dim: int, interleaved: boo
     """The rotary embedding of one attention kind whose heads have `head_dim` dimensions to rotate."""
     parameters = rope_parameters(config, row)
     fraction = parameters["partial_rotary_factor"]
+    rotary_dim = head_dim if fraction is None else int(head_dim * fraction)
+    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+        raise ValueError(
+            f"config.json: head_dim (qk_rope_head_dim in latent attention) of {head_dim} with "
+            f"partial_rotary_factor={fraction} rotates {rotary_dim} dimensions; it must be an even number from 2 to {head_dim}"
+        )
     return Rope(
         theta=float(parameters["rope_theta"]),
-        rotary_dim=head_dim if fraction is None else int(head_dim * fraction),
+        rotary_dim=rotary_dim,
         interleaved=interleaved,
         scaling=_scaling(parameters, config),
     )
+
+
+def max_positions(config: HFConfig, row: RopeRow) -> int:
+    """The longest sequence that the checkpoint promises to handle.
+
+    YaRN stretches the length of training by its factor, which `max_position_embeddings` doesn't have to mention: Qwen's
+    instructions for long texts add `rope_scaling` alone. As in vLLM, but for a `max_position_embeddings` that is larger.
+    """
+    given = resolve(MAX_POSITIONS, config)
+    parameters = rope_parameters(config, row)
+    if parameters["rope_type"] != "yarn":
+        return given
+    return max(given, int(_factor(parameters, config) * _original_max_positions(parameters, config)))
 
 
 def latent_attention_scale(config: HFConfig, row: RopeRow, *, head_dim: int) -> float:
@@ -108,14 +130,15 @@ def _scaling(parameters: Mapping[str, Any], config: HFConfig) -> LinearScaling |
 
 
 def _original_max_positions(parameters: Mapping[str, Any], config: HFConfig) -> int:
-    return parameters.get("original_max_position_embeddings", config["max_position_embeddings"])
+    given = parameters.get("original_max_position_embeddings")
+    return resolve(MAX_POSITIONS, config) if given is None else given
 
 
 def _factor(parameters: Mapping[str, Any], config: HFConfig) -> float:
     if "factor" in parameters:
         return float(parameters["factor"])
     if parameters["rope_type"] == "yarn":
-        return config["max_position_embeddings"] / _original_max_positions(parameters, config)
+        return resolve(MAX_POSITIONS, config) / _original_max_positions(parameters, config)
     raise ValueError(f"config.json: rope_type {parameters['rope_type']!r} needs a factor, got none")
 
 

@@ -21,12 +21,19 @@ class Key:
     """Setting that takes over when the value is null; without one, null counts as absent."""
 
     def look_up(self, config: HFConfig) -> Any:
-        """The value in `config`, or the default; ValueError naming every spelling when a required key is absent."""
-        for name in self.names:
-            if config.get(name) is not None:
-                return config[name]
-            if name in config and self.null is not _NOT_GIVEN:
-                return resolve(self.null, config)
+        """The value in `config`, or the default.
+
+        Raises:
+            ValueError: spellings have different values, or a required key is absent under every spelling.
+        """
+        given = {name: config[name] for name in self.names if config.get(name) is not None}
+        if any(value != other for value in given.values() for other in given.values()):
+            contradiction = " and ".join(f"{name}={value!r}" for name, value in given.items())
+            raise ValueError(f"config.json: {contradiction} contradict each other")
+        if given:
+            return next(iter(given.values()))
+        if self.null is not _NOT_GIVEN and any(name in config for name in self.names):
+            return resolve(self.null, config)
         if self.default is _NOT_GIVEN:
             raise ValueError(f"config.json has no {' or '.join(self.names)}")
         return resolve(self.default, config)

@@ -2,7 +2,7 @@
 
 from moe_jax.generation.sampling import greedy, in_nucleus, penalize_repetition, sample
 from moe_jax.generation.settings import GenerationSettings, read_generation_settings, settings_from_hf
-from moe_jax.generation.text_generation import FinishReason, Generation, Timing, generate
+from moe_jax.generation.text_generation import FinishReason, Generation, Timing, generate, generate_batches
 
 __all__ = [
     "FinishReason",
@@ -10,6 +10,7 @@ __all__ = [
     "GenerationSettings",
     "Timing",
     "generate",
+    "generate_batches",
     "greedy",
     "in_nucleus",
     "penalize_repetition",

@@ -38,6 +38,8 @@ class Controls:
     """What may change from call to call without compiling."""
 
     seed_key: Key[Array, ""]
+    first_row: Int[Any, ""]
+    """Number of the batch's first row among all prompts."""
     temperature: Float[Any, ""]
     top_p: Float[Any, ""]
     repetition_penalty: Float[Any, ""]
@@ -132,9 +134,10 @@ def choose_tokens(
         logits = penalize_repetition(logits, seen, controls.repetition_penalty)
     if not signature.do_sample:
         return greedy(logits)
+    rows = controls.first_row + jnp.arange(signature.batch_size)
     return sample(
         logits,
-        row_keys(controls.seed_key, step, signature.batch_size),
+        row_keys(controls.seed_key, step, rows),
         temperature=controls.temperature,
         top_k=signature.top_k,
         top_p=controls.top_p if signature.use_top_p else None,
@@ -177,7 +180,7 @@ def prefill(
     Args:
         signature: what was compiled for.
         state: arrays of the model.
-        input_ids: prompts, padded on the left.
+        input_ids: prompts, padded on the left; a row of nothing but padding has ended before it begins.
         attention_mask: False at padding.
         controls: sampling and end-of-sequence tokens.
 
@@ -200,7 +203,7 @@ def prefill(
         seen = with_tokens(jnp.zeros(logits.shape, bool), input_ids, attention_mask)
     first = choose_tokens(logits, controls, jnp.int32(0), signature, seen)
     tokens = jnp.full((signature.batch_size, signature.room), controls.pad_token_id, jnp.int32)
-    ended = is_any_of(first, controls.eos_token_ids)
+    ended = is_any_of(first, controls.eos_token_ids) | ~jnp.any(attention_mask, axis=-1)
     progress = Progress(
         cache=cache,
         tokens=tokens.at[:, 0].set(first),
@@ -326,6 +329,7 @@ def _controls(signature: Signature) -> Controls:
     seed_key: Any = jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=whole)
     return Controls(
         seed_key=seed_key,
+        first_row=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
         temperature=jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
         top_p=jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
         repetition_penalty=jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),

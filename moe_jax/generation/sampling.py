@@ -60,7 +60,10 @@ def sample(
     Returns:
         Token ids, int32.
     """
-    logits = logits.astype(jnp.float32) / temperature
+    logits = logits.astype(jnp.float32)
+    # The best token's quotient is 0 whatever the temperature, and a temperature too small for float32 still leaves only it.
+    temperature = jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)
+    logits = (logits - logits.max(axis=-1, keepdims=True)) / temperature
     vocab_size = logits.shape[-1]
     if top_k is None and top_p is None:
         return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
@@ -72,7 +75,17 @@ def sample(
     return jnp.take_along_axis(ranked_ids, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
-def row_keys(seed_key: Key[Array, ""], step: Int[Array, ""], batch_size: int) -> Key[Array, "B"]:
+def seed_key(seed: int) -> Key[Array, ""]:
+    """The key that all randomness of a generation comes from: of a seed from -2^63 to 2^63 - 1, every bit counts.
+
+    `jax.random.key` takes the lower 32 bits only, unless 64-bit types are enabled.
+    """
+    lower, upper = seed % 2**32, (seed >> 32) % 2**32
+    key = jax.random.key(lower)
+    return jax.random.fold_in(key, upper) if upper else key
+
+
+def row_keys(seed_key: Key[Array, ""], step: Int[Array, ""], rows: Int[Array, "B"]) -> Key[Array, "B"]:
     """The keys that `sample` takes at one step: what a row draws depends on the seed, its number and the step alone."""
     step_key = jax.random.fold_in(seed_key, step)
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(step_key, jnp.arange(batch_size))
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(step_key, rows)

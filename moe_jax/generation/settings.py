@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.json_files import read_json_object
+from moe_jax.json_types import BOOLEAN, INTEGER, INTEGER_OR_INTEGERS, NUMBER, POSITIVE_INTEGER, JSONType, check_types
+
+FILE = "generation_config.json"
 
 DEFAULT_NEW_TOKENS = 128
 """How many tokens are generated at most when neither the caller nor the checkpoint says."""
@@ -18,7 +21,9 @@ class GenerationSettings:
     """How tokens are chosen and when a row ends."""
 
     max_new_tokens: int | None = None
-    """A row ends after this many new tokens; None: `DEFAULT_NEW_TOKENS`, or as many as the model's positions allow."""
+    """A row ends after this many new tokens; None: `default_new_tokens`."""
+    default_new_tokens: int = DEFAULT_NEW_TOKENS
+    """What `max_new_tokens` is if it is None, or less where the model's positions don't allow so many."""
     do_sample: bool = False
     """Draw tokens at random; otherwise take the most likely one, and the three settings below have no effect."""
     temperature: float = 1.0
@@ -38,6 +43,8 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.default_new_tokens < 1:
+            raise ValueError(f"default_new_tokens must be at least 1, got {self.default_new_tokens}")
         if not 0 < self.temperature < math.inf:  # said so that NaN is refused
             raise ValueError(
                 f"temperature must be positive and finite, got {self.temperature}; greedy decoding needs none"
@@ -109,27 +116,23 @@ def refuse_unsupported(generation_config: Mapping[str, Any], *, sampling: bool) 
         )
 
 
-SETTING_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
-    "max_new_tokens": ((int,), "an integer"),
-    "do_sample": ((bool,), "true or false"),
-    "temperature": ((int, float), "a number"),
-    "top_k": ((int,), "an integer"),
-    "top_p": ((int, float), "a number"),
-    "repetition_penalty": ((int, float), "a number"),
-    "eos_token_id": ((int,), "an integer or a list of integers"),
-    "pad_token_id": ((int,), "an integer"),
+SETTING_TYPES: Mapping[str, JSONType] = {
+    "max_new_tokens": POSITIVE_INTEGER,
+    "do_sample": BOOLEAN,
+    "temperature": NUMBER,
+    "top_k": INTEGER,
+    "top_p": NUMBER,
+    "repetition_penalty": NUMBER,
+    "eos_token_id": INTEGER_OR_INTEGERS,
+    "pad_token_id": INTEGER,
 }
-"""Supported settings: the types that a value may have in a file (a list's members, for `eos_token_id`), and in words."""
+"""Supported settings and their types in a file."""
 
+SAMPLING_SETTINGS = ("temperature", "top_k", "top_p")
+"""Those that have an effect only when tokens are drawn at random."""
 
-def check_types(file: str, settings: Mapping[str, Any]) -> None:
-    """ValueError naming `file`, where `settings` stand, if one of `SETTING_TYPES` has a value of another type."""
-    for name, (types, meaning) in SETTING_TYPES.items():
-        value = settings.get(name)
-        values = value if name == "eos_token_id" and isinstance(value, list) else [value]
-        # Not `isinstance`, which takes true and false for integers.
-        if value is not None and any(type(member) not in types for member in values):
-            raise ValueError(f"{file}: {name} must be {meaning}, got {value!r}")
+FIELDS = {"eos_token_id": "eos_token_ids"}
+"""Settings that have another name in `GenerationSettings`."""
 
 
 def token_ids(setting: int | list[int] | None) -> tuple[int, ...]:
@@ -145,7 +148,8 @@ def settings_from_hf(
     """The settings that a checkpoint asks for, with the caller's own instead where given.
 
     A `top_k` that the file leaves out restricts nothing (as in vLLM; `transformers` would take 50). `max_length`,
-    which counts the prompt too, is not read: `max_new_tokens` takes its place.
+    which counts the prompt too, is not read: `max_new_tokens` takes its place. What has no effect, because nothing is drawn or
+    the caller gives another value, is not looked at.
 
     Args:
         generation_config: content of `generation_config.json`; empty if the checkpoint has none.
@@ -157,31 +161,50 @@ def settings_from_hf(
             illegal or of the wrong type, or the caller restricts what is drawn although nothing is.
     """
     overrides = {name: value for name, value in overrides.items() if value is not None}
-    given = {name: value for name, value in generation_config.items() if value is not None}
-    inherited = {name: config.get(name) for name in ("eos_token_id", "pad_token_id") if name not in given}
-    check_types("generation_config.json", given)
-    check_types("config.json", inherited)
-    taken_over = ("max_new_tokens", "do_sample", "top_p", "repetition_penalty")
-    settings: dict[str, Any] = {name: given[name] for name in taken_over if name in given}
-    # `temperature: 0` and `top_k: 0` are in use for "greedy" and "all tokens".
-    if given.get("temperature") == 0:
-        settings["do_sample"] = False
-    elif "temperature" in given:
-        settings["temperature"] = given["temperature"]
-    settings["top_k"] = given.get("top_k") or None
-    ids = {**given, **inherited}
-    settings["eos_token_ids"] = token_ids(ids.get("eos_token_id"))
-    pad = ids.get("pad_token_id")
-    if pad is None:
-        pad = settings["eos_token_ids"][0] if settings["eos_token_ids"] else 0
-    settings["pad_token_id"] = pad
-    merged = GenerationSettings(**{**settings, **overrides})
-    if not merged.do_sample and (ignored := [name for name in ("temperature", "top_k", "top_p") if name in overrides]):
-        raise ValueError(
-            f"{', '.join(ignored)} would have no effect: greedy decoding draws nothing; set do_sample=True"
-        )
-    refuse_unsupported(generation_config, sampling=merged.do_sample)
-    return merged
+
+    def not_overridden(settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {n: value for n, value in settings.items() if value is not None and FIELDS.get(n, n) not in overrides}
+
+    given = not_overridden({name: generation_config.get(name) for name in SETTING_TYPES})
+    inherited = not_overridden({n: config.get(n) for n in ("eos_token_id", "pad_token_id") if n not in given})
+    do_sample = overrides.get("do_sample", given.get("do_sample", False))
+    if given.get("temperature") == 0:  # in use for "greedy", as `top_k: 0` is for "all tokens"
+        del given["temperature"]
+        do_sample = overrides.get("do_sample", False)
+    if not do_sample:
+        given = {name: value for name, value in given.items() if name not in SAMPLING_SETTINGS}
+        if ignored := [name for name in SAMPLING_SETTINGS if name in overrides]:
+            raise ValueError(
+                f"{', '.join(ignored)} would have no effect: greedy decoding draws nothing; set do_sample=True"
+            )
+    check_types(given, SETTING_TYPES, file=FILE)
+    check_types(inherited, SETTING_TYPES, file="config.json")
+    settings = {
+        **_fields(given, file=FILE),
+        **_fields(inherited, file="config.json"),
+        "do_sample": do_sample,
+        **overrides,
+    }
+    if "pad_token_id" not in settings:
+        settings["pad_token_id"] = next(iter(settings.get("eos_token_ids", ())), 0)
+    refuse_unsupported(generation_config, sampling=do_sample)
+    return GenerationSettings(**settings)
+
+
+def _fields(given: Mapping[str, Any], *, file: str) -> dict[str, Any]:
+    """Settings of `file`, of the right types, as fields of `GenerationSettings`; ValueError naming the file if one is illegal."""
+    fields = dict(given)
+    if "max_new_tokens" in fields:  # made for other prompts, whose lengths left so much room
+        fields["default_new_tokens"] = fields.pop("max_new_tokens")
+    if "top_k" in fields:
+        fields["top_k"] = fields["top_k"] or None
+    if "eos_token_id" in fields:
+        fields["eos_token_ids"] = token_ids(fields.pop("eos_token_id"))
+    try:
+        GenerationSettings(**fields)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return fields
 
 
 def read_generation_settings(
@@ -200,7 +223,7 @@ def read_generation_settings(
         ValueError: a file is not JSON, or see `settings_from_hf`.
     """
     folder = Path(folder)
-    generation_config_file = folder / "generation_config.json"
+    generation_config_file = folder / FILE
     is_read = not ignore_generation_config and generation_config_file.exists()
     generation_config = read_json_object(generation_config_file) if is_read else {}
     return settings_from_hf(generation_config, read_json_object(folder / "config.json"), **overrides)

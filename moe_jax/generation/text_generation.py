@@ -2,15 +2,15 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
-import jax
 import numpy as np
 from jaxtyping import Int
 
 from moe_jax.generation.programs import Controls, Signature, bucket, compile_programs, signature_of
-from moe_jax.generation.settings import DEFAULT_NEW_TOKENS, GenerationSettings
+from moe_jax.generation.sampling import seed_key
+from moe_jax.generation.settings import GenerationSettings
 
 FinishReason = Literal["eos", "length"]
 TokenCallback = Callable[[int, int], None]
@@ -42,6 +42,12 @@ class Timing:
         """New tokens per second, over all rows; 0 if there was nothing to decode."""
         return self.decoded_tokens / self.decode_seconds if self.decoded_tokens else 0.0
 
+    @classmethod
+    def total(cls, timings: Sequence["Timing"]) -> "Timing":
+        """The timing of several generations, one after the other."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: sum(getattr(timing, name) for timing in timings) for name in names})
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
@@ -60,6 +66,23 @@ class Generation:
     def row(self, index: int) -> list[int]:
         """The new tokens of one row, without what fills it."""
         return self.tokens[index, : self.lengths[index]].tolist()
+
+    @classmethod
+    def joined(cls, batches: Sequence["Generation"], *, pad_token_id: int) -> "Generation":
+        """The rows of several generations as one."""
+        width = max(batch.tokens.shape[1] for batch in batches)
+
+        def widened(tokens: Int[np.ndarray, "B N"]) -> Int[np.ndarray, "B width"]:
+            return np.pad(tokens, ((0, 0), (0, width - tokens.shape[1])), constant_values=pad_token_id)
+
+        loads = [batch.expert_load for batch in batches if batch.expert_load is not None]
+        return cls(
+            tokens=np.concatenate([widened(batch.tokens) for batch in batches]),
+            lengths=np.concatenate([batch.lengths for batch in batches]),
+            finish_reasons=tuple(reason for batch in batches for reason in batch.finish_reasons),
+            expert_load=np.sum(loads, axis=0) if loads else None,
+            timing=Timing.total([batch.timing for batch in batches]),
+        )
 
 
 def generate(
@@ -91,40 +114,109 @@ def generate(
         with_expert_load: count how often each expert is chosen.
 
     Raises:
-        ValueError: there is no prompt, one is empty or holds an id outside the vocabulary, prompt and new tokens
+        ValueError: there is no prompt, one is empty or holds anything but ids of the vocabulary, prompt and new tokens
             together exceed the positions that the model was made for, or the seed is out of range.
+    """
+    rows = unpadded(prompts, attention_mask)
+    (result,) = generate_batches(
+        model,
+        rows,
+        settings,
+        batch_size=max(1, len(rows)),
+        seed=seed,
+        on_token=on_token,
+        with_expert_load=with_expert_load,
+    )
+    return result
+
+
+def generate_batches(
+    model: Any,
+    prompts: Sequence[Sequence[int] | Int[np.ndarray, "length"]],
+    settings: GenerationSettings | None = None,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    on_token: TokenCallback | None = None,
+    with_expert_load: bool = False,
+) -> Iterator[Generation]:
+    """`generate` for any number of prompts, `batch_size` at a time: memory for their caches is bounded.
+
+    What a row gets is the same whatever the size of batches. The last batch is filled up with empty rows, so that it
+    compiles nothing, and so that batches compile only where prompts are longer than those before by a power of two.
+
+    Args:
+        model: see `generate`, as for the other arguments.
+        prompts: token ids of each prompt.
+        settings: if they give no `max_new_tokens`, the longest of all prompts decides how many there may be.
+        batch_size: most prompts at once.
+        seed: where randomness starts from.
+        on_token: called with the number of the row among all prompts, and the token.
+        with_expert_load: count how often each expert is chosen, in each batch.
+
+    Yields:
+        The generation of each batch, as soon as it is there; `Generation.joined` makes them one.
+
+    Raises:
+        ValueError: see `generate`; before anything is generated.
     """
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must be from -2^63 to 2^63 - 1, got {seed}")
     settings = settings or GenerationSettings()
-    rows = unpadded(prompts, attention_mask)
-    max_new_tokens = check_prompts(rows, settings.max_new_tokens, model.decoder)
-    signature, state = signature_of(
-        model,
-        batch_size=len(rows),
-        prompt_length=bucket(max(map(len, rows))),
-        room=bucket(max_new_tokens),
-        num_eos=len(settings.eos_token_ids),
-        do_sample=settings.do_sample,
-        top_k=settings.top_k if settings.do_sample else None,
-        use_top_p=settings.do_sample and settings.top_p is not None,
-        penalizes_repetition=settings.repetition_penalty != 1,
-        with_expert_load=with_expert_load,
-    )
-    return run(signature, state, rows, settings, max_new_tokens, seed, on_token)
+    rows = unpadded(prompts, None)
+    max_new_tokens = check_prompts(rows, settings, model.decoder)
+    for first_row in range(0, len(rows), batch_size):
+        batch = rows[first_row : first_row + batch_size]
+        signature, state = signature_of(
+            model,
+            batch_size=min(batch_size, len(rows)),
+            prompt_length=bucket(max(map(len, batch))),
+            room=bucket(max_new_tokens),
+            num_eos=len(settings.eos_token_ids),
+            do_sample=settings.do_sample,
+            top_k=settings.top_k if settings.do_sample else None,
+            use_top_p=settings.do_sample and settings.top_p is not None,
+            penalizes_repetition=settings.repetition_penalty != 1,
+            with_expert_load=with_expert_load,
+        )
+        controls = Controls(
+            seed_key=seed_key(seed),
+            first_row=np.int32(first_row),
+            temperature=np.float32(settings.temperature),
+            top_p=np.float32(1.0 if settings.top_p is None else settings.top_p),
+            repetition_penalty=np.float32(settings.repetition_penalty),
+            eos_token_ids=np.asarray(settings.eos_token_ids, np.int32),
+            pad_token_id=np.int32(settings.pad_token_id),
+        )
+        yield run(signature, state, batch, controls, max_new_tokens, on_token)
 
 
 def unpadded(prompts: Any, attention_mask: Any) -> list[Int[np.ndarray, "length"]]:
-    """The prompts one by one, without padding."""
+    """The prompts one by one, without padding; ValueError if they are anything but lists of integers."""
+    rows = [token_ids_of(number, prompt) for number, prompt in enumerate(prompts)]
     if attention_mask is None:
-        return [np.asarray(prompt, np.int32) for prompt in prompts]
-    prompts, mask = np.asarray(prompts, np.int32), np.asarray(attention_mask) != 0
-    if prompts.shape != mask.shape:
-        raise ValueError(f"attention_mask must have the shape of the prompts, {prompts.shape}, got {mask.shape}")
-    return [ids[kept] for ids, kept in zip(prompts, mask, strict=True)]
+        return rows
+    mask = np.asarray(attention_mask) != 0
+    shape = (len(rows), *{row.shape[0] for row in rows})  # of prompts of one length
+    if shape != mask.shape:
+        raise ValueError(f"attention_mask must have the shape of the prompts, {shape}, got {mask.shape}")
+    return [row[kept] for row, kept in zip(rows, mask, strict=True)]
 
 
-def check_prompts(rows: Sequence[Int[np.ndarray, "length"]], max_new_tokens: int | None, decoder: Any) -> int:
+def token_ids_of(number: int, prompt: Any) -> Int[np.ndarray, "length"]:
+    """One prompt as an array, in whatever integer type holds its ids."""
+    ids = np.asarray(prompt)
+    if ids.ndim != 1:
+        raise ValueError(
+            f"prompts must be a list of lists of token ids; prompt {number} is {prompt!r}"
+            + ("; one prompt alone stands in a list of its own" if ids.ndim == 0 else "")
+        )
+    if ids.size and not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"prompt {number} holds something else than token ids: {prompt!r}")
+    return ids
+
+
+def check_prompts(rows: Sequence[Int[np.ndarray, "length"]], settings: GenerationSettings, decoder: Any) -> int:
     """How many new tokens to generate; ValueError unless the model can continue every prompt by that many."""
     if not rows:
         raise ValueError("there is no prompt to continue")
@@ -137,8 +229,9 @@ def check_prompts(rows: Sequence[Int[np.ndarray, "length"]], max_new_tokens: int
                 f"legal are 0 to {decoder.vocab_size - 1}"
             )
     longest = max(map(len, rows))
+    max_new_tokens = settings.max_new_tokens
     if max_new_tokens is None:
-        max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, decoder.max_positions - longest))
+        max_new_tokens = max(1, min(settings.default_new_tokens, decoder.max_positions - longest))
     if longest + max_new_tokens > decoder.max_positions:
         raise ValueError(
             f"a prompt has {longest} tokens, which with max_new_tokens={max_new_tokens} exceeds the model's "
@@ -147,9 +240,11 @@ def check_prompts(rows: Sequence[Int[np.ndarray, "length"]], max_new_tokens: int
     return max_new_tokens
 
 
-def pad_left(rows: Sequence[Int[np.ndarray, "length"]], width: int) -> tuple[Int[np.ndarray, "B width"], np.ndarray]:
-    """Token ids with zeros on the left, and the mask that is True at tokens."""
-    input_ids, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
+def pad_left(
+    rows: Sequence[Int[np.ndarray, "length"]], count: int, width: int
+) -> tuple[Int[np.ndarray, "count width"], np.ndarray]:
+    """Token ids with zeros on the left, and the mask that is True at tokens; rows that are missing are all padding."""
+    input_ids, mask = np.zeros((count, width), np.int32), np.zeros((count, width), bool)
     for number, row in enumerate(rows):
         input_ids[number, width - len(row) :], mask[number, width - len(row) :] = row, True
     return input_ids, mask
@@ -159,47 +254,39 @@ def run(
     signature: Signature,
     state: Any,
     rows: Sequence[Int[np.ndarray, "length"]],
-    settings: GenerationSettings,
+    controls: Controls,
     max_new_tokens: int,
-    seed: int,
     on_token: TokenCallback | None,
 ) -> Generation:
-    """Run the programs of `signature` on checked prompts."""
+    """Run the programs of `signature` on checked prompts, at most as many as it has rows."""
     started = time.perf_counter()
     programs = compile_programs(signature)
     compiled = time.perf_counter()
-    controls = Controls(
-        seed_key=jax.random.key(seed),
-        temperature=np.float32(settings.temperature),
-        top_p=np.float32(1.0 if settings.top_p is None else settings.top_p),
-        repetition_penalty=np.float32(settings.repetition_penalty),
-        eos_token_ids=np.asarray(settings.eos_token_ids, np.int32),
-        pad_token_id=np.int32(settings.pad_token_id),
-    )
 
+    inputs = pad_left(rows, signature.batch_size, signature.prompt_length)
     prefill_started = time.perf_counter()
-    progress, latest, ended = programs.prefill(state, *pad_left(rows, signature.prompt_length), controls)
+    progress, latest, ended = programs.prefill(state, *inputs, controls)
     latest, ended = np.asarray(latest), np.asarray(ended)
     first_token = time.perf_counter()
     if on_token is None:
         progress, _, _ = programs.decode(state, progress, controls, np.int32(max_new_tokens))
     else:
-        running = np.ones(len(rows), bool)
+        running = np.arange(signature.batch_size) < len(rows)
         for step in range(1, max_new_tokens + 1):
             for row in np.flatnonzero(running):
-                on_token(int(row), int(latest[row]))
+                on_token(int(controls.first_row + row), int(latest[row]))
             running = ~ended
             if step == max_new_tokens or not running.any():
                 break
             progress, latest, ended = programs.decode(state, progress, controls, np.int32(step + 1))
             latest, ended = np.asarray(latest), np.asarray(ended)
-    lengths = np.array(progress.lengths)
+    lengths = np.array(progress.lengths)[: len(rows)]
     finished = time.perf_counter()
 
     return Generation(
-        tokens=np.array(progress.tokens)[:, : lengths.max()],
+        tokens=np.array(progress.tokens)[: len(rows), : lengths.max()],
         lengths=lengths,
-        finish_reasons=tuple("eos" if row_ended else "length" for row_ended in np.array(progress.ended)),
+        finish_reasons=tuple("eos" if row_ended else "length" for row_ended in np.array(progress.ended)[: len(rows)]),
         expert_load=None if progress.expert_load is None else np.array(progress.expert_load),
         timing=Timing(
             compile_seconds=compiled - started,

@@ -3,14 +3,15 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from moe_jax.families.decoder import GroupedQueryAttention, Rope
 from moe_jax.models.cache import LayerCache
 from moe_jax.models.rotary import Rotation, rotate
+from moe_jax.models.sequence import Visibility
+from moe_jax.models.softmax_attention import attend_in_blocks
 
 
 class AttentionInputs(NamedTuple):
@@ -18,38 +19,10 @@ class AttentionInputs(NamedTuple):
 
     rotations: Mapping[Rope, Rotation]
     """Angles of every kind of rotary embedding in the decoder."""
-    masks: Mapping[int | None, Bool[Array, "B 1 S N"]]
+    visibility: Mapping[int | None, Visibility]
     """Which keys each token sees, by sliding window."""
     slots: Int[Array, "B S"]
     """Where a cache stores the new tokens."""
-
-
-def attend(
-    query: Float[Array, "B S N D"],
-    key: Float[Array, "B T M D"],
-    value: Float[Array, "B T M V"],
-    mask: Bool[Array, "B 1 S T"],
-    *,
-    scale: float,
-    sinks: Float[Array, "N"] | None = None,
-) -> Float[Array, "B S N V"]:
-    """Softmax attention, N a multiple of M; the softmax is float32.
-
-    `sinks` are logits of an imaginary key per head whose value is zero: with them, the weights of the real keys sum to
-    `sigmoid(log-sum-exp of their logits - sink)` instead of 1.
-    """
-    features = value.shape[-1]
-    width = max(features, key.shape[-1])  # jax.nn wants one width for keys and values; zeros change nothing
-    query, key, value = (_widen(array, width) for array in (query, key, value))
-    if sinks is None:
-        output = jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale)
-    else:
-        output, log_sum_exp = jax.nn.dot_product_attention(
-            query, key, value, mask=mask, scale=scale, return_residual=True
-        )
-        share = jax.nn.sigmoid(log_sum_exp.astype(jnp.float32) - sinks.astype(jnp.float32))
-        output = (output * share[..., None]).astype(value.dtype)
-    return output[..., :features]
 
 
 class MultiHeadAttention(nnx.Module):
@@ -102,11 +75,11 @@ class MultiHeadAttention(nnx.Module):
         if cache is not None:
             cache = cache.store(key, value, slots=inputs.slots)
             key, value = cache.read(query.dtype)
-        output = attend(
+        output = attend_in_blocks(
             query,
             key,
             value,
-            inputs.masks[description.sliding_window],
+            inputs.visibility[description.sliding_window],
             scale=description.scale,
             sinks=None if self.sinks is None else self.sinks[...],
         )
@@ -122,9 +95,3 @@ class MultiHeadAttention(nnx.Module):
         if norm is not None and self.description.qk_norm == "head":
             heads = norm(heads)
         return heads
-
-
-def _widen(array: Float[Array, "B T N D"], width: int) -> Float[Array, "B T N W"]:
-    """Append zeros to the last axis."""
-    missing = width - array.shape[-1]
-    return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, missing)]) if missing else array

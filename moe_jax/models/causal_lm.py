@@ -259,6 +259,6 @@ class CausalLM(nnx.Module):
         windows = {getattr(kind, "sliding_window", None) for kind in kinds}
         return AttentionInputs(
             rotations={rope: rotation(rope, positions) for rope in {kind.rope for kind in kinds}},
-            masks={window: sequence.mask(window) for window in windows},
+            visibility={window: sequence.visibility(window) for window in windows},
             slots=sequence.order,
         )

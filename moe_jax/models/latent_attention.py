@@ -4,12 +4,14 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from moe_jax.families.decoder import LatentAttention
-from moe_jax.models.attention import AttentionInputs, attend
+from moe_jax.models.attention import AttentionInputs
 from moe_jax.models.cache import LayerCache
 from moe_jax.models.rotary import rotate
+from moe_jax.models.sequence import Visibility
+from moe_jax.models.softmax_attention import attend_in_blocks
 
 
 class MultiHeadLatentAttention(nnx.Module):
@@ -59,11 +61,11 @@ class MultiHeadLatentAttention(nnx.Module):
             cache = cache.store(compressed, slots=inputs.slots)
             (compressed,) = cache.read(x.dtype)
 
-        mask = inputs.masks[None]
+        visibility = inputs.visibility[None]
         if latent_space_is_cheaper(description, queries=x.shape[1], keys=compressed.shape[1]):
-            output = self._attend_in_latent_space(unrotated, rotated, compressed, mask)
+            output = self._attend_in_latent_space(unrotated, rotated, compressed, visibility)
         else:
-            output = self._attend_expanded(unrotated, rotated, compressed, mask)
+            output = self._attend_expanded(unrotated, rotated, compressed, visibility)
         return self.o_proj(output.reshape(*x.shape[:-1], -1)), cache
 
     def _queries(self, x: Float[Array, "B S H"]) -> Float[Array, "B S N*D"]:
@@ -76,7 +78,7 @@ class MultiHeadLatentAttention(nnx.Module):
         unrotated: Float[Array, "B S N P"],
         rotated: Float[Array, "B S N R"],
         compressed: Float[Array, "B T C+R"],
-        mask: Bool[Array, "B 1 S T"],
+        visibility: Visibility,
     ) -> Float[Array, "B S N V"]:
         description = self.description
         latent, rotated_key = jnp.split(compressed, [description.kv_lora_rank], axis=-1)
@@ -84,14 +86,15 @@ class MultiHeadLatentAttention(nnx.Module):
         key, value = jnp.split(expanded, [description.qk_nope_head_dim], axis=-1)
         shared = jnp.broadcast_to(rotated_key[:, :, None], (*key.shape[:-1], rotated_key.shape[-1]))
         query = jnp.concatenate([unrotated, rotated], axis=-1)
-        return attend(query, jnp.concatenate([key, shared], axis=-1), value, mask, scale=description.scale)
+        key = jnp.concatenate([key, shared], axis=-1)
+        return attend_in_blocks(query, key, value, visibility, scale=description.scale)
 
     def _attend_in_latent_space(
         self,
         unrotated: Float[Array, "B S N P"],
         rotated: Float[Array, "B S N R"],
         compressed: Float[Array, "B T C+R"],
-        mask: Bool[Array, "B 1 S T"],
+        visibility: Visibility,
     ) -> Float[Array, "B S N V"]:
         description = self.description
         weight = self.kv_b_proj.kernel[...].astype(unrotated.dtype)
@@ -99,7 +102,7 @@ class MultiHeadLatentAttention(nnx.Module):
         to_key, to_value = jnp.split(weight, [description.qk_nope_head_dim], axis=-1)
         query = jnp.concatenate([jnp.einsum("bsnp,cnp->bsnc", unrotated, to_key), rotated], axis=-1)
         shared = compressed[:, :, None]  # key and value of every head
-        mixed = attend(query, shared, shared, mask, scale=description.scale)
+        mixed = attend_in_blocks(query, shared, shared, visibility, scale=description.scale)
         return jnp.einsum("bsnc,cnv->bsnv", mixed[..., : description.kv_lora_rank], to_value)
 
 

@@ -1,13 +1,32 @@
 """Where the tokens of a batch stand: their order within their rows, which of them are padding, and who sees whom."""
 
 import dataclasses
-from typing import Self
+from typing import NamedTuple, Self
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 NOWHERE = jnp.iinfo(jnp.int32).max
 """Order of padding: after everything, so that no token sees it, and outside of any cache, so that it isn't stored."""
+
+
+class Visibility(NamedTuple):
+    """Which keys each token sees: itself and earlier ones. It is kept as places, for as a mask it would be large."""
+
+    queries: Int[Array, "B S"]
+    """Index of each token among the real tokens of its row."""
+    keys: Int[Array, "B T"]
+    """The same for the keys; one row if it is the same for all."""
+    window: int | None
+    """How many keys a token sees in all, itself included; None: all earlier ones."""
+
+    def mask(self) -> Bool[Array, "B 1 S T"]:
+        """True where a token sees a key."""
+        distance = self.queries[:, :, None] - self.keys[:, None, :]
+        visible = distance >= 0
+        if self.window is not None:
+            visible &= distance < self.window
+        return visible[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,18 +88,11 @@ class Sequence:
         batch, length = self.order.shape
         return jnp.full(batch, length, jnp.int32) if self.is_real is None else jnp.sum(self.is_real, 1, dtype=jnp.int32)
 
-    def mask(self, window: int | None) -> Bool[Array, "B 1 S N"]:
-        """Which keys each token sees: itself and earlier ones, at most `window` of them in all.
+    def visibility(self, window: int | None) -> Visibility:
+        """Which keys each token sees, at most `window` of them: the slots of the cache, or without one the tokens themselves.
 
-        N counts the keys: the slots of the cache, or the new tokens themselves without one. Slots that aren't filled
-        yet come later than every token, and so does padding.
+        Slots that aren't filled yet come later than every token, and so does padding.
         """
-        queries = self.order[:, :, None]
         if self.cached_slots is None:
-            keys = self.order[:, None, :]
-        else:
-            keys = jnp.arange(self.cached_slots, dtype=jnp.int32)[None, None, :]
-        visible = keys <= queries
-        if window is not None:
-            visible &= queries - keys < window
-        return visible[:, None]
+            return Visibility(self.order, self.order, window)
+        return Visibility(self.order, jnp.arange(self.cached_slots, dtype=jnp.int32)[None], window)

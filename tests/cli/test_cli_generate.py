@@ -76,7 +76,7 @@ def test_one_prompt_is_printed_with_its_continuation_and_the_speed_goes_to_stder
     assert SPEED.fullmatch(captured.err)
 
 
-def test_several_prompts_run_as_one_batch_and_stand_apart(checkpoint, capsys):
+def test_several_prompts_stand_apart(checkpoint, capsys):
     run(checkpoint, "--prompt", "one", "--prompt", "and another", *LIMIT)
     assert capsys.readouterr().out == f"one{checkpoint.text('one')}\n\nand another{checkpoint.text('and another')}\n"
 
@@ -116,6 +116,75 @@ def test_a_dash_is_the_whole_of_standard_input(checkpoint, capsys, monkeypatch):
     run(checkpoint, "--json", "--prompt", "-", *LIMIT)
     (result,) = json.loads(capsys.readouterr().out)["results"]
     assert result["prompt"] == "first\n\nsecond"
+
+
+def prompts_of_all_lengths(rng, count):
+    return ["".join(rng.choice(list("abcdef"), size=int(size))) for size in rng.integers(1, 40, size=count)]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4, 100])
+def test_prompts_run_in_batches_and_are_printed_in_their_order(checkpoint, capsys, monkeypatch, rng, batch):
+    prompts = prompts_of_all_lengths(rng, 8)
+    give_stdin(monkeypatch, "\n".join(prompts))
+    run(checkpoint, "--batch", str(batch), *LIMIT)
+    captured = capsys.readouterr()
+    assert captured.out == "\n\n".join(prompt + checkpoint.text(prompt) for prompt in prompts) + "\n"
+    assert SPEED.fullmatch(captured.err)
+
+
+def test_what_is_drawn_does_not_depend_on_the_size_of_batches(checkpoint, capsys, monkeypatch, rng):
+    prompts = [*prompts_of_all_lengths(rng, 4), "same", "same", "same"]
+    documents = []
+    for batch in ("2", "7"):
+        give_stdin(monkeypatch, "\n".join(prompts))
+        stats = checkpoint.folder / f"load{batch}.json"
+        options = ("--temperature", "50", "--seed", "3", "--json", "--stats", str(stats), *LIMIT)
+        run(checkpoint, "--batch", batch, *options)
+        documents.append((json.loads(capsys.readouterr().out)["results"], read_stats(stats).tolist()))
+    assert documents[0] == documents[1]
+    last = [tuple(result["token_ids"]) for result in documents[0][0][-3:]]
+    assert len(set(last)) == 3
+
+
+def test_no_prompt_is_continued_if_one_is_too_long(checkpoint, capsys, monkeypatch):
+    give_stdin(monkeypatch, "ab\n" + "x" * 99)
+    run(checkpoint, "--batch", "1", "--max-new-tokens", "2", status=2)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "a prompt has 99 tokens" in captured.err
+
+
+def test_more_new_tokens_than_fit_are_clipped_if_the_checkpoint_asks_for_them(checkpoint, capsys):
+    (checkpoint.folder / "generation_config.json").write_text('{"max_new_tokens": 16384}')
+    run(checkpoint, "--prompt", "x" * 93, "--json")
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert len(result["token_ids"]) == 7
+
+
+def test_a_setting_without_effect_does_not_stop_greedy_decoding(checkpoint, capsys):
+    (checkpoint.folder / "generation_config.json").write_text('{"do_sample": true, "top_p": 7}')
+    run(checkpoint, "--prompt", "ab", "--greedy", *LIMIT)
+    assert capsys.readouterr().out == f"ab{checkpoint.text('ab')}\n"
+    run(checkpoint, "--prompt", "ab", *LIMIT, status=2)
+    assert re.search(r"generation_config\.json: top_p must be in", capsys.readouterr().err)
+
+
+def test_chat_options_are_variables_of_the_template(checkpoint, capsys):
+    template = "{{ messages[0].content }}|{{ thinking }}|{{ effort }}|{{ tools[0] }}|{{ eos_token }}"
+    (checkpoint.folder / "chat_template.jinja").write_text(template)
+    options = ["thinking=false", "effort=high", 'tools=["f"]', "eos_token=x=y"]
+    chat = ("--chat", *(word for option in options for word in ("--chat-option", option)))
+    run(checkpoint, *chat, "--prompt", "Hi", "--json", *LIMIT)
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert result["prompt_token_ids"] == checkpoint.tokenizer.encode("Hi|False|high|f|x=y")
+
+
+@pytest.mark.parametrize("option", ["thinking", "=1", "messages=[]", "add_generation_prompt=false", "a b=1"])
+def test_a_chat_option_without_a_usable_name_is_wrong_usage(option, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "absent", "--prompt", "x", "--chat", "--chat-option", option])
+    assert ended.value.code == 2
+    assert "argument --chat-option: must be like enable_thinking=false" in capsys.readouterr().err
 
 
 def test_json_holds_tokens_texts_reasons_settings_and_timing(checkpoint, capsys):
@@ -242,8 +311,10 @@ def test_stats_are_drawn_as_a_picture(checkpoint, ending, magic):
         (("--prompt", "x", "--top-p", "1.5"), r"top_p must be in \(0, 1\].*got 1.5"),
         (("--prompt", "x", "--temperature", "-1"), "temperature must be positive and finite, got -1.0"),
         (("--prompt", "x", "--system", "y"), "--system needs --chat"),
+        (("--prompt", "x", "--chat-option", "thinking=true"), "--chat-option needs --chat"),
         (("--prompt", ""), "a prompt is empty"),
         (("--prompt", "caf\udce9"), "a prompt is not valid UTF-8 after 'caf'"),  # how Python hands over other bytes
+        (("--prompt", "x", "--chat", "--chat-option", "a=\udce9"), "--chat-option is not valid UTF-8"),
         (("--prompt", "x", "--chat", "--system", "\udce9"), "--system is not valid UTF-8 after ''"),
         (("--prompt", "x" * 99, "--max-new-tokens", "2"), "99 tokens, .* exceeds the model's 100 positions"),
     ],

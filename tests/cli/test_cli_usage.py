@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 from golden_cases import golden_cases
 
@@ -111,6 +112,36 @@ def test_a_defect_of_the_program_shows_its_traceback_with_a_status_that_no_check
     error = capsys.readouterr().err
     assert error.startswith("Traceback")
     assert error.endswith("ZeroDivisionError: by me\n")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nbuffers:\n1 2 3"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_too_little_memory_is_no_defect_but_a_message_that_says_what_to_reduce(error, monkeypatch, capsys):
+    def run(arguments):
+        raise error
+
+    monkeypatch.setattr(COMMANDS["generate"], "run", run)
+    assert main(["generate", "anything"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("moe-jax generate: out of memory; smaller --batch, ")
+    assert message.count("\n") == 2
+    assert main(["generate", "anything", "--debug"]) == 2
+    assert capsys.readouterr().err.startswith("Traceback")
+
+
+def test_another_error_of_the_runtime_is_a_defect(monkeypatch, capsys):
+    def run(arguments):
+        raise jax.errors.JaxRuntimeError("INTERNAL: no")
+
+    monkeypatch.setattr(COMMANDS["generate"], "run", run)
+    assert main(["generate", "anything"]) == 70
+    assert capsys.readouterr().err.startswith("Traceback")
 
 
 def test_help_explains_every_exit_status(capsys):

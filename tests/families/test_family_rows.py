@@ -4,7 +4,7 @@ import math
 
 import golden_cases
 import pytest
-from published_configs import CONFIGS, PUBLISHED
+from published_configs import ANNOUNCED, CONFIGS, PUBLISHED
 
 from moe_jax.config import GroupLimit
 from moe_jax.families import FAMILIES, get_family, parameter_shapes
@@ -21,6 +21,20 @@ def test_a_published_model_has_its_published_number_of_parameters(name):
     config, count = PUBLISHED[name]
     shapes = parameter_shapes(get_family(config).build_decoder(config))
     assert sum(math.prod(shape) for shape in shapes.values()) == count
+
+
+@pytest.mark.parametrize("name", ANNOUNCED)
+def test_a_published_config_is_read_and_has_about_as_many_parameters_as_announced(name):
+    config, count = ANNOUNCED[name]
+    shapes = parameter_shapes(get_family(config).build_decoder(config))
+    assert sum(math.prod(shape) for shape in shapes.values()) == pytest.approx(count, rel=0.015)
+
+
+def test_kimi_k2_is_deepseek_v3_under_another_name():
+    family, other = FAMILIES["kimi_k2"], FAMILIES["deepseek_v3"]
+    config = CONFIGS["kimi_k2"]
+    assert family.build_decoder(config) == other.build_decoder({**config, "model_type": "deepseek_v3"})
+    assert family.names == other.names
 
 
 @pytest.mark.parametrize("case", golden_cases.golden_cases(), ids=str)
@@ -112,13 +126,48 @@ def test_a_missing_key_is_named(model_type, missing):
         build(model_type, **{missing: ...})
 
 
-def test_all_spellings_of_the_number_of_experts_are_read():
-    for model_type, old, new in [
-        ("mixtral", "num_local_experts", "num_experts"),
-        ("qwen2_moe", "num_experts", "num_local_experts"),
-        ("qwen3_moe", "num_experts", "num_local_experts"),
-        ("deepseek_v3", "n_routed_experts", "num_local_experts"),
-        ("deepseek_v2", "n_routed_experts", "num_experts"),
-    ]:
-        count = CONFIGS[model_type][old]
-        assert build(model_type, **{old: ..., new: count}) == build(model_type)
+NUMBERS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("spellings", [NUMBERS_OF_EXPERTS, EXPERTS_PER_TOKEN], ids=["experts", "per token"])
+def test_all_spellings_of_a_number_of_experts_are_read(model_type, spellings):
+    (published,) = (name for name in spellings if name in CONFIGS[model_type])
+    for name in spellings:
+        assert build(model_type, **{published: ..., name: CONFIGS[model_type][published]}) == build(model_type)
+
+
+def test_spellings_may_agree_but_not_contradict_each_other():
+    assert build("mixtral", num_experts=8) == build("mixtral")
+    with pytest.raises(ValueError, match=r"config\.json: num_experts=4 and num_local_experts=8 contradict each other"):
+        build("mixtral", num_experts=4)
+
+
+def test_no_shared_experts_may_be_said_with_null_or_zero():
+    for model_type in ("deepseek_v2", "deepseek_v3", "glm4_moe"):
+        for none in (None, 0):
+            assert build(model_type, n_shared_experts=none).layers[-1].feed_forward.shared_experts is None
+
+
+QWEN_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "positions"),
+    [
+        ("qwen3_moe", {}, 40960),
+        ("qwen3_moe", {"rope_scaling": QWEN_YARN}, 131072),
+        ("qwen3_moe", {"rope_parameters": {**QWEN_YARN, "rope_theta": 1e6}, "rope_scaling": None}, 131072),
+        ("qwen3_moe", {"rope_scaling": QWEN_YARN, "max_position_embeddings": 262144}, 262144),
+        ("qwen3_moe", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 40960),
+        ("deepseek_v2", {}, 163840),
+        ("deepseek_v3", {}, 163840),
+        ("kimi_k2", {}, 131072),
+        ("gpt_oss", {}, 131072),
+        ("gpt_oss", {"rope_scaling": None}, 131072),
+    ],
+    ids=str,
+)
+def test_yarn_extends_the_positions_but_not_beyond_what_a_file_says_already(model_type, changes, positions):
+    assert build(model_type, **changes).max_positions == positions

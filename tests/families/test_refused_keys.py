@@ -22,6 +22,9 @@ REFUSED = [
     ("mixtral", {"partial_rotary_factor": 0.5}),
     ("qwen3_moe", {"layer_types": ["full_attention"] * 48}),
     ("qwen3_moe", {"shared_expert_intermediate_size": 128}),
+    ("qwen3_moe", {"qkv_bias": True}),
+    ("qwen3_moe", {"use_qk_norm": False}),
+    ("qwen3_moe", {"pruned_heads": {"0": [1]}}),
     ("olmoe", {"sliding_window": 128}),
     ("olmoe", {"n_group": 2}),
     ("deepseek_v2", {"scoring_func": "sigmoid"}),
@@ -36,6 +39,7 @@ REFUSED = [
     ("deepseek_v3", {"sliding_window": 128}),
     ("deepseek_v3", {"mlp_bias": True}),
     ("glm4_moe", {"scoring_func": "softmax"}),
+    ("glm4_moe", {"topk_method": "greedy"}),
     ("glm4_moe", {"sliding_window": 128}),
     ("gpt_oss", {"hidden_act": "gelu"}),
     ("gpt_oss", {"norm_topk_prob": False}),
@@ -102,8 +106,32 @@ def test_harmless_and_null_settings_change_nothing(model_type):
     assert build(model_type, **harmless) == build(model_type)
 
 
-def test_impossible_routing_is_refused():
-    with pytest.raises(ValueError, match="top_k must be in"):
+# `PretrainedConfig` of transformers 4.40, with the values of its `to_dict()`.
+FULL_DUMP = {
+    "return_dict": True, "output_hidden_states": False, "output_attentions": False, "torchscript": False,
+    "use_bfloat16": False, "tf_legacy_loss": False, "pruned_heads": {}, "chunk_size_feed_forward": 0,
+    "is_encoder_decoder": False, "is_decoder": False, "cross_attention_hidden_size": None, "add_cross_attention": False,
+    "tie_encoder_decoder": False, "max_length": 20, "min_length": 0, "do_sample": False, "early_stopping": False,
+    "num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0.0, "temperature": 1.0, "top_k": 50, "top_p": 1.0,
+    "typical_p": 1.0, "repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None, "num_return_sequences": 1, "output_scores": False,
+    "return_dict_in_generate": False, "forced_bos_token_id": None, "forced_eos_token_id": None,
+    "remove_invalid_values": False, "exponential_decay_length_penalty": None, "suppress_tokens": None,
+    "begin_suppress_tokens": None, "finetuning_task": None, "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1}, "num_labels": 2, "tokenizer_class": "LlamaTokenizer", "prefix": None,
+    "bos_token_id": 1, "sep_token_id": None, "decoder_start_token_id": None, "task_specific_params": None,
+    "problem_type": None, "_name_or_path": "somewhere", "_commit_hash": "0123abcd", "_attn_implementation": "sdpa",
+    "attn_implementation": "flash_attention_2", "unsloth_fixed": True, "unsloth_version": "2025.1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_full_dump_of_transformers_settings_changes_nothing(model_type):
+    assert build(model_type, **FULL_DUMP) == build(model_type)
+
+
+def test_impossible_routing_is_refused_with_the_file_and_its_keys():
+    with pytest.raises(ValueError, match=r"^config\.json: .*num_experts_per_tok=9.*: top_k must be in"):
         build("mixtral", num_experts_per_tok=9)
     with pytest.raises(ValueError, match="num_groups must divide"):
         build("deepseek_v3", n_group=7)

@@ -13,7 +13,7 @@ from fading_memory_model import (
     expected_penalized,
 )
 
-from moe_jax.generation import GenerationSettings, generate
+from moe_jax.generation import Generation, GenerationSettings, generate, generate_batches
 from moe_jax.generation.programs import bucket
 
 VOCAB = 23
@@ -156,6 +156,36 @@ def test_a_repetition_penalty_of_1_runs_the_programs_without_one_and_other_value
     assert compilations == 0
 
 
+def test_batches_compile_once_and_the_last_one_too(model, rng):
+    prompts = draw_prompts(rng, *rng.integers(1, 16, size=7))
+    settings = dataclasses.replace(SAMPLING, max_new_tokens=14)
+    generate(model, prompts[:1], settings)
+
+    def in_batches():
+        return list(generate_batches(model, prompts, settings, batch_size=3, seed=5, with_expert_load=True))
+
+    compilations, batches = count_compilations(in_batches)
+    assert compilations == 2
+    assert [len(batch.lengths) for batch in batches] == [3, 3, 1]
+    result = Generation.joined(batches, pad_token_id=settings.pad_token_id)
+    at_once = generate(model, prompts, settings, seed=5, with_expert_load=True)
+    np.testing.assert_array_equal(result.tokens, at_once.tokens)
+    np.testing.assert_array_equal(result.lengths, at_once.lengths)
+    np.testing.assert_array_equal(result.expert_load, at_once.expert_load)
+    assert result.finish_reasons == at_once.finish_reasons
+    assert result.timing.prompt_tokens == at_once.timing.prompt_tokens
+    assert result.timing.decoded_tokens == at_once.timing.decoded_tokens
+
+
+def test_tokens_of_batches_are_streamed_under_their_own_numbers(model, rng):
+    prompts, seen = draw_prompts(rng, 5, 9, 2), [[], [], []]
+    batches = generate_batches(
+        model, prompts, SAMPLING, batch_size=2, on_token=lambda row, token: seen[row].append(token)
+    )
+    rows = [batch.row(row) for batch in batches for row in range(len(batch.lengths))]
+    assert seen == rows
+
+
 def test_a_row_may_end_with_its_first_token(model, table, rng):
     (prompt,) = draw_prompts(rng, 4)
     eos = expected_greedy(table, prompt, 1)[0]
@@ -261,6 +291,17 @@ def test_lengths_are_padded_to_powers_of_two(length, padded):
         ([[1, VOCAB]], 4, f"legal are 0 to {VOCAB - 1}"),
         ([[3, -1]], 4, "token ids from -1 to 3"),
         ([[1] * 500], 13, "exceeds the model's 512 positions"),
+        (
+            [1, 2, 3],
+            4,
+            "prompts must be a list of lists of token ids; prompt 0 is 1; one prompt alone stands in a list",
+        ),
+        ([[[1, 2]]], 4, r"prompts must be a list of lists of token ids; prompt 0 is \[\[1, 2\]\]$"),
+        ([[1], [1.7, 2]], 4, r"prompt 1 holds something else than token ids: \[1.7, 2\]"),
+        (["ab"], 4, "prompts must be a list of lists of token ids; prompt 0 is 'ab'"),
+        ([["a"]], 4, "prompt 0 holds something else than token ids"),
+        ([[2**31]], 4, f"legal are 0 to {VOCAB - 1}"),
+        ([[2**70]], 4, "prompt 0 holds something else than token ids"),
     ],
 )
 def test_prompts_that_cannot_be_continued_are_refused(model, prompts, max_new_tokens, message):
@@ -272,6 +313,20 @@ def test_prompts_that_cannot_be_continued_are_refused(model, prompts, max_new_to
 def test_a_seed_of_more_than_64_bits_is_refused(model, seed):
     with pytest.raises(ValueError, match=rf"seed must be from -2\^63 to 2\^63 - 1, got {seed}"):
         generate(model, [[1]], GenerationSettings(max_new_tokens=2), seed=seed)
+
+
+@pytest.mark.parametrize(("seed", "other"), [(1, 1 + 2**32), (-1, 2**32 - 1), (-(2**63), 0), (2**62, 2**61)])
+def test_seeds_that_differ_in_any_of_64_bits_draw_other_tokens(model, rng, seed, other):
+    prompts, settings = draw_prompts(rng, 8, 3), dataclasses.replace(SAMPLING, temperature=9.0)
+    tokens = [generate(model, prompts, settings, seed=value).tokens for value in (seed, other)]
+    assert (tokens[0] != tokens[1]).any()
+
+
+@pytest.mark.parametrize("wanted", [13, 10**9])
+def test_as_many_new_tokens_as_a_checkpoint_asks_for_are_generated_or_as_fit(model, table, rng, wanted):
+    (prompt,) = draw_prompts(rng, 490)
+    settings = GenerationSettings(default_new_tokens=wanted)
+    assert generate(model, [prompt], settings).row(0) == expected_greedy(table, prompt, min(wanted, 22))
 
 
 def test_a_mask_of_another_shape_is_refused(model):

@@ -31,15 +31,56 @@ def test_every_supported_setting_is_read():
         top_k=20,
         top_p=0.95,
         repetition_penalty=1.05,
-        max_new_tokens=77,
+        default_new_tokens=77,
         eos_token_ids=(151645, 151643),
         pad_token_id=151643,
     )
 
 
 def test_the_callers_settings_win_and_none_means_the_checkpoints():
-    settings = settings_from_hf({"do_sample": True, "top_k": 20}, {}, do_sample=False, top_k=None, max_new_tokens=3)
-    assert (settings.do_sample, settings.top_k, settings.max_new_tokens) == (False, 20, 3)
+    settings = settings_from_hf(
+        {"do_sample": True, "top_k": 20, "top_p": 0.5}, {}, top_p=0.7, top_k=None, max_new_tokens=3
+    )
+    assert (settings.top_p, settings.top_k, settings.max_new_tokens) == (0.7, 20, 3)
+    assert settings_from_hf({"do_sample": True}, {}, do_sample=False).do_sample is False
+    assert settings_from_hf({"eos_token_id": 3, "pad_token_id": 4}, {"eos_token_id": 2}, eos_token_ids=(5,)) == (
+        GenerationSettings(eos_token_ids=(5,), pad_token_id=4)
+    )
+
+
+BAD_FOR_SAMPLING = [{"top_p": 7}, {"top_p": "x"}, {"temperature": -1}, {"top_k": -3}, {"top_k": 2.5}]
+
+
+@pytest.mark.parametrize("bad", BAD_FOR_SAMPLING, ids=str)
+def test_what_has_no_effect_is_not_looked_at(bad):
+    assert settings_from_hf(bad, {}) == GenerationSettings()
+    assert settings_from_hf({"do_sample": True, **bad}, {}, do_sample=False) == GenerationSettings()
+    (name,) = bad
+    settings = settings_from_hf({"do_sample": True, **bad}, {}, **{name: 1})
+    assert getattr(settings, name) == 1
+    with pytest.raises(ValueError, match=rf"^generation_config\.json: {name} must be"):
+        settings_from_hf({"do_sample": True, **bad}, {})
+
+
+@pytest.mark.parametrize(
+    ("file", "config", "message"),
+    [
+        ({"repetition_penalty": 0}, {}, r"^generation_config\.json: repetition_penalty must be positive"),
+        ({"eos_token_id": -1}, {}, r"^generation_config\.json: eos_token_ids must be from 0"),
+        ({}, {"eos_token_id": [1, 2**31]}, r"^config\.json: eos_token_ids must be from 0"),
+        ({}, {"pad_token_id": 2**31}, r"^config\.json: pad_token_id must be from"),
+        ({"max_new_tokens": 0}, {}, r"^generation_config\.json: max_new_tokens must be a positive integer, got 0"),
+    ],
+    ids=str,
+)
+def test_an_illegal_value_names_the_file_that_it_comes_from(file, config, message):
+    with pytest.raises(ValueError, match=message):
+        settings_from_hf(file, config)
+
+
+def test_the_callers_own_illegal_value_names_no_file():
+    with pytest.raises(ValueError, match=r"^top_p must be in"):
+        settings_from_hf({"do_sample": True, "top_p": 0.5}, {}, top_p=3.0)
 
 
 @pytest.mark.parametrize("generation_config", [{}, {"do_sample": True, "temperature": 0}], ids=str)
@@ -91,6 +132,7 @@ def test_settings_of_sampling_matter_only_when_sampling():
     ("field", "value", "message"),
     [
         ("max_new_tokens", 0, "max_new_tokens must be at least 1, got 0"),
+        ("default_new_tokens", 0, "default_new_tokens must be at least 1, got 0"),
         ("temperature", -1.0, "temperature must be positive and finite, got -1.0"),
         ("temperature", float("nan"), "got nan"),
         ("temperature", float("inf"), "got inf"),
@@ -113,12 +155,12 @@ def test_illegal_values_are_refused(field, value, message):
 @pytest.mark.parametrize(
     ("setting", "value", "meaning"),
     [
-        ("temperature", "0.7", "a number"),
-        ("top_p", [0.5], "a number"),
-        ("repetition_penalty", "1.05", "a number"),
+        ("temperature", "0.7", "a finite number"),
+        ("top_p", [0.5], "a finite number"),
+        ("repetition_penalty", "1.05", "a finite number"),
         ("top_k", 20.5, "an integer"),
-        ("max_new_tokens", "5", "an integer"),
-        ("max_new_tokens", True, "an integer"),
+        ("max_new_tokens", "5", "a positive integer"),
+        ("max_new_tokens", True, "a positive integer"),
         ("do_sample", "true", "true or false"),
         ("do_sample", 1, "true or false"),
         ("eos_token_id", "0", "an integer or a list of integers"),
@@ -129,7 +171,7 @@ def test_illegal_values_are_refused(field, value, message):
 def test_a_value_of_the_wrong_type_is_refused_with_file_and_key(setting, value, meaning):
     message = re.escape(f"{setting} must be {meaning}, got {value!r}")
     with pytest.raises(ValueError, match=rf"^generation_config\.json: {message}$"):
-        settings_from_hf({setting: value}, {})
+        settings_from_hf({"do_sample": True, setting: value}, {})
     if setting.endswith("token_id"):
         with pytest.raises(ValueError, match=rf"^config\.json: {message}$"):
             settings_from_hf({}, {setting: value})

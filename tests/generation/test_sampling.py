@@ -85,6 +85,14 @@ def test_ties_go_to_the_lowest_ids(options, rng):
     assert not frequencies[0, 3:].any()
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-37, 1e-40, 1e-60])
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.9}])
+def test_the_lowest_temperatures_draw_the_most_likely_token(logits, rng, temperature, options):
+    frequencies = draw(logits, int(rng.integers(2**31)), draws=50, temperature=temperature, **options)
+    np.testing.assert_array_equal(frequencies.argmax(-1), logits.argmax(-1))
+    np.testing.assert_array_equal(frequencies.max(-1), 1)
+
+
 def test_tokens_of_logit_minus_infinity_are_never_drawn(rng):
     logits = np.array([[-np.inf, 0.0, -np.inf, 1.0]], np.float32)
     for options in ({}, {"top_p": 1.0}, {"top_k": 4}):

@@ -31,7 +31,7 @@ def test_a_token_sees_itself_and_earlier_real_ones_within_the_window(window, cac
     sequence = Sequence.of(
         jnp.zeros(real.shape, jnp.int32), jnp.asarray(real), lengths=jnp.asarray(lengths), cached_slots=10
     )
-    visible = np.asarray(sequence.mask(window))[:, 0]
+    visible = np.asarray(sequence.visibility(window).mask())[:, 0]
     for row in range(4):
         index = lengths[row]
         for token in range(6):
@@ -42,7 +42,7 @@ def test_a_token_sees_itself_and_earlier_real_ones_within_the_window(window, cac
 
 
 def test_without_a_cache_keys_are_the_new_tokens_and_padding_is_seen_by_no_one():
-    visible = np.asarray(Sequence.of(IDS, MASK).mask(2))[:, 0]
+    visible = np.asarray(Sequence.of(IDS, MASK).visibility(2).mask())[:, 0]
     assert [list(np.flatnonzero(row)) for row in visible[0, 2:]] == [[2], [2, 3], [3, 4]]
     assert [list(np.flatnonzero(row)) for row in visible[1, :3]] == [[0], [0, 1], [1, 2]]
 

@@ -19,7 +19,7 @@ from moe_jax import ParallelConfig, from_pretrained, save_pretrained
 from moe_jax.checkpoints import open_checkpoint
 from moe_jax.generation import GenerationSettings, generate
 from moe_jax.generation.programs import bucket, compile_programs, signature_of
-from moe_jax.models import CausalLM
+from moe_jax.models import CausalLM, softmax_attention
 from moe_jax.models.parameter_sources import parameter_shardings, parameter_sources
 from moe_jax.models.partitioning import Partitioning
 from moe_jax.parallel import create_mesh, parallel_of
@@ -250,3 +250,12 @@ def test_a_model_on_a_mesh_is_saved_as_it_is(model, tmp_path):
     saved, original = open_checkpoint(tmp_path / "saved"), open_checkpoint(QWEN.folder("fused"))
     for path in original.shapes:
         np.testing.assert_array_equal(saved.read(path), original.read(path), err_msg=path)
+
+
+@pytest.mark.parametrize("sizes", [{}, ALL_AXES], ids=str)
+@pytest.mark.parametrize("case", [QWEN, LATENT, SINKS], ids=str)
+def test_logits_do_not_change_when_attention_goes_through_blocks_of_queries(case, sizes, monkeypatch):
+    monkeypatch.setattr(softmax_attention, "SCORES_AT_ONCE", 1)
+    monkeypatch.setattr(softmax_attention, "FEWEST_QUERIES", 5)
+    model, expected = load(case, sizes) if sizes else golden_model(case), case.expected()
+    assert relative_error(logits_of(model, expected.input_ids), expected.logits) < TOLERANCE

@@ -18,9 +18,10 @@ PYTHON_FOLDERS = (*LIBRARY_FOLDERS, "benchmarks", "examples", "tests")
 ALLOWED = {
     "kernels": set(),
     "json_files": set(),
+    "json_types": set(),
     "device_layouts": set(),
     "config": {"kernels"},
-    "families": {"config", "kernels"},
+    "families": {"config", "json_types", "kernels"},
     "placement": {"config"},
     "routing": {"config", "placement"},
     "experts": {"config", "kernels", "placement"},

@@ -1,4 +1,4 @@
-"""`moe-jax compile`: compile a model for accelerators that are not there, and say what would happen on them."""
+"""`moe-jax compile`: compile a model for hardware you don't have, and say what would happen on it."""
 
 import argparse
 import dataclasses
@@ -11,13 +11,13 @@ from moe_jax.cli import exit_codes
 if TYPE_CHECKING:
     from moe_jax.aot.compile_report import CompileReport, ProgramReport
 
-SUMMARY = "compile a model for accelerators that are not there"
+SUMMARY = "compile a model for hardware you don't have"
 DESCRIPTION = """\
-Compile prefill and decode of a model for TPUs or GPUs that are not there, from its config.json alone: no weight is read or
-allocated. Says whether each program fits into a device's memory, which collectives it runs with how many bytes, and the least
-time that the chip's published peaks allow. Nothing is measured.
+Compile prefill and decode of a model for TPUs or GPUs that you don't have, from its config.json alone: no weight is read or
+allocated. Reports whether each program fits into a device's memory, which collectives it runs and how many bytes they move, and
+a lower bound on its time from the chip's published peaks. Nothing is measured.
 
-Needs the compilers of the targets: pip install 'moe-jax[aot]'.
+Needs the compilers of the targets: pip install '.[aot]' in a clone of the repository.
 """
 EXAMPLES = """\
   moe-jax compile examples/demo_model --target v6e:2x2
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="a config.json, a folder that has one, or a hub id (owner/name), of which only that file is downloaded",
     )
+    shared.add_revision(parser)
     parser.add_argument(
         "--target",
         required=True,
@@ -59,40 +60,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="TPU slice (v6e:16x16, v5p:4x4x4, tpu7x:2x2x1 ...) or hosts x GPUs per host (h200:2x8 ...)",
     )
     sizes = parser.add_argument_group("what is generated")
-    sizes.add_argument("--batch", type=shared.positive_int, default=8, metavar="N", help="prompts (default: 8)")
+    sizes.add_argument(
+        "--batch", type=shared.positive_int, default=8, metavar="N", help="number of prompts (default: 8)"
+    )
     sizes.add_argument(
         "--prompt-length",
         type=shared.positive_int,
         default=1024,
         metavar="N",
-        help="tokens of a prompt (default: 1024)",
+        help="tokens of each prompt (default: 1024)",
     )
     sizes.add_argument(
         "--cache-length",
         type=shared.positive_int,
         metavar="N",
-        help="tokens that the cache holds of each row, new ones included (default: twice --prompt-length)",
+        help="tokens of each prompt that the cache has room for, new ones included (default: twice --prompt-length)",
     )
     spread = parser.add_argument_group("how it is spread")
     spread.add_argument(
         "--mesh",
         metavar="AXES",
-        help="positions along each axis, as in data=2,expert=16,tensor=2 (default: the least tensor parallelism that fits)",
+        help="size of each axis, as in data=2,expert=16,tensor=2 (default: the smallest tensor axis that fits)",
     )
     spread.add_argument(
         "--strategy",
         choices=STRATEGIES,
         metavar="NAME",
-        help=f"how tokens meet their experts: {', '.join(STRATEGIES)}; all but the first split the batch over the expert axis too "
-        "(default: what moves the fewest rows, with the batch split over data alone)",
+        help=f"how tokens reach their experts: {', '.join(STRATEGIES)}; all but the first also split the batch over the expert "
+        "axis (default: the strategy that moves the fewest rows, with the batch split over data only)",
     )
     spread.add_argument(
-        "--implementation", choices=IMPLEMENTATIONS, help="of the experts (default: what the target would choose)"
+        "--implementation",
+        choices=IMPLEMENTATIONS,
+        help="how experts are computed (default: what the target would choose)",
     )
     parser.add_argument(
         "--dtype",
         choices=shared.DTYPES,
-        help="number format of the model (default: what config.json says, or bfloat16)",
+        help="dtype of the model (default: that of config.json, or bfloat16)",
     )
     shared.add_json(parser)
 
@@ -121,14 +126,16 @@ def run(arguments: argparse.Namespace) -> int:
         prompt_length=arguments.prompt_length,
         cache_length=arguments.cache_length or 2 * arguments.prompt_length,
     )
-    file = resolve_config(arguments.model)
+    file = resolve_config(arguments.model, arguments.revision)
     config = read_json_object(file)
     _, decoder = describe(config, file)
     dtype = jnp.dtype(arguments.dtype) if arguments.dtype else named_dtype(config, file)
     try:
         devices = len(target.topology().devices)
     except UnfitEnvironmentError as error:
-        raise ValueError(f"{error}; or all of it: pip install 'moe-jax[aot]'") from error
+        raise ValueError(
+            f"{error}; or everything it needs: pip install '.[aot]' in a clone of the repository"
+        ) from error
     if arguments.mesh:
         positions, reason = parse_mesh(arguments.mesh, devices), None
     else:

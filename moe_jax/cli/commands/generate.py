@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import io
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
 
 SUMMARY = "continue prompts, or answer them"
 DESCRIPTION = """\
-Continue one or several prompts. Without --prompt, every line of standard input is one; none may be empty.
+Continue one or several prompts. Without --prompt, every line of standard input is a prompt; none may be empty.
 
-How tokens are chosen is up to the checkpoint's generation_config.json; --greedy, --temperature, --top-k, --top-p and
---repetition-penalty replace what it says. One prompt is printed as it is written; several run as one batch. Remarks and speed go to
-standard error.
+The checkpoint's generation_config.json says how tokens are chosen; --greedy, --temperature, --top-k, --top-p and
+--repetition-penalty override it. The text of a single prompt is printed while it is generated; several prompts run in batches.
+Remarks and speed go to standard error.
 
 --mesh spreads the model over several devices. On several hosts, start the same command with --distributed on each;
 docs/multihost.md has complete job files.
@@ -37,26 +38,36 @@ EXAMPLES = """\
   srun moe-jax generate MODEL --prompt "Once" --mesh expert=8,tensor=2 --distributed
 """
 
+DEFAULT_BATCH = 8
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     shared.add_model(parser)
+    shared.add_revision(parser)
     parser.add_argument(
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="text to continue; may be given several times; - is the whole of standard input",
+        help="text to continue; may be given several times; - stands for all of standard input",
     )
     parser.add_argument(
         "--max-new-tokens",
         type=shared.positive_int,
         metavar="N",
-        help="stop after N new tokens (default: the checkpoint's, or 128)",
+        help="stop after N new tokens (default: the checkpoint's setting, or 128)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=shared.positive_int,
+        default=DEFAULT_BATCH,
+        metavar="N",
+        help=f"most prompts at once, which share the memory for their keys and values (default: {DEFAULT_BATCH})",
     )
     choice = parser.add_argument_group("how tokens are chosen")
     choice.add_argument("--greedy", action="store_true", help="always take the most likely token")
     choice.add_argument(
-        "--temperature", type=float, metavar="X", help="below 1 sharpens, above 1 flattens; 0 is --greedy"
+        "--temperature", type=float, metavar="X", help="draw tokens; below 1 sharpens, above 1 flattens; 0 is --greedy"
     )
     choice.add_argument("--top-k", type=shared.positive_int, metavar="N", help="draw from the N most likely tokens")
     choice.add_argument(
@@ -66,22 +77,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repetition-penalty",
         type=float,
         metavar="X",
-        help="above 1 makes tokens less likely that are in the prompt or were generated; 1 switches it off",
+        help="above 1 makes tokens less likely that are in the prompt or were already generated; 1 switches it off",
     )
     choice.add_argument(
         "--ignore-generation-config",
         action="store_true",
-        help="leave the checkpoint's generation_config.json aside; ends are then those of config.json",
+        help="ignore the checkpoint's generation_config.json; end-of-sequence tokens then come from config.json",
     )
     choice.add_argument(
-        "--seed", type=seed_number, default=0, metavar="N", help="where randomness starts from (default: 0)"
+        "--seed", type=seed_number, default=0, metavar="N", help="seed of the random numbers (default: 0)"
     )
     chat = parser.add_argument_group("conversation")
     chat.add_argument("--chat", action="store_true", help="put each prompt into the checkpoint's chat template")
     chat.add_argument("--system", metavar="TEXT", help="system message of the conversation (with --chat)")
+    chat.add_argument(
+        "--chat-option",
+        action="append",
+        type=chat_option,
+        metavar="NAME=VALUE",
+        help="variable of the chat template, such as enable_thinking=false (with --chat); may be given several times",
+    )
     shared.add_dtype(parser)
     parser.add_argument(
-        "--stats", type=Path, metavar="FILE", help="write the expert load per layer: .png, .svg, .pdf, .json or .csv"
+        "--stats",
+        type=Path,
+        metavar="FILE",
+        help="count how often each expert of each layer is chosen, and write that to a .png, .svg, .pdf, .json or .csv",
     )
     processes.add_arguments(parser)
     shared.add_json(parser)
@@ -93,9 +114,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.distributed and (arguments.prompt is None or "-" in arguments.prompt):
         raise ValueError("--distributed needs --prompt TEXT: standard input does not reach every process")
     prompts = read_prompts(arguments.prompt)
-    if arguments.system is not None and not arguments.chat:
-        raise ValueError("--system needs --chat")
-    for name, text in [("a prompt", prompt) for prompt in prompts] + [("--system", arguments.system or "")]:
+    for option, value in (("--system", arguments.system), ("--chat-option", arguments.chat_option)):
+        if value is not None and not arguments.chat:
+            raise ValueError(f"{option} needs --chat")
+    chat = [
+        ("--system", arguments.system or ""),
+        ("--chat-option", json.dumps(arguments.chat_option, ensure_ascii=False)),
+    ]
+    for name, text in [("a prompt", prompt) for prompt in prompts] + chat:
         check_utf8(name, text)
     write_stats: Any = None
     if arguments.stats is not None:
@@ -105,12 +131,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     # What is slow to import, once the arguments are known to be right.
     from moe_jax.checkpoints import resolve_source
-    from moe_jax.generation import generate, read_generation_settings
+    from moe_jax.generation import Generation, generate_batches, read_generation_settings
     from moe_jax.pretrained import from_pretrained
     from moe_jax.tokenization import Tokenizer
 
     mesh = processes.join(arguments)
-    folder = resolve_source(arguments.model)
+    folder = resolve_source(arguments.model, arguments.revision)
     settings = read_generation_settings(
         folder, ignore_generation_config=arguments.ignore_generation_config, **overrides
     )
@@ -127,26 +153,35 @@ def run(arguments: argparse.Namespace) -> int:
     if len(prompts) == 1 and not arguments.json:
         shown = None if arguments.chat else prompts[0]
         printer = StreamPrinter(tokenizer, prompt_ids[0], shown, silent=not prints)
-    result = generate(
+    batches: list[Generation] = []
+    texts: list[str] = []
+    for batch in generate_batches(
         model,
         prompt_ids,
         settings,
+        batch_size=arguments.batch,
         seed=arguments.seed,
         on_token=None if printer is None else printer.add,
         with_expert_load=write_stats is not None,
-    )
+    ):
+        first = len(texts)
+        texts += [
+            tokenizer.continuation(ids, batch.row(row))
+            for row, ids in enumerate(prompt_ids[first : first + len(batch.lengths)])
+        ]
+        batches.append(batch)
+        if prints and printer is None and not arguments.json:
+            print_texts(prompts[first : len(texts)], texts[first:], chat=arguments.chat, after_others=first > 0)
 
     if not prints:
         return exit_codes.SUCCESS
-    texts = [tokenizer.continuation(ids, result.row(row)) for row, ids in enumerate(prompt_ids)]
+    result = Generation.joined(batches, pad_token_id=settings.pad_token_id)
     if arguments.json:
         from moe_jax.cli.output import print_json
 
         print_json(as_json(arguments, settings, prompts, prompt_ids, texts, result))
     elif printer is not None:
         printer.finish()
-    else:
-        print_texts(prompts, texts, chat=arguments.chat)
     if write_stats is not None and result.expert_load is not None:
         tokens = f"{result.timing.prompt_tokens} prompt and {result.lengths.sum()} new tokens"
         title = f"Expert load of {folder.resolve().name}, {tokens}"
@@ -177,6 +212,19 @@ def seed_number(text: str) -> int:
     if not -(2**63) <= value < 2**63:
         raise argparse.ArgumentTypeError(f"must be from -2^63 to 2^63 - 1, got {value}")
     return value
+
+
+def chat_option(text: str) -> tuple[str, Any]:
+    """A name and a value, which is taken as JSON if it is, for `type=`."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier() or name in ("messages", "add_generation_prompt"):
+        raise argparse.ArgumentTypeError(
+            f"must be like enable_thinking=false, with a name that the command doesn't set itself; got {text!r}"
+        )
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def read_prompts(given: Sequence[str] | None) -> list[str]:
@@ -226,7 +274,7 @@ def encode(tokenizer: "Tokenizer", prompt: str, arguments: argparse.Namespace) -
     if not arguments.chat:
         return tokenizer.encode(prompt)
     system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
-    return tokenizer.encode_chat([*system, {"role": "user", "content": prompt}])
+    return tokenizer.encode_chat([*system, {"role": "user", "content": prompt}], **dict(arguments.chat_option or ()))
 
 
 class StreamPrinter:
@@ -269,13 +317,13 @@ def emphasized(prompt: str) -> str:
     return f"\x1b[1m{prompt}\x1b[0m" if console.is_terminal and not console.no_color else prompt
 
 
-def print_texts(prompts: Sequence[str], texts: Sequence[str], *, chat: bool) -> None:
-    """Print several prompts with what follows each, an empty line between them."""
+def print_texts(prompts: Sequence[str], texts: Sequence[str], *, chat: bool, after_others: bool) -> None:
+    """Print several prompts with what follows each, an empty line between them and after those printed before."""
     blocks = [
         f"{emphasized(f'> {prompt}')}\n{text}" if chat else emphasized(prompt) + text
         for prompt, text in zip(prompts, texts, strict=True)
     ]
-    print("\n\n".join(blocks))
+    print("\n" * after_others + "\n\n".join(blocks), flush=True)
 
 
 def speed_line(timing: "Timing") -> str:
