@@ -1,4 +1,5 @@
-# Every target sets up what it needs, from a machine that has nothing but Python 3.12 or newer. See `make help`.
+# Every target sets up what it needs; a machine needs make, Python 3.12 to 3.14 with venv, and a network connection. The targets that
+# run transformers (golden-env, golden, check-transformers) also need Python 3.11. See `make help`.
 
 SHELL := bash
 .DELETE_ON_ERROR:
@@ -14,9 +15,9 @@ PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check
 TEST_WORKERS ?= 2
 # One worker per file: it makes what the tests of a file share once, and compiles less.
 PYTEST = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
-# The script's own sample of TPU kernels takes a quarter of an hour, --all of them hours; `make aot-tpu AOT_TPU_ARGS=` for the former.
+# `make aot-tpu AOT_TPU_ARGS=` compiles the script's own sample of TPU kernels, a quarter of an hour; AOT_TPU_ARGS=--all every one, hours.
 AOT_TPU_ARGS ?= --models olmoe-1b-7b gpt-oss-120b --tokens 2048
-# What has to be set before jax is imported, to compile for accelerators that are not there.
+# What has to be set before jax is imported, to compile for hardware that this machine lacks.
 AOT_ENVIRONMENT := JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 TPU_SKIP_MDS_QUERY=1 \
 	ALLOW_MULTIPLE_LIBTPU_LOAD=1
 
@@ -28,7 +29,7 @@ export JAX_PLATFORMS ?= cpu
 demo: $(VENV)/.installed  ## Inspect, convert, verify and run the example checkpoint (examples/demo_model)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" scripts/demo build/demo
 
-test: $(VENV)/.installed-test  ## Run the tests (those marked slow excepted)
+test: $(VENV)/.installed-test  ## Run the tests, except those marked slow
 	$(PYTEST) $(PYTEST_ARGS)
 
 help:  ## Show this text
@@ -36,7 +37,7 @@ help:  ## Show this text
 
 ##@ For contributors
 
-test-slow: $(VENV)/.installed-test  ## Run the slow tests only
+test-slow: $(VENV)/.installed-test  ## Run only the tests marked slow
 	$(PYTEST) -m "slow and not transformers" $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-test  ## Run all tests
@@ -65,32 +66,32 @@ golden: $(GOLDEN_VENV)/.installed  ## Write the golden files of tests/golden ane
 check-transformers: $(VENV)/.installed-test $(GOLDEN_VENV)/.installed  ## Run the checks that need transformers itself
 	$(BIN)/python -m pytest -m transformers $(PYTEST_ARGS) tests/transformers
 
-aot: aot-gpu aot-tpu aot-parallel aot-models  ## Compile the kernels of published models for GPUs and TPUs that are not there, and check the code
+aot: aot-gpu aot-tpu aot-parallel aot-models  ## Compile kernels, layers and models for GPUs and TPUs you don't have, and check the code
 
-aot-gpu: $(AOT_VENV)/.installed  ## Of these, every kernel for GPUs (AOT_ARGS for options)
+aot-gpu: $(AOT_VENV)/.installed  ## Of these, every kernel for GPUs (AOT_ARGS=... for options)
 	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/gpu_kernels.py --output build/aot $(AOT_ARGS)
 
-aot-tpu: $(AOT_VENV)/.installed  ## Of these, some kernels for TPUs (AOT_TPU_ARGS= for a sample, --all for every one: hours), and a layer on 4 TPUs
+aot-tpu: $(AOT_VENV)/.installed  ## Of these, some kernels for TPUs (AOT_TPU_ARGS= for a sample, AOT_TPU_ARGS=--all for all: hours), a layer and a model on 4 TPUs
 	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/tpu_kernels.py --output build/aot $(AOT_TPU_ARGS)
 	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/expert_parallel_kernel.py --models qwen3-30b-a3b --tokens 128 \
 	    --output build/aot/expert_parallel_kernel.json
 	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/tpu_slices.py --slices v6e:2x2 --output build/aot
 
-aot-parallel: $(AOT_VENV)/.installed  ## Of these, an expert-parallel layer: what it moves between devices, what it computes meanwhile, and how experts change places
+aot-parallel: $(AOT_VENV)/.installed  ## Of these, an expert-parallel layer: what it moves, what it computes meanwhile, and moving experts between ranks
 	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/expert_parallel_layer.py --output build/aot/expert_parallel_layer.json
 	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/expert_moves.py v6e:2x2 h200:1x8
 
-aot-models: $(AOT_VENV)/.installed  ## Of these, a tiny and a huge model for both, with moe-jax compile
+aot-models: $(AOT_VENV)/.installed  ## Of these, a tiny and a huge model for GPUs and TPUs, with moe-jax compile
 	$(AOT_VENV)/bin/python tests/aot/compile_command.py
 
-aot-megablox: $(AOT_VENV)/.installed  ## Compare the TPU kernels with megablox, statically (an hour)
+aot-megablox: $(AOT_VENV)/.installed  ## Compare the TPU kernels with megablox, without running them (an hour)
 	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/tpu_megablox.py --output build/aot $(AOT_MEGABLOX_ARGS)
 
 test-oldest: $(OLDEST_VENV)/.installed  ## Test and compile the kernels with the oldest supported jax
 	$(OLDEST_VENV)/bin/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS) tests/kernels tests/aot
 	$(AOT_ENVIRONMENT) $(OLDEST_VENV)/bin/python tests/aot/gpu_kernels.py --output build/aot-oldest $(AOT_ARGS)
 
-bench: $(VENV)/.installed-test  ## Measure on this machine; JSON under build/benchmarks
+bench: $(VENV)/.installed-test  ## Measure the time of imports on this machine; JSON under build/benchmarks
 	@mkdir -p build/benchmarks
 	$(BIN)/python benchmarks/import_time.py --json build/benchmarks/import_time.json
 
@@ -103,7 +104,7 @@ clean:  ## Remove what was built, and the environments
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis $(VENV) $(GOLDEN_VENV) $(AOT_VENV) $(OLDEST_VENV)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Set-up. A stamp inside the environment remembers that it is complete; it is redone when what it was made from changes.
+# Set-up. A stamp file marks an environment as complete; it is set up again when a file that it was made from changes.
 
 $(VENV)/bin/python: | scripts/find-python
 	@python="$${PYTHON:-$$(scripts/find-python)}" && test -n "$$python" && \
@@ -129,7 +130,7 @@ $(AOT_VENV)/.installed: pyproject.toml setup.py constraints.txt constraints-aot.
 	@$(AOT_VENV)/bin/python $(PIP_INSTALL) -c constraints-aot.txt --no-build-isolation -e '.[aot]'
 	@touch $@
 
-# constraints-oldest.txt takes the place of the lines of constraints.txt that name the same packages.
+# The lines of constraints-oldest.txt replace those of constraints.txt that name the same packages.
 $(OLDEST_VENV)/.installed: pyproject.toml setup.py constraints.txt constraints-oldest.txt | scripts/find-python
 	@python="$${PYTHON:-$$(scripts/find-python)}" && test -n "$$python" && \
 	echo "Setting up $(OLDEST_VENV) with $$("$$python" -V) ($$python)" && \

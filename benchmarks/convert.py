@@ -6,7 +6,7 @@ Speed: three layers of Qwen3-30B-A3B's shape (5 GB, sharded). `cp -r` and the co
 fresh process, both timed until `sync` has returned; every round is printed. The conversion's time is that of the call in a
 process that has imported everything; the time of the whole process, imports included, stands beside it.
 
-Memory: one layer of DeepSeek-V3's true shape with its embedding and output table, in block FP8 (15 GB, 26 GB decoded).
+Memory: one layer of DeepSeek-V3's true shape with its embedding and output table, in block FP8 (15 GB, 27 GB decoded).
 Printed are the largest RssAnon seen (sampled every 20 ms) and VmHWM of the converting process.
 
 Needs 45 GB of disk in `--folder`, and leaves nothing there.
@@ -151,8 +151,10 @@ def main() -> None:
     """Measure, print every round, write JSON if asked; exit code 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="rounds of the speed measurement (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
-    parser.add_argument("--json", type=Path, help="write the measurements here")
+    parser.add_argument(
+        "--folder", type=Path, metavar="TMP", help="where to write (default: the system's temporary folder)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements to FILE")
     parser.add_argument("--only", choices=("speed", "memory"), help="measure only this")
     parser.add_argument("--child", nargs=2, metavar=("SOURCE", "OUTPUT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -47,7 +47,7 @@ def main() -> None:
     """Measure, print each round and the ratios, and write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="measured rounds, at least 10 (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the measurements here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements to FILE")
     arguments = parser.parse_args()
     if arguments.rounds < 10:
         parser.error(f"--rounds must be at least 10, got {arguments.rounds}")

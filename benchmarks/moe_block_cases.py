@@ -1,4 +1,4 @@
-"""The MoE blocks of the CPU benchmark, and their random numbers: data shared by both contestants (numpy alone)."""
+"""The MoE blocks of the CPU benchmark, and their random numbers: data that both sides share (numpy alone). Not a script."""
 
 import dataclasses
 

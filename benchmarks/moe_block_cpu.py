@@ -73,16 +73,48 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--transformers-python", default=".venv-golden/bin/python", help="Python that has torch and transformers"
+        "--transformers-python",
+        default=".venv-golden/bin/python",
+        metavar="PYTHON",
+        help="a Python that has torch and transformers (default: %(default)s)",
     )
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "moe_block_cpu.json")
-    parser.add_argument("--cores", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that must count, per cell")
-    parser.add_argument("--most-rounds", type=int, default=9, help="rounds after which a busy machine is given up on")
-    parser.add_argument("--seconds-per-turn", type=float, default=0.15)
-    parser.add_argument("--blocks", nargs="+", choices=BLOCKS, default=list(BLOCKS))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=HERE / "results" / "moe_block_cpu.json",
+        metavar="FILE",
+        help="where to write the results (default: results/moe_block_cpu.json beside this script)",
+    )
+    parser.add_argument("--cores", type=int, default=2, metavar="N", help="CPU cores to use (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, metavar="N", help="rounds that must count, per cell (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--most-rounds",
+        type=int,
+        default=9,
+        metavar="N",
+        help="give up on a busy machine after this many rounds (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seconds-per-turn",
+        type=float,
+        default=0.15,
+        metavar="X",
+        help="how long each side is called per round (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--blocks", nargs="+", choices=BLOCKS, default=list(BLOCKS), help="blocks to measure (default: all)"
+    )
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="dtypes (default: both)")
+    parser.add_argument(
+        "--tokens",
+        nargs="+",
+        type=int,
+        default=list(TOKENS),
+        metavar="N",
+        help=f"numbers of tokens (default: {' '.join(map(str, TOKENS))})",
+    )
     return parser.parse_args()
 
 

@@ -1,5 +1,9 @@
-"""Worker of the CPU benchmark: `moe_jax.MoERunner`, and the experts alone against `jax.lax.ragged_dot`."""
+"""Worker of the CPU benchmark: `moe_jax.MoERunner`, and the experts alone against `jax.lax.ragged_dot`.
 
+moe_block_cpu.py starts it. It reads one request per line from standard input.
+"""
+
+import argparse
 import json
 import sys
 import time
@@ -98,6 +102,7 @@ class Worker:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     worker = Worker()
     for line in sys.stdin:
         request = json.loads(line)

@@ -1,6 +1,7 @@
 """Worker of the CPU benchmark: the MoE blocks of Hugging Face `transformers` on torch.
 
-Run by moe_block_cpu.py with the Python of an environment that holds torch and transformers; imports nothing of moe_jax.
+moe_block_cpu.py starts it with the Python of an environment that has torch and transformers (`make golden-env`). It reads one
+request per line from standard input, and imports nothing of moe_jax.
 """
 
 import argparse
@@ -9,12 +10,16 @@ import sys
 import time
 
 import numpy as np
-import torch
-import transformers
 from moe_block_cases import BLOCKS, MoEBlock
-from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Config, DeepseekV2Moe
-from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeSparseMoeBlock
+
+try:
+    import torch
+    import transformers
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Config, DeepseekV2Moe
+    from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeSparseMoeBlock
+except ImportError as error:
+    raise SystemExit(f"moe_block_transformers.py needs torch and transformers (`make golden-env`): {error}") from None
 
 
 def build(block: MoEBlock, dtype: torch.dtype) -> torch.nn.Module:
@@ -100,8 +105,8 @@ class Worker:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, required=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, required=True, metavar="N", help="threads that torch may use")
     torch.set_num_threads(parser.parse_args().threads)
     worker = Worker()
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""Lets a script of this folder import moe_jax from the source tree, on a machine where it cannot be installed."""
+"""Lets a script of this folder import moe_jax from the source tree, on a machine where it cannot be installed. Not a script."""
 
 import importlib.util
 import sys

@@ -1,4 +1,4 @@
-"""Mixture-of-Experts layers for JAX that behave exactly like vLLM's.
+"""Mixture-of-Experts layers for JAX that follow vLLM's semantics.
 
 Public names are imported when they are first used, so that importing a layer doesn't import a checkpoint library.
 """

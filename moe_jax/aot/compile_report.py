@@ -1,4 +1,4 @@
-"""What is said about a model compiled for devices that are not there: does it fit, what does it move, how fast could it be."""
+"""What is said about a model compiled for devices that this machine lacks: does it fit, what does it move, how fast could it be."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence

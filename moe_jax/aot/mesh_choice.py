@@ -40,8 +40,8 @@ def choose_mesh(
     """A mesh that uses every device and divides the experts evenly.
 
     Tensor parallelism leaves each rank a narrow slice of every expert, which fills matrix units badly. So of the meshes whose
-    weights and cache take no more than `MEMORY_SHARE` of a device, those with the fewest tensor positions are left; of these the
-    one with which a device holds the fewest bytes, of equal ones that with the most expert positions. If no mesh is so small, it
+    weights and cache take no more than `MEMORY_SHARE` of a device, those with the smallest tensor axis are left; of these the
+    one with which a device holds the fewest bytes, of equal ones that with the largest expert axis. If no mesh is so small, it
     is the one with which a device holds the fewest bytes, however narrow its slices are.
 
     Args:
@@ -74,7 +74,7 @@ def choose_mesh(
     size = f"{held[tuple(chosen.values())] / 1e9:,.2f} GB"
     if fits:
         reason = (
-            f"the fewest tensor positions with which weights and cache take at most {MEMORY_SHARE:.0%} of a device's memory, and "
+            f"the smallest tensor axis with which weights and cache take at most {MEMORY_SHARE:.0%} of a device's memory, and "
             f"with these the fewest bytes of them: {size}"
         )
     else:

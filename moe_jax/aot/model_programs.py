@@ -1,4 +1,4 @@
-"""The programs of a generation, compiled for devices that are not there, from a model's description alone.
+"""The programs of a generation, compiled for devices that this machine lacks, from a model's description alone.
 
 They are the very functions that `moe_jax.generation.generate` compiles, traced for the target's devices. No weight is allocated:
 the model is made of shapes, dtypes and shardings.

@@ -38,7 +38,7 @@ TPU_TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": 
 
 
 class UnfitEnvironmentError(RuntimeError):
-    """This process cannot compile for accelerators that are not there; the message says what to do."""
+    """This process cannot compile for accelerators that it lacks; the message says what to do."""
 
 
 _CLOCKS_GHZ = {"a100": 1.41, "h100": 1.98, "h200": 1.98, "b200": 1.965}
@@ -215,7 +215,7 @@ def _check_variables(accelerators: str, needed: Mapping[str, str]) -> None:
 
 
 def check_environment() -> None:
-    """Whether this process can compile for GPUs that are not there.
+    """Whether this process can compile for GPUs that it lacks.
 
     Raises:
         UnfitEnvironmentError: a variable is not set, or a plugin is missing or of another version than jax; says what to do.

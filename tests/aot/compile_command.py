@@ -1,5 +1,5 @@
-"""`moe-jax compile` for real targets: a tiny model on TPUs and GPUs that are not there, with every dispatch strategy, and a model
-that fits on neither.
+"""`moe-jax compile` for real targets: a tiny model on TPUs and GPUs that this machine lacks, with every dispatch strategy, and a
+model that fits on neither.
 
     python tests/aot/compile_command.py          # part of `make aot`; needs the extra `aot`
 

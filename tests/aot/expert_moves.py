@@ -1,4 +1,4 @@
-"""Compiles the moving of experts between ranks for accelerators that are not there, and checks what memory it needs.
+"""Compiles the moving of experts between ranks for TPUs and GPUs that this machine lacks, and checks what memory it needs.
 
     JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 \\
         python tests/aot/expert_moves.py [TARGET ...]
@@ -46,7 +46,13 @@ def compile_move(target: Any, row: tuple[int, ...]) -> Any:
 def main() -> int:
     """Compile for every target and every row."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("targets", nargs="*", default=["v6e:2x2"], help="such as v6e:2x2 or h200:1x8")
+    parser.add_argument(
+        "targets",
+        nargs="*",
+        default=["v6e:2x2"],
+        metavar="TARGET",
+        help="slices of TPUs or hosts x GPUs per host, such as v6e:2x2 or h200:1x8 (default: v6e:2x2)",
+    )
     targets = parser.parse_args().targets
     check_environment()
     failed = False

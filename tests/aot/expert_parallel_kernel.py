@@ -1,4 +1,4 @@
-"""Compile the expert-parallel kernel for TPUs that are not there, whole slices of them, and print what it takes as JSON.
+"""Compile the expert-parallel kernel for slices of TPUs that this machine lacks, and print what it takes as JSON.
 
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 python tests/aot/expert_parallel_kernel.py [--output FILE]
 
@@ -83,10 +83,19 @@ def cases():
 def main():
     """Compile every case; 1 if one does not compile."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--slices", nargs="+", choices=SLICES, default=list(SLICES))
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--tokens", nargs="+", type=int, choices=TOKENS, default=list(TOKENS))
-    parser.add_argument("--output", type=Path, help="file for all of it as JSON")
+    parser.add_argument(
+        "--slices", nargs="+", choices=SLICES, default=list(SLICES), help="slices of TPUs (default: all)"
+    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="models (default: all)")
+    parser.add_argument(
+        "--tokens",
+        nargs="+",
+        type=int,
+        choices=TOKENS,
+        default=list(TOKENS),
+        help="tokens of each rank (default: both)",
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write all of it to FILE")
     arguments = parser.parse_args()
     rows = []
     for slice_name, model, tokens, mesh_name in cases():

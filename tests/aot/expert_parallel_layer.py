@@ -1,4 +1,4 @@
-"""Compile a layer whose tokens travel by ragged all-to-all for accelerators that are not there, and check what it moves, and when.
+"""Compile a layer whose tokens travel by ragged all-to-all for hardware that this machine lacks; check what it moves, and when.
 
     JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 \
         python tests/aot/expert_parallel_layer.py [--targets v6e:2x2 ...] [--output FILE]
@@ -125,8 +125,14 @@ def faults(found: dict) -> list[str]:
 def main() -> int:
     """Compile, print and check; 1 if something is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--targets", nargs="+", default=TARGETS)
-    parser.add_argument("--output", type=Path, help="where to write the report as JSON")
+    parser.add_argument(
+        "--targets",
+        nargs="+",
+        default=TARGETS,
+        metavar="TARGET",
+        help=f"slices of TPUs, or hosts x GPUs per host (default: {' '.join(TARGETS)})",
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the report to FILE as JSON")
     arguments = parser.parse_args()
     reports, status = [], 0
     for name in arguments.targets:

@@ -77,10 +77,28 @@ def _rows_of_one_tpu(script: str, jobs: list[Job], deadline: float, verbose: boo
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """The options of a script whose work can be cut short, taken up later, and shared by several processes."""
-    parser.add_argument("--minutes", type=float, default=1e6, help="after how many to start nothing more")
-    parser.add_argument("--verbose", action="store_true", help="print rows as they come")
-    parser.add_argument("--processes", type=int, default=2, help="how many compile side by side")
-    parser.add_argument("--output", type=Path, default=Path("build/aot"))
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=1e6,
+        metavar="X",
+        help="start nothing more after this many minutes (default: no limit)",
+    )
+    parser.add_argument("--verbose", action="store_true", help="print each row as soon as it is known")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=2,
+        metavar="N",
+        help="processes that compile side by side (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("build/aot"),
+        metavar="FOLDER",
+        help="where to write the results, and keep what is done already (default: %(default)s)",
+    )
 
 
 def run_as_child(arguments: list[str], rows_of: Callable[[Job, Path, float], Iterable[Row]]) -> None:

@@ -1,4 +1,4 @@
-"""Compile every TPU kernel that models of published shapes call, for TPUs that are not there: whether they fit, and no more.
+"""Compile every TPU kernel that models of published shapes call, for TPUs that this machine lacks: whether they fit, and no more.
 
     python tests/aot/tpu_compiles.py [--tpus 7x] [--models mixtral-8x7b] [--tokens 8192] [--minutes 60]
 
@@ -116,10 +116,38 @@ def summary(rows: Iterable[Row]) -> Iterator[str]:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tpus", nargs="+", default=list(TPU_TOPOLOGIES), choices=TPU_TOPOLOGIES, metavar="TPU")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="MODEL")
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
-    parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=PROGRAMS, metavar="PROGRAM")
+    parser.add_argument(
+        "--tpus",
+        nargs="+",
+        default=list(TPU_TOPOLOGIES),
+        choices=TPU_TOPOLOGIES,
+        metavar="TPU",
+        help=f"generations: {' '.join(TPU_TOPOLOGIES)} (default: all)",
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=list(MODELS),
+        choices=MODELS,
+        metavar="MODEL",
+        help=f"models: {' '.join(MODELS)} (default: all)",
+    )
+    parser.add_argument(
+        "--tokens",
+        nargs="+",
+        type=int,
+        default=list(TOKENS),
+        metavar="N",
+        help=f"numbers of tokens (default: {' '.join(map(str, TOKENS))})",
+    )
+    parser.add_argument(
+        "--programs",
+        nargs="+",
+        default=list(PROGRAMS),
+        choices=PROGRAMS,
+        metavar="PROGRAM",
+        help=f"programs: {' '.join(PROGRAMS)} (default: all)",
+    )
     add_run_options(parser)
     return parser.parse_args(arguments)
 

@@ -1,6 +1,7 @@
-"""Compile the TPU kernels that models of published shapes call, for TPUs that are not there, and report what they execute.
+"""Compile the TPU kernels that models of published shapes call, for TPUs that this machine lacks, and report what they execute.
 
-    make aot                                    (a sample of all, in .venv-aot)
+    make aot-tpu                                (two models with 2048 tokens, in .venv-aot; part of make aot)
+    python tests/aot/tpu_kernels.py             (a sample: each model once, for one generation and number of tokens)
     python tests/aot/tpu_kernels.py --all       (every kernel of every model, number of tokens and generation: hours)
 
 The expert computation is traced forward and backward; the kernels found in it are those that a user's program would call, with
@@ -91,11 +92,43 @@ def table(rows: Iterable[Row]) -> Iterator[str]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tpus", nargs="+", default=list(TPU_TOPOLOGIES), choices=TPU_TOPOLOGIES, metavar="TPU")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="MODEL")
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
-    parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=PROGRAMS, metavar="PROGRAM")
-    parser.add_argument("--all", action="store_true", help="every program, instead of a sample")
+    parser.add_argument(
+        "--tpus",
+        nargs="+",
+        default=list(TPU_TOPOLOGIES),
+        choices=TPU_TOPOLOGIES,
+        metavar="TPU",
+        help=f"generations: {' '.join(TPU_TOPOLOGIES)} (default: all)",
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=list(MODELS),
+        choices=MODELS,
+        metavar="MODEL",
+        help=f"models: {' '.join(MODELS)} (default: all)",
+    )
+    parser.add_argument(
+        "--tokens",
+        nargs="+",
+        type=int,
+        default=list(TOKENS),
+        metavar="N",
+        help=f"numbers of tokens (default: {' '.join(map(str, TOKENS))})",
+    )
+    parser.add_argument(
+        "--programs",
+        nargs="+",
+        default=list(PROGRAMS),
+        choices=PROGRAMS,
+        metavar="PROGRAM",
+        help=f"programs: {' '.join(PROGRAMS)} (default: all)",
+    )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="all programs of the models, tokens and generations named, instead of a sample of them",
+    )
     add_run_options(parser)
     return parser.parse_args()
 

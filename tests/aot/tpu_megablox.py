@@ -1,4 +1,4 @@
-"""Compare our grouped matmul with megablox, the one that comes with jax, for TPUs that are not there.
+"""Compare our grouped matmul with megablox, the one that comes with jax, for TPUs that this machine lacks.
 
     python tests/aot/tpu_megablox.py [--tpus v6e] [--models qwen3-30b-a3b] [--search]
 
@@ -112,11 +112,39 @@ def comparisons(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tpus", nargs="+", default=list(TPU_TOPOLOGIES), choices=TPU_TOPOLOGIES, metavar="TPU")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=EXPERT_SHAPES, metavar="MODEL")
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
-    parser.add_argument("--rows", nargs="+", type=int, default=list(TILE_ROWS), choices=TILE_ROWS)
-    parser.add_argument("--search", action="store_true", help="compile ours with the list of tilings too")
+    parser.add_argument(
+        "--tpus",
+        nargs="+",
+        default=list(TPU_TOPOLOGIES),
+        choices=TPU_TOPOLOGIES,
+        metavar="TPU",
+        help=f"generations: {' '.join(TPU_TOPOLOGIES)} (default: all)",
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=list(MODELS),
+        choices=EXPERT_SHAPES,
+        metavar="MODEL",
+        help=f"models: {' '.join(EXPERT_SHAPES)} (default: {' '.join(MODELS)})",
+    )
+    parser.add_argument(
+        "--tokens",
+        nargs="+",
+        type=int,
+        default=list(TOKENS),
+        metavar="N",
+        help=f"numbers of tokens (default: {' '.join(map(str, TOKENS))})",
+    )
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        type=int,
+        default=list(TILE_ROWS),
+        choices=TILE_ROWS,
+        help="rows of megablox's tiles (default: both)",
+    )
+    parser.add_argument("--search", action="store_true", help="also compile ours with the whole list of tilings")
     add_run_options(parser)
     return parser.parse_args()
 

@@ -106,8 +106,14 @@ def comparison_table(rows: Iterable[Row]) -> Iterator[str]:
 def main() -> None:
     """Merge, write and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/tpu_static.json"))
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what the scripts wrote, tpu_*.json")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("benchmarks/results/tpu_static.json"),
+        metavar="FILE",
+        help="what was published, to which rows are added (default: %(default)s)",
+    )
     arguments = parser.parse_args()
     result = merged(arguments.files, arguments.results if arguments.results.exists() else None)
     lines = [

@@ -1,4 +1,4 @@
-"""Compile MoE layers and models, split over the chips of a slice, for slices of TPUs that are not there.
+"""Compile MoE layers and models, split over the chips of a slice, for slices of TPUs that this machine lacks.
 
     python tests/aot/tpu_slices.py [--slices v6e:2x2 v6e:16x16] [--programs layer model]
 
@@ -139,9 +139,28 @@ def compiled_in_child(slice_name: str, program: str) -> dict[str, Any]:
 def main() -> int:
     """Compile, print, and say whether all is well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slices", nargs="+", default=list(SLICES), metavar="SLICE")
-    parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=PROGRAMS, metavar="PROGRAM")
-    parser.add_argument("--output", type=Path, default=Path("build/aot"))
+    parser.add_argument(
+        "--slices",
+        nargs="+",
+        default=list(SLICES),
+        metavar="SLICE",
+        help=f"slices of TPUs (default: {' '.join(SLICES)})",
+    )
+    parser.add_argument(
+        "--programs",
+        nargs="+",
+        default=list(PROGRAMS),
+        choices=PROGRAMS,
+        metavar="PROGRAM",
+        help=f"programs: {' '.join(PROGRAMS)} (default: all)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("build/aot"),
+        metavar="FOLDER",
+        help="where to write the results (default: %(default)s)",
+    )
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:

@@ -1,4 +1,4 @@
-"""Compile the expert computation for TPUs that are not there, and look for copies of weights that XLA makes for the kernels.
+"""Compile the expert computation for a TPU that this machine lacks, and look for copies of weights that XLA makes for the kernels.
 
     python tests/aot/tpu_weight_copies.py [--tpu v6e] [--models qwen3-30b-a3b gpt-oss-120b]
 
@@ -122,11 +122,28 @@ def compiled_in_child(case: tuple[str, str, str, str]) -> dict[str, Any]:
 def main() -> None:
     """Compile, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tpu", default="v6e", choices=TPU_TOPOLOGIES, metavar="TPU")
     parser.add_argument(
-        "--models", nargs="+", default=["qwen3-30b-a3b", "gpt-oss-120b"], choices=EXPERT_SHAPES, metavar="MODEL"
+        "--tpu",
+        default="v6e",
+        choices=TPU_TOPOLOGIES,
+        metavar="TPU",
+        help=f"generation: {' '.join(TPU_TOPOLOGIES)} (default: %(default)s)",
     )
-    parser.add_argument("--output", type=Path, default=Path("build/aot"))
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["qwen3-30b-a3b", "gpt-oss-120b"],
+        choices=EXPERT_SHAPES,
+        metavar="MODEL",
+        help=f"models: {' '.join(EXPERT_SHAPES)} (default: qwen3-30b-a3b gpt-oss-120b)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("build/aot"),
+        metavar="FOLDER",
+        help="where to write the results (default: %(default)s)",
+    )
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:

@@ -9,7 +9,7 @@ import pytest
 from moe_jax.cli.main import COMMANDS, build_parser
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.md")])
+PAGES = sorted(page for folder in (".", "docs", "examples", "benchmarks") for page in (ROOT / folder).glob("*.md"))
 BASH = re.compile(r"^```bash\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND_IN_PROSE = re.compile(r"`moe-jax ([a-z]+)")
 EXPLAINED_MESSAGE = re.compile(r"^\*\*.*\*\*.*$", re.MULTILINE)
