@@ -99,8 +99,8 @@ class RouterConfig:
     def __post_init__(self) -> None:
         if self.scoring not in SCORING_FUNCTIONS:
             raise ValueError(f"scoring must be one of {', '.join(SCORING_FUNCTIONS)}; got {self.scoring!r}")
-        if self.renormalize_epsilon < 0:
-            raise ValueError(f"renormalize_epsilon must not be negative, got {self.renormalize_epsilon}")
+        if not (math.isfinite(self.renormalize_epsilon) and self.renormalize_epsilon >= 0):
+            raise ValueError(f"renormalize_epsilon must be finite and not negative, got {self.renormalize_epsilon}")
         if not (math.isfinite(self.routed_scaling_factor) and self.routed_scaling_factor > 0):
             raise ValueError(f"routed_scaling_factor must be positive and finite, got {self.routed_scaling_factor}")
         if self.hash_vocab_size is not None and self.hash_vocab_size < 1:
@@ -327,6 +327,10 @@ class MoEConfig:
         self._validate_scaling()
         if self.fuse_shared_experts:
             self._validate_fused_shared_experts()
+        for name in ("dtype", "param_dtype"):
+            dtype = getattr(self, name)
+            if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+                raise ValueError(f"{name} must be floating, got {jnp.dtype(dtype)}")
         Activation.of(self.activation)
         legal = [module.NAME for module in IMPLEMENTATIONS]
         if self.implementation not in (None, *legal):

@@ -44,7 +44,7 @@ def test_physical_experts_count_the_redundant_ones():
     ("changes", "message"),
     [
         ({"scoring": "softplus"}, "scoring must be one of softmax, sigmoid, sqrtsoftplus; got 'softplus'"),
-        ({"renormalize_epsilon": -1e-9}, "renormalize_epsilon must not be negative, got -1e-09"),
+        ({"renormalize_epsilon": -1e-9}, "renormalize_epsilon must be finite and not negative, got -1e-09"),
         ({"routed_scaling_factor": 0.0}, "routed_scaling_factor must be positive and finite, got 0.0"),
         ({"routed_scaling_factor": float("nan")}, "routed_scaling_factor must be positive and finite, got nan"),
         ({"hash_vocab_size": 0}, "hash_vocab_size must be positive, got 0"),

@@ -10,6 +10,7 @@ from flax import nnx
 from oracles.layers_under_test import call, random_layer
 
 from moe_jax import MoEConfig, MoERunner, ParallelConfig, RoutedExperts, RouterConfig
+from moe_jax.placement import ExpertMapManager, ParallelRanks
 from moe_jax.routing import Router
 
 
@@ -71,6 +72,77 @@ def test_experts_built_for_another_config_are_refused(of_part, message):
 
     with pytest.raises(ValueError, match=f"routed_experts must be built for the layer's config: {message}"):
         nnx.eval_shape(build)
+
+
+def test_parts_for_another_config_are_refused_after_construction_too():
+    layer = nnx.eval_shape(lambda: MoERunner(config(router=SCALED_LATER), rngs=nnx.Rngs(0)))
+    x = jax.ShapeDtypeStruct((4, 6), jnp.float32)
+    nnx.eval_shape(lambda layer, x: layer(x), layer, x)
+    own_router, own_experts = layer.router, layer.routed_experts
+
+    layer.router = nnx.eval_shape(lambda: Router(config(router=SCALING), rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="router must be built for the layer's config: its router is"):
+        nnx.eval_shape(lambda layer, x: layer(x), layer, x)
+    layer.router = own_router
+
+    layer.routed_experts = nnx.eval_shape(lambda: RoutedExperts(config(num_experts=4), rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="its number of physical experts is 4, that of the config 8"):
+        nnx.eval_shape(lambda layer, x: layer(x), layer, x)
+
+    manager = ExpertMapManager(global_num_experts=8, ranks=ParallelRanks(ep_size=2, ep_rank=0, use_ep=True))
+    layer.routed_experts = nnx.eval_shape(lambda: RoutedExperts(config(), expert_map_manager=manager, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="got those of rank 0 of 2"):
+        nnx.eval_shape(lambda layer, x: layer(x), layer, x)
+    layer.routed_experts = own_experts
+    nnx.eval_shape(lambda layer, x: layer(x), layer, x)
+
+
+@pytest.mark.parametrize(
+    ("manager", "message"),
+    [
+        (dict(global_num_experts=4), "must place the config's 8 physical experts, got one for 4"),
+        (dict(global_num_experts=8, num_fused_shared_experts=1), "must have num_fused_shared_experts=0, got 1"),
+        (dict(global_num_experts=8, ranks=ParallelRanks(tp_size=2)), "must have tp_size=1, got 2"),
+    ],
+)
+def test_a_placement_that_experts_cannot_hold_is_refused(manager, message):
+    with pytest.raises(ValueError, match=f"expert_map_manager {message}"):
+        RoutedExperts(config(), expert_map_manager=ExpertMapManager(**manager), rngs=nnx.Rngs(0))
+
+
+def test_copies_of_an_expert_start_equal_on_every_rank():
+    drawn = RoutedExperts(config(num_redundant_experts=4), rngs=nnx.Rngs(0)).down_proj[...]
+    for rank in range(3):
+        manager = ExpertMapManager(
+            global_num_experts=12, ranks=ParallelRanks(ep_size=3, ep_rank=rank, use_ep=True), num_redundant_experts=4
+        )
+        experts = RoutedExperts(config(num_redundant_experts=4), expert_map_manager=manager, rngs=nnx.Rngs(0))
+        np.testing.assert_array_equal(experts.down_proj[...], drawn[manager.expert_map >= 0])
+
+
+def test_an_input_of_shared_experts_needs_shared_experts():
+    layer = nnx.eval_shape(lambda: MoERunner(config(), rngs=nnx.Rngs(0)))
+    x = jax.ShapeDtypeStruct((4, 6), jnp.float32)
+    with pytest.raises(ValueError, match="shared_experts_input needs shared experts, and the layer has none"):
+        nnx.eval_shape(lambda layer, x: layer(x, shared_experts_input=x), layer, x)
+
+
+@pytest.mark.parametrize("name", ["dtype", "param_dtype"])
+def test_layers_of_integers_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be floating, got int32"):
+        config(**{name: jnp.int32})
+
+
+@pytest.mark.parametrize("expert_bias", [False, True])
+def test_float32_experts_of_a_bfloat16_layer_have_gradients_that_were_never_rounded(expert_bias, rng):
+    layer = random_layer(rng, config(dtype=jnp.bfloat16, expert_bias=expert_bias))
+    x = jnp.asarray(rng.normal(size=(20, 6)), jnp.float32)
+    gradients = nnx.grad(lambda layer: jnp.sum(layer(x).astype(jnp.float32) ** 2))(layer).routed_experts
+    for name in ("gate_up_proj", "down_proj"):
+        gradient = getattr(gradients, name)[...]
+        assert gradient.dtype == jnp.float32
+        is_rounded = gradient == gradient.astype(jnp.bfloat16)
+        assert np.mean(is_rounded[gradient != 0]) < 0.1  # an expert may have no token
 
 
 @pytest.mark.parametrize("top_k", [1, 2])

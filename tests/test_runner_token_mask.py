@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType
 from oracles import layer as oracle
 from oracles.layers_under_test import call, parameters_of, random_layer
@@ -65,6 +66,30 @@ def test_masked_tokens_may_hold_anything(rng):
     np.testing.assert_array_equal(y, clean)  # without shared experts nothing reaches the masked rows: they are zero
     np.testing.assert_array_equal(y[MASK == 0], 0)
     np.testing.assert_array_equal(aux.expert_load, clean_aux.expert_load)
+
+
+@pytest.mark.parametrize("has_logits", [False, True])
+def test_masked_tokens_may_hold_anything_for_gradients_too(has_logits, rng):
+    layer, _ = layer_of(
+        rng,
+        router=RouterConfig(num_zero_experts=ZERO_EXPERTS),
+        shared_experts=SharedExpertsConfig(intermediate_size=8, sigmoid_gate=True),
+    )
+    mask = jnp.asarray(MASK, bool)
+    x = jnp.asarray(rng.normal(size=(2, 3, 12)), jnp.float32)
+    logits = jnp.asarray(rng.normal(size=(2, 3, EXPERTS + ZERO_EXPERTS)), jnp.float32)
+
+    def gradients(x, logits):
+        def loss(layer, x, logits):
+            y = layer(x, token_mask=mask, router_logits=logits if has_logits else None)
+            return jnp.sum(jnp.where(mask[..., None], y, 0) ** 2)
+
+        return nnx.grad(loss, argnums=(0, 1, 2))(layer, x, logits)
+
+    clean = gradients(x, logits)
+    poisoned = gradients(*(jnp.where(mask[..., None], array, jnp.nan) for array in (x, logits)))
+    for one, other in zip(jax.tree.leaves(poisoned), jax.tree.leaves(clean), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_token_mask_holds_for_forced_ids_too(rng):

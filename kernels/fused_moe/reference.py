@@ -27,7 +27,7 @@ def run(request: Request) -> Array:
     request = request.of_own_layer()
     x, top_k = request.x, request.top_k
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    pair_ids = request.topk_ids.reshape(-1, 1) - request.expert_offset
+    pair_ids = request.topk_ids.reshape(-1, 1).astype(jnp.int32) - request.expert_offset
     pair_weights = request.topk_weights.reshape(-1, 1).astype(wide)
     pair_rows = jnp.repeat(x, top_k, axis=0)
 

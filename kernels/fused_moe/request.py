@@ -5,6 +5,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from ..activations import Activation
@@ -111,7 +112,7 @@ class Request:
                 f" and layer={layer}, got shape {gate_up_proj.shape}"
             )
         num_experts, _, intermediate_size, hidden_size = gate_up_proj.shape[-4:]
-        if isinstance(layer, int) and not 0 <= layer < stacked[0]:
+        if isinstance(layer, int | np.integer) and not 0 <= layer < stacked[0]:
             raise ValueError(f"layer must be in [0, {stacked[0]}), the layers of gate_up_proj; got {layer}")
         expected = {
             "x": (x, (x.shape[0], hidden_size), "[T, H]"),
@@ -181,5 +182,5 @@ class Request:
     def equally_varying(self) -> Self:
         """The same arguments, fit to meet each other in loops and custom gradients inside `jax.shard_map`."""
         names = ("x", "topk_weights", "topk_ids", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
-        arrays = equally_varying(*(getattr(self, name) for name in names))
-        return dataclasses.replace(self, **dict(zip(names, arrays, strict=True)))
+        arrays = equally_varying(*(getattr(self, name) for name in names), self.expert_offset, self.layer)
+        return dataclasses.replace(self, **dict(zip(names, arrays, strict=False)))

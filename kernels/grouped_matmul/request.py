@@ -3,7 +3,9 @@
 import dataclasses
 from typing import Any, Self
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -61,7 +63,7 @@ class Request:
         if bias is not None and bias.shape != (num_groups, width_out):
             raise ValueError(f"bias must be [G, N] = {(num_groups, width_out)}, got shape {bias.shape}")
         last_offset = group_sizes.shape[0] - num_groups
-        if isinstance(group_offset, int) and not 0 <= group_offset <= last_offset:
+        if isinstance(group_offset, int | np.integer) and not 0 <= group_offset <= last_offset:
             raise ValueError(
                 f"group_offset must be in [0, {last_offset}] ({group_sizes.shape[0]} group sizes, {num_groups} groups of"
                 f" weights), got {group_offset}"
@@ -75,7 +77,9 @@ class Request:
             )
         if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
             raise TypeError(f"group_sizes must be integer, got {group_sizes.dtype}")
-        output_dtype = jnp.dtype(rows.dtype if preferred_element_type is None else preferred_element_type)
+        output_dtype = jax.dtypes.canonicalize_dtype(
+            rows.dtype if preferred_element_type is None else preferred_element_type
+        )
         if not jnp.issubdtype(output_dtype, jnp.floating):
             raise TypeError(f"preferred_element_type must be floating, got {output_dtype}")
         return cls(
@@ -93,5 +97,5 @@ class Request:
     def equally_varying(self) -> Self:
         """The same arguments, fit to meet each other in loops and custom gradients inside `jax.shard_map`."""
         names = ("rows", "weights", "group_sizes", "bias")
-        arrays = equally_varying(*(getattr(self, name) for name in names))
-        return dataclasses.replace(self, **dict(zip(names, arrays, strict=True)))
+        arrays = equally_varying(*(getattr(self, name) for name in names), self.group_offset)
+        return dataclasses.replace(self, **dict(zip(names, arrays, strict=False)))

@@ -68,10 +68,13 @@ class ExpertComputation:
 
         `expected_rows` is about how many choices name one of these experts (None: all), see `fused_moe`.
 
-        Computes in the dtype of `x`, to which the weights are converted. Jitted, because outside of `jax.jit` the
+        Computes in the dtype of `x`, to which the weights are converted; float32 weights get float32 gradients, which were
+        never rounded to that of `x`. Jitted, because outside of `jax.jit` the
         loops of an implementation would run operation by operation.
         """
-        weights = weights.as_dtype(x.dtype)
+        is_taken = [matrices.dtype in (x.dtype, jnp.float32) for matrices in (weights.gate_up_proj, weights.down_proj)]
+        if not all(is_taken):
+            weights = weights.as_dtype(x.dtype)
         return fused_moe(
             x,
             topk_weights,
@@ -120,7 +123,12 @@ class RoutedExperts(nnx.Module):
                 results is the layer's. Replace the attribute after `update` only together with the weights.
             kernel_init: initializer of both projections.
             rngs: source of the `params` keys.
+
+        Raises:
+            ValueError: a manager for another number of experts, with tensor parallelism, or with fused shared experts.
         """
+        if expert_map_manager is not None:
+            _check_manager(expert_map_manager, config)
         self.computation = ExpertComputation.of(config)
         self.expert_map_manager = expert_map_manager
         experts = config.num_physical_experts if expert_map_manager is None else expert_map_manager.local_num_experts
@@ -136,11 +144,12 @@ class RoutedExperts(nnx.Module):
             )
 
         def projection(*shape: int) -> nnx.Param:
-            if expert_map_manager is not None or not config.num_redundant_experts:
+            if not config.num_redundant_experts:
                 return nnx.Param(kernel_init(rngs.params(), (experts, *shape), config.param_dtype))
             # Copies of an expert start equal: each expert is drawn once.
             drawn = kernel_init(rngs.params(), (config.num_experts, *shape), config.param_dtype)
-            return nnx.Param(drawn[initial_physical_to_logical(config.num_experts, config.num_redundant_experts)])
+            logical = initial_physical_to_logical(config.num_experts, config.num_redundant_experts)
+            return nnx.Param(drawn[logical if expert_map_manager is None else logical[_held_by(expert_map_manager)]])
 
         self.gate_up_proj = projection(halves, intermediate, hidden)
         self.down_proj = projection(hidden, intermediate)
@@ -184,6 +193,32 @@ class RoutedExperts(nnx.Module):
             self.weights(),
             expected_rows=math.ceil(topk_ids.size * local_share),
         )
+
+
+def _check_manager(manager: "ExpertMapManager", config: MoEConfig) -> None:
+    """Raise ValueError unless `RoutedExperts` can hold what the manager gives its rank."""
+    if manager.global_num_experts != config.num_physical_experts:
+        raise ValueError(
+            f"expert_map_manager must place the config's {config.num_physical_experts} physical experts, "
+            f"got one for {manager.global_num_experts}"
+        )
+    if manager.ranks.tp_size > 1:
+        raise ValueError(
+            f"expert_map_manager must have tp_size=1, got {manager.ranks.tp_size}: slices of experts are held on a mesh only"
+        )
+    if manager.num_fused_shared_experts:
+        raise ValueError(
+            f"expert_map_manager must have num_fused_shared_experts=0, got {manager.num_fused_shared_experts}: "
+            "shared experts are held by the layer"
+        )
+
+
+def _held_by(manager: "ExpertMapManager") -> Int[np.ndarray, "E"]:
+    """The physical experts of the manager's rank, in the order of its slots."""
+    if manager.expert_map is None:
+        return np.arange(manager.global_num_experts)
+    held = np.flatnonzero(manager.expert_map >= 0)
+    return held[np.argsort(manager.expert_map[held])]
 
 
 def _map_to_local(topk_ids: Int[Array, "T K"], expert_map: np.ndarray | None) -> Int[Array, "T K"]:

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moe_jax.experts.replicas import ReplicaMap
+from moe_jax.kernels.indices import slice_starts
 from moe_jax.load_balancing.exchange import ExpertSharding, on_every_rank
 from moe_jax.load_balancing.layers import BalancedLayers, find_expert_arrays, partition_of, stacked_rows
 
@@ -63,7 +64,7 @@ def sum_over_copies(
                 held_in = jnp.clip(held_in, 0, slots - 1)
 
                 def row_of(copy, local):
-                    at = (layer, held_in[copy], *[0] * (local.ndim - 2))
+                    at = slice_starts(layer, held_in[copy], *[0] * (local.ndim - 2))
                     return at, jax.lax.dynamic_slice(local, at, (1, 1, *local.shape[2:]))
 
                 def add(copy, total):

@@ -116,12 +116,13 @@ class LayerAxes:
         return len({getattr(device, "slice_index", device.process_index) for device in self.mesh.devices.flat})
 
     def validate(self, config: MoEConfig) -> None:
-        """Raise ValueError unless the layer divides evenly over the ranks, as upstream requires (spec 1.3)."""
+        """Raise ValueError unless the layer divides evenly over the ranks: each holds one shard of an array of the experts."""
         experts, tensor = self.size(self.expert), self.size(self.tensor)
         if config.num_physical_experts % experts:
             raise ValueError(
                 f"the {experts} ranks of expert_axis={self.expert} must divide the physical experts "
-                f"(num_experts + num_redundant_experts), got {config.num_experts} + {config.num_redundant_experts}"
+                f"(num_experts + num_redundant_experts), got {config.num_experts} + {config.num_redundant_experts}; "
+                f"num_redundant_experts={-config.num_experts % experts} would"
             )
         if config.intermediate_size % tensor:
             raise ValueError(
@@ -159,4 +160,10 @@ class LayerAxes:
         return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def _is_in_context(self) -> bool:
-        return not jax.sharding.get_abstract_mesh().empty
+        """Whether a mesh is set around the call; ValueError if it is not the layer's."""
+        context = jax.sharding.get_abstract_mesh()
+        if not context.empty and dict(context.shape) != dict(self.mesh.shape):
+            raise ValueError(
+                f"the layer's mesh has axes {dict(self.mesh.shape)}, the one that is set {dict(context.shape)}"
+            )
+        return not context.empty

@@ -133,8 +133,8 @@ def _specs_of(weights: ExpertWeights, specs: ExpertWeights) -> ExpertWeights:
 
 def _counts(axes: LayerAxes, layout: TokenLayout, received: tuple[ReceivedRows, ...]) -> tuple[Array, Array]:
     """Rows sent by each rank with tokens, and choices that all of them together have dropped."""
-    sent = jnp.sum(jnp.stack([part.sent_rows for part in received]), axis=0)[None]
-    dropped = jnp.sum(jnp.stack([part.dropped_rows for part in received]), axis=0)
+    sent = jnp.sum(jnp.stack([part.sent_rows for part in received]), axis=0, dtype=jnp.int32)[None]
+    dropped = jnp.sum(jnp.stack([part.dropped_rows for part in received]), axis=0, dtype=jnp.int32)
     if not layout.tokens:
         return sent, dropped
     # Ranks that exchange tensors dispatch each other's tokens as well, and each of them counts what is dropped of these.

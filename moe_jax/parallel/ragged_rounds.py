@@ -48,10 +48,9 @@ class RaggedRounds:
         num_rows = settings.buffer_rows(num_tokens, top_k)
         most_sent = num_tokens * min(top_k, settings.num_ranks if settings.one_row_per_rank else settings.num_experts)
         most_received = settings.num_ranks * settings.most_rows(num_tokens, top_k)
-        # A rank's share of all choices, as far as a round has room for it.
-        expected_rows = math.ceil(
-            num_tokens * top_k * min(1.0, num_rows / max(1, settings.even_rows(num_tokens, top_k)))
-        )
+        # A rank's share of all choices, as far as a round has room for it; a quotient of floats may be a little too large.
+        share = num_tokens * top_k * min(1.0, num_rows / max(1, settings.even_rows(num_tokens, top_k)))
+        expected_rows = min(math.ceil(share), num_rows * (top_k if settings.one_row_per_rank else 1))
         return cls(settings, num_rows, most_received, most_sent, expected_rows)
 
     def receive(

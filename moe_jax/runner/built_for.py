@@ -9,11 +9,20 @@ from moe_jax.routing import Router
 
 
 def check_built_for(config: MoEConfig, router: Any, routed_experts: Any) -> None:
-    """Raise ValueError for a `Router` or `RoutedExperts` built for another config; parts of other kinds are their author's own.
+    """Raise ValueError for a `Router` or `RoutedExperts` built for another config, or for one rank only.
+
+    Parts of other kinds are their author's own.
 
     A router that scales by another plan than the layer's would apply the factor twice or not at all, and tokens of experts that
     are missing would get nothing, both without a word.
     """
+    manager = getattr(routed_experts, "expert_map_manager", None)
+    if manager is not None and manager.expert_map is not None:
+        # Its routed output would be a part, added to a whole shared output. On a mesh the layer splits them alike.
+        raise ValueError(
+            "routed_experts must hold every expert of the layer, or be split by mesh=; "
+            f"got those of rank {manager.ranks.ep_rank} of {manager.ranks.ep_size}"
+        )
     if isinstance(router, Router):
         _compare("router", "router", router.config, config.router)
         _compare("router", "num_experts", router.num_experts, config.num_experts)

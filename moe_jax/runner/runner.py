@@ -189,8 +189,9 @@ class MoERunner(MoERunnerInterface):
             shared_experts_input: what the shared experts see; `hidden_states` are then the routed path's input, already
                 transformed.
             forced_ids: logical ids to route to, as `MoEAux.topk_ids` reports them.
-            token_mask: tokens where it is 0 go to no expert: the aux has id -1 and weight 0 for them, and doesn't count
-                them in its load. Shared experts still see them, so their output is meaningless, not zero.
+            token_mask: tokens where it is 0 go to no expert, and whatever they hold, NaN too, reaches nothing: the aux has
+                id -1 and weight 0 for them, and doesn't count them in its load. Shared experts see zeros in their place, so
+                their output is meaningless, not zero.
             key: randomness, for simulated routing.
             with_aux: also return a `MoEAux`.
 
@@ -221,10 +222,20 @@ class MoERunner(MoERunnerInterface):
     def _forward(
         self, hidden_states, router_logits, input_ids, shared_experts_input, forced_ids, token_mask, key, *, with_aux
     ) -> Array | tuple[Array, MoEAux]:
+        check_built_for(self.config, self.router, self.routed_experts)  # they may have been replaced
         if router_logits is None and not self.is_internal_router:
             raise ValueError("the router has no weight of its own: router_logits must be given, got None")
+        if shared_experts_input is not None and self.shared_experts is None:
+            raise ValueError("shared_experts_input needs shared experts, and the layer has none")
         order = TokenOrder.of(hidden_states.shape[:-1], self.axes)
         tokens = order.flatten("hidden_states", self._in_computation_dtype(hidden_states), 1)
+        router_logits = order.flatten("router_logits", router_logits, 1)
+        is_routed = None
+        if token_mask is not None:
+            is_routed = order.flatten("token_mask", token_mask, 0)[:, None] != 0
+            # What is left out may be NaN, and a gradient of zero times NaN is NaN.
+            tokens = jnp.where(is_routed, tokens, 0)
+            router_logits = None if router_logits is None else jnp.where(is_routed, router_logits, 0)
         dispatch = None if self.axes is None else self._dispatch(self.axes, tokens.shape[0])
 
         routed_input = tokens if dispatch is None else slice_tokens(dispatch, tokens)
@@ -242,13 +253,12 @@ class MoERunner(MoERunnerInterface):
 
         topk_weights, topk_ids, logits = self.router(
             routed_input,
-            router_logits=order.flatten("router_logits", router_logits, 1),
+            router_logits=router_logits,
             input_ids=order.flatten("input_ids", input_ids, 0),
             forced_ids=order.flatten("forced_ids", forced_ids, 1),
             key=key,
         )
-        if token_mask is not None:
-            is_routed = order.flatten("token_mask", token_mask, 0)[:, None] != 0
+        if is_routed is not None:
             topk_weights, topk_ids = jnp.where(is_routed, topk_weights, 0), jnp.where(is_routed, topk_ids, -1)
         output, physical_ids, counts = self._run_experts(dispatch, routed_input, shared_input, topk_weights, topk_ids)
         output = order.unflatten(output)
@@ -393,13 +403,6 @@ class MoERunner(MoERunnerInterface):
 
     def check_parts(self) -> None:
         """Raise ValueError unless the plans can be kept with the parts that are there."""
-        manager = getattr(self.routed_experts, "expert_map_manager", None)
-        if manager is not None and manager.expert_map is not None:
-            # Its routed output would be a part, added to a whole shared output. On a mesh the layer splits them alike.
-            raise ValueError(
-                "routed_experts must hold every expert of the layer, or be split by mesh=; "
-                f"got those of rank {manager.ranks.ep_rank} of {manager.ranks.ep_size}"
-            )
         if self.config.fuse_shared_experts:
             check_fused_shared_experts(self)
         if self.axes is None:

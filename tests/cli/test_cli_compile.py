@@ -115,7 +115,7 @@ def test_a_model_is_compiled_and_reported_as_one_document(tmp_path):
     document = json.loads(finished.stdout)
     assert document["fits"] is True
     assert document["mesh"] == {"data": 1, "expert": 2, "tensor": 1}
-    assert "the fewest tensor positions" in document["mesh_reason"]
+    assert "the smallest tensor axis" in document["mesh_reason"]
     assert document["sizes"] == {"batch_size": 2, "prompt_length": 16, "cache_length": 32}
     assert [program["name"] for program in document["programs"]] == ["prefill", "decode"]
     for program in document["programs"]:

@@ -155,6 +155,38 @@ def test_replicated_tokens_and_weights_need_not_vary_where_the_offset_of_experts
     block.assert_close(result, block.with_arrays(topk_ids=jnp.asarray(ids % 2, jnp.int32)).expected())
 
 
+@pytest.mark.parametrize("tokens", [9, 64])
+def test_gradients_of_replicated_arrays_add_up_where_the_offset_of_experts_varies(tokens, rng):
+    block = Block.draw(rng, UNDER_TEST["xla"], tokens=tokens, experts=4, top_k=2)
+    cotangent = block.draw_cotangent(rng)
+    mesh = jax.make_mesh((2,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+    ids = block.arrays["topk_ids"]
+    floating = {name: array for name, array in block.arrays.items() if name != "topk_ids"}
+
+    def loss(floating):
+        def local(floating):
+            first = jax.lax.axis_index("expert") * 2
+            own = floating | {
+                name: jax.lax.dynamic_slice_in_dim(floating[name], first, 2) for name in ("gate_up_proj", "down_proj")
+            }
+            result = fused_moe(**own, topk_ids=ids, expert_offset=first, implementation="xla")
+            return jax.lax.psum(result, "expert")
+
+        return jnp.vdot(jax.shard_map(local, mesh=mesh, in_specs=P(), out_specs=P())(floating), cotangent)
+
+    gradients, expected = jax.jit(jax.grad(loss))(floating), block.gradients(cotangent)
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(gradient, expected[name], rtol=0, atol=1e-5 * np.abs(expected[name]).max())
+
+
+def test_small_ids_of_few_bits_meet_a_large_offset(rng):
+    block = Block.draw(rng, UNDER_TEST["xla"], tokens=9, experts=4, top_k=2)
+    ids = jnp.asarray(rng.integers(0, 101, (9, 2)), jnp.int8)
+    for implementation in ("xla", "reference"):
+        arrays = block.arrays | {"topk_ids": ids}
+        np.testing.assert_array_equal(fused_moe(**arrays, expert_offset=150, implementation=implementation), 0)
+
+
 @pytest.mark.parametrize(("tokens", "experts"), [(1, 4), (9, 30), (200, 4)])
 def test_numpy_arrays_are_computed_like_those_of_jax_without_jit(tokens, experts, rng):
     block = Block.draw(rng, UNDER_TEST["xla"], tokens=tokens, experts=experts, top_k=2)

@@ -71,6 +71,22 @@ def test_each_row_is_multiplied_by_the_matrix_of_its_group(implementation, group
     assert_close(result, oracle.grouped_matmul(rows, weights, group_sizes), implementation.rounding)
 
 
+def test_replicated_arrays_need_not_vary_where_the_offset_of_groups_does(rng):
+    rows, weights = draw(rng, UNDER_TEST["xla"], 60, 2)
+    mesh = jax.make_mesh((2,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def local(rows, weights, sizes):
+        offset = jax.lax.axis_index("expert") * 2
+        result = grouped_matmul(rows, weights, sizes, group_offset=offset, implementation="xla")
+        return jax.lax.psum(result, "expert")
+
+    result = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P(), out_specs=P()))(
+        rows, weights, jnp.array([20, 3, 7, 30])
+    )
+    # Both devices hold the same two matrices, as those of the first and of the last two groups.
+    assert_close(result, oracle.grouped_matmul(rows, jnp.concatenate([weights] * 2), (20, 3, 7, 30)), 1e-5)
+
+
 def test_numpy_arrays_are_multiplied_like_those_of_jax_without_jit(rng):
     rows, weights = (np.asarray(array) for array in draw(rng, UNDER_TEST["xla"], 60, 4))
     result = grouped_matmul(rows, weights, np.array([40, 0, 3, 17]), implementation="xla")

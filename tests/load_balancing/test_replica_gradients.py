@@ -39,6 +39,16 @@ def test_every_copy_gets_the_sum_over_the_copies(is_stacked, extra, rng):
             np.testing.assert_array_equal(copies, np.broadcast_to(copies[0], copies.shape))
 
 
+def test_copies_are_summed_where_integers_have_64_bits_too(rng):
+    placement = np.array([[0, 1, 2, 3, 1, 0]])
+    values = rng.normal(size=(6, 5)).astype(np.float32)
+    expected = np.stack([values[placement[0] == expert].sum(axis=0, dtype=float) for expert in placement[0]])
+    with jax.enable_x64(True):
+        tables = [jnp.asarray(table) for table in compute_logical_maps(placement, 4)]
+        result = sum_over_copies(jnp.asarray(values), *tables, sharding=ExpertSharding(None, PartitionSpec(), False))
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
+
+
 @nnx.jit
 def train_plainly(layer, optimizer, x, target):
     gradients = nnx.grad(lambda layer: ((layer(x) - target) ** 2).mean())(layer)

@@ -22,6 +22,7 @@ from moe_jax.parallel import ragged_all_to_all
 from moe_jax.parallel.axes import LayerAxes
 from moe_jax.parallel.dispatch import DispatchRequest, DispatchSettings
 from moe_jax.parallel.ragged_exchange import forth_and_back
+from moe_jax.parallel.ragged_rounds import RaggedRounds
 from moe_jax.parallel.sum_of_rounds import sum_of_rounds
 
 FUSED = SharedExpertsConfig(intermediate_size=16, bias=True)
@@ -148,6 +149,17 @@ def test_the_buffer_has_room_for_what_evenly_spread_choices_bring(factor, one_ro
     parallel = ParallelConfig(expert_axis="expert", sequence_axis="expert", buffer_factor=factor)
     settings = settings_for(parallel, make_mesh(1, 8, 1), one_row_per_rank=one_row_per_rank)
     assert settings.buffer_rows(num_tokens, top_k=8) == rows
+
+
+@pytest.mark.parametrize("one_row_per_rank", [False, True])
+@pytest.mark.parametrize("factor", [0.25, 0.5, 0.75, 1.0, None])
+def test_no_more_rows_are_expected_than_a_round_has_choices(factor, one_row_per_rank):
+    parallel = ParallelConfig(expert_axis="expert", sequence_axis="expert", buffer_factor=factor)
+    settings = settings_for(parallel, make_mesh(1, 8, 1), one_row_per_rank=one_row_per_rank)
+    for num_tokens in range(400):
+        for top_k in (1, 3, 8):
+            rounds = RaggedRounds.of(settings, num_tokens, top_k)
+            assert 0 <= rounds.expected_rows <= rounds.num_rows * (top_k if one_row_per_rank else 1)
 
 
 CASES = [
