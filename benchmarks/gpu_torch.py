@@ -4,15 +4,21 @@
     prepare  shape=..., topk_ids=FILE.npy      -> error against float32 (topk_ids: [sets, T, K])
     measure  calls=...                         -> seconds per call, queued and as a CUDA graph
 
-Takes part in the process of its own so that neither framework takes the other's memory. Needs no moe_jax.
+A process of its own, so that neither framework takes the other's memory. Reads one request per line from standard input; gpu.py
+starts it. Needs torch, and no moe_jax.
 """
 
+import argparse
 import json
 import statistics
 import sys
 
 import numpy as np
-import torch  # noqa: TID251 - the other side of a comparison, run where torch is
+
+try:
+    import torch  # noqa: TID251 - the other side of a comparison, run where torch is
+except ImportError as error:
+    raise SystemExit(f"gpu_torch.py, which gpu.py starts, needs torch: {error}") from None
 
 CHECKED_TOKENS = 64
 
@@ -87,6 +93,7 @@ class Side:
             return {"unavailable": "torch sees no GPU"}
         if grouped_mm() is None:
             return {"unavailable": f"torch {torch.__version__} has no grouped matmul"}
+        torch.zeros(1, device="cuda")  # starts CUDA, for which only this request is given the time
         return {"torch": torch.__version__, "cuda": torch.version.cuda}
 
     def prepare(self, *, shape, topk_ids):
@@ -142,6 +149,7 @@ class Side:
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     side = Side()
     for line in sys.stdin:

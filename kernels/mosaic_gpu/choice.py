@@ -13,7 +13,7 @@ from ..device import GpuDevice
 from . import (
     blackwell_rows_kernel,
     blackwell_weights_gradient_kernel,
-    rows_kernel,
+    row_tiles,
     stream_tiles,
     weights_gradient_kernel,
 )
@@ -86,7 +86,7 @@ def choose_tiles(
     elif is_blackwell(device):
         tiles = blackwell_rows_kernel.default_blackwell_row_tiles(*sizes)
     else:
-        tiles = rows_kernel.default_row_tiles(*sizes)
+        tiles = row_tiles.default_row_tiles(*sizes)
     return ChosenTiles(tiles, f"analytic default, {untuned}")
 
 

@@ -22,78 +22,18 @@ from jaxtyping import Float
 
 from ..activations import Activation
 from ..device import GpuDevice
+from .compiler_params import OWN_BARRIERS
 from .epilogue import activate, load_vector
 from .limits import SWIZZLES, swizzle_bytes
 from .padding import pad_to_multiples
 from .ref import Ref
+from .row_tiles import WARPGROUP_ROWS, WARPGROUPS, check_row_tiles, column_parts_of
 from .schedule import ROW_ALIGNMENT, TileTable
 from .stores import store_rows, swizzled
 from .tiles import RowTiles
 
-WARPGROUPS = 2
-"""Those that multiply."""
-COPYING_REGISTERS, MULTIPLYING_REGISTERS = 40, 232
-"""Per thread; together the register file of a multiprocessor."""
-WARPGROUP_ROWS = 64
-"""Rows that one instruction multiplies."""
-MOST_STAGES = 6
-"""More hide no more latency."""
-
-
-def shared_memory_bytes(tiles: RowTiles, projections: int, itemsize: int) -> int:
-    """What a block needs: the pipeline, two chunks of results for each warpgroup, and barriers."""
-    step = (tiles.rows + projections * tiles.columns) * tiles.depth * itemsize
-    results = WARPGROUPS * 2 * WARPGROUP_ROWS * SWIZZLES[0]
-    return tiles.stages * (step + 2 * 8) + results + 1024
-
-
-def check_tiles(tiles: RowTiles, projections: int, itemsize: int, device: GpuDevice) -> None:
-    """Refuse tiles that the kernel cannot use.
-
-    Raises:
-        ValueError: says which limit was hit.
-    """
-    if tiles.rows not in (64, 128):
-        raise ValueError(f"rows of a tile must be 64 or 128, got {tiles.rows}")
-    part = tiles.columns // _column_parts(tiles)
-    if part % 64 or projections * part > 256:
-        raise ValueError(
-            f"columns per warpgroup must be a multiple of 64 with at most {256 // projections} for {projections}"
-            f" projections, got {part} of {tiles}"
-        )
-    if tiles.depth * itemsize % SWIZZLES[0]:
-        raise ValueError(f"depth must be a multiple of {SWIZZLES[0] // itemsize}, got {tiles.depth}")
-    if tiles.stages < 2 or tiles.panel < 1:
-        raise ValueError(f"at least 2 stages and 1 tile per panel are needed, got {tiles}")
-    needed = shared_memory_bytes(tiles, projections, itemsize)
-    if needed > device.shared_memory_bytes:
-        raise ValueError(
-            f"{tiles} needs {needed} bytes of shared memory, {device.name} has {device.shared_memory_bytes}"
-        )
-
-
-def default_row_tiles(
-    num_rows: int, num_groups: int, width_in: int, width_out: int, projections: int, itemsize: int, device: GpuDevice
-) -> RowTiles:
-    """Tiles that suit any shape: the largest that the registers hold, as many stages as shared memory holds.
-
-    128 rows as soon as groups have 64 on average: a tile with no more than 64 rows is computed by one warpgroup, in half the
-    time. Columns are halved where a whole tile would be mostly empty.
-    """
-    rows = 128 if num_rows >= 64 * num_groups else 64
-    tiles = RowTiles(
-        rows=rows,
-        columns=256 // projections,
-        depth=SWIZZLES[0] // itemsize,
-        stages=MOST_STAGES,
-        panel=16,
-    )
-    least_columns = 64 * _column_parts(tiles)
-    while tiles.columns // 2 >= max(least_columns, width_out):
-        tiles = dataclasses.replace(tiles, columns=tiles.columns // 2)
-    while shared_memory_bytes(tiles, projections, itemsize) > device.shared_memory_bytes:
-        tiles = dataclasses.replace(tiles, stages=tiles.stages - 1)
-    return tiles
+COPYING_REGISTERS, MULTIPLYING_REGISTERS = 56, 224
+"""Per thread; what two warpgroups that multiply leave to one that copies. It spills with 40 for some shapes."""
 
 
 def multiply_rows(
@@ -123,10 +63,10 @@ def multiply_rows(
             their last axis is contracted (forward). With "out" one matrix per group, whose middle axis is contracted (gradient
             of rows).
         table: tiles of `tiles.rows` rows.
-        tiles: tile sizes, legal by `check_tiles`.
+        tiles: tile sizes, legal by `check_row_tiles`.
         projections: matrices per group whose results meet in the activation: 2 (0 = gate, 1 = up) or 1.
         contract: see `weights`.
-        bias: added to each projection.
+        bias: float32, bfloat16 or float16, added to each projection.
         activation: of the projections; None if there is one projection, which is then the result.
         row_scale: float32 factor of each row of the result.
         keep_projected: also return what enters the activation, for the backward pass.
@@ -145,8 +85,8 @@ def multiply_rows(
     """
     num_rows, width_in = rows.shape
     width_out = weights.shape[1] if contract == "in" else weights.shape[2]
-    check_tiles(tiles, projections, rows.dtype.itemsize, device)
-    column_parts = _column_parts(tiles)
+    check_row_tiles(tiles, projections, rows.dtype.itemsize, device)
+    column_parts = column_parts_of(tiles)
     part_columns = tiles.columns // column_parts
     dtype, output_dtype = rows.dtype, jnp.dtype(output_dtype)
     weights_step = (projections * part_columns, tiles.depth) if contract == "in" else (tiles.depth, part_columns)
@@ -164,7 +104,7 @@ def multiply_rows(
         **table._asdict(),
         "rows": pad_to_multiples(rows, ROW_ALIGNMENT, 1),  # copies address 8 at a time; those added are of no group
         "weights": weights,
-        "bias": None if bias is None else pad_to_multiples(bias.astype(jnp.float32), 1, tiles.columns),
+        "bias": bias,
         "row_scale": None if row_scale is None else jnp.pad(row_scale.astype(jnp.float32), (0, tiles.rows)),
     }
     operands = {name: operand for name, operand in operands.items() if operand is not None}
@@ -183,6 +123,27 @@ def multiply_rows(
         multiprocessors=device.multiprocessors,
     )
 
+    scratch = dict(
+        rows_smem=plgpu.SMEM(
+            (tiles.stages, tiles.rows, tiles.depth), dtype, transforms=swizzled(dtype, swizzle_bytes=operand_swizzle)
+        ),
+        weights_smem=plgpu.SMEM(
+            (tiles.stages, column_parts, *weights_step),
+            dtype,
+            transforms=swizzled(dtype, swizzle_bytes=operand_swizzle),
+        ),
+        result_smem=plgpu.SMEM(
+            (WARPGROUPS, 2, WARPGROUP_ROWS, result_swizzle // output_dtype.itemsize),
+            output_dtype,
+            transforms=swizzled(output_dtype, 1 if exact_rows else ROW_ALIGNMENT, result_swizzle),
+        ),
+        filled=plgpu.Barrier(num_arrivals=copies, num_barriers=tiles.stages),
+        consumed=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiles.stages),
+    )
+    if bias is not None:
+        scratch["bias_smem"] = plgpu.SMEM((WARPGROUPS, projections, part_columns), bias.dtype)
+        scratch["bias_filled"] = plgpu.Barrier(num_arrivals=projections, num_barriers=WARPGROUPS)
+
     def grouped_rows(*refs: Ref, **scratch: Ref) -> None:
         named = dict(zip((*operands, *outputs), refs, strict=True))
         copying = lax.axis_index("warpgroup") == WARPGROUPS
@@ -195,26 +156,8 @@ def multiply_rows(
         grid_names=("multiprocessor",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
-        scratch_types=dict(
-            rows_smem=plgpu.SMEM(
-                (tiles.stages, tiles.rows, tiles.depth),
-                dtype,
-                transforms=swizzled(dtype, swizzle_bytes=operand_swizzle),
-            ),
-            weights_smem=plgpu.SMEM(
-                (tiles.stages, column_parts, *weights_step),
-                dtype,
-                transforms=swizzled(dtype, swizzle_bytes=operand_swizzle),
-            ),
-            result_smem=plgpu.SMEM(
-                (WARPGROUPS, 2, WARPGROUP_ROWS, result_swizzle // output_dtype.itemsize),
-                output_dtype,
-                transforms=swizzled(output_dtype, 1 if exact_rows else ROW_ALIGNMENT, result_swizzle),
-            ),
-            filled=plgpu.Barrier(num_arrivals=copies, num_barriers=tiles.stages),
-            consumed=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiles.stages),
-        ),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True),
+        scratch_types=scratch,
+        compiler_params=OWN_BARRIERS,
     )(*operands.values())
     return tuple(results) if keep_projected else results[0]
 
@@ -252,11 +195,6 @@ class _Tile(NamedTuple):
     def steps(self, problem: _Problem) -> int | Array:
         """Steps of the pipeline: none if the tile is only to be zero."""
         return jnp.where(self.group < 0, 0, problem.steps) if problem.zero_groups else problem.steps
-
-
-def _column_parts(tiles: RowTiles) -> int:
-    """Parts into which the columns are split: the warpgroups share 64 rows, or take 64 of 128 rows each."""
-    return WARPGROUPS * WARPGROUP_ROWS // tiles.rows
 
 
 def _for_own_tiles(problem: _Problem, named: dict[str, Ref], visit: Callable[[_Tile, Array], Array]) -> Array:
@@ -297,11 +235,11 @@ def _tile(problem: _Problem, position: Array, count: Array, named: dict[str, Ref
     return _Tile(column, *(named[name][entry] for name in ("group", "row", "first", "last")))
 
 
-def _copy(problem: _Problem, *, rows_smem, weights_smem, filled, consumed, result_smem, **named) -> None:
+def _copy(problem: _Problem, *, rows_smem, weights_smem, filled, consumed, **named) -> None:
     """Copy rows and weights, step by step of tile by tile, as far ahead as there is room."""
     plgpu.set_max_registers(COPYING_REGISTERS, action="decrease")
     tiles, projections = problem.tiles, problem.projections
-    column_parts = _column_parts(tiles)
+    column_parts = column_parts_of(tiles)
     part_columns = tiles.columns // column_parts
     rows, weights = named["rows"], named["weights"]
     first_matrix = named["first_matrix"][0]
@@ -340,19 +278,21 @@ def _copy(problem: _Problem, *, rows_smem, weights_smem, filled, consumed, resul
         plgpu.barrier_wait(consumed.at[lax.rem(last_step, tiles.stages)])
 
 
-def _multiply(problem: _Problem, *, rows_smem, weights_smem, filled, consumed, result_smem, **named) -> None:
+def _multiply(problem: _Problem, *, rows_smem, weights_smem, filled, consumed, **named) -> None:
     """Multiply what has been copied, and store the results, tile by tile."""
     plgpu.set_max_registers(MULTIPLYING_REGISTERS, action="increase")
     tiles, projections = problem.tiles, problem.projections
-    column_parts = _column_parts(tiles)
+    column_parts = column_parts_of(tiles)
     part_columns = tiles.columns // column_parts
     warpgroup = lax.axis_index("warpgroup")
     row_part, column_part = (warpgroup, 0) if column_parts == 1 else (0, warpgroup)
-    own_rows = pl.ds(row_part * WARPGROUP_ROWS, WARPGROUP_ROWS)
+    row_offset = row_part * WARPGROUP_ROWS
+    own_rows = pl.ds(row_offset, WARPGROUP_ROWS)
 
     def multiply_tile(tile: _Tile, step: Array) -> Array:
         steps = tile.steps(problem)
-        first, last = tile.first - row_part * WARPGROUP_ROWS, tile.last - row_part * WARPGROUP_ROWS
+        first, last = tile.first - row_offset, tile.last - row_offset
+        column = tile.column * tiles.columns + column_part * part_columns
 
         def pass_over() -> None:
             @pl.loop(step, step + steps)
@@ -362,6 +302,10 @@ def _multiply(problem: _Problem, *, rows_smem, weights_smem, filled, consumed, r
                 plgpu.barrier_arrive(consumed.at[slot])
 
         def compute() -> None:
+            # What the end of the tile needs is on its way while the products are computed.
+            scale = _row_scale(tile, row_offset, named)
+            _copy_bias(problem, tile, warpgroup, column, named)
+
             def accumulate(accumulator: Ref) -> Array:
                 @pl.loop(step, step + steps)
                 def _(current):
@@ -389,8 +333,7 @@ def _multiply(problem: _Problem, *, rows_smem, weights_smem, filled, consumed, r
             accumulated = pl.run_scoped(
                 accumulate, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, projections * part_columns))
             )
-            column = tile.column * tiles.columns + column_part * part_columns
-            _finish(problem, accumulated, tile, row_part * WARPGROUP_ROWS, column, result_smem.at[warpgroup], named)
+            _finish(problem, accumulated, scale, tile, warpgroup, row_offset, column, named)
 
         if column_parts == 1:
             lax.cond(jnp.logical_and(first < WARPGROUP_ROWS, last > 0), compute, pass_over)
@@ -402,22 +345,48 @@ def _multiply(problem: _Problem, *, rows_smem, weights_smem, filled, consumed, r
     plgpu.wait_smem_to_gmem(0)
 
 
+def _row_scale(tile: _Tile, row_offset: Array | int, named: dict[str, Ref]) -> Float[Array, "rows"] | None:
+    """The factors of a warpgroup's rows."""
+    if "row_scale" not in named:
+        return None
+    row = pl.multiple_of(tile.row + row_offset, ROW_ALIGNMENT)
+    return load_vector(named["row_scale"].at[pl.ds(row, WARPGROUP_ROWS)])
+
+
+def _copy_bias(problem: _Problem, tile: _Tile, warpgroup: Array, column: Array, named: dict[str, Ref]) -> None:
+    """Start copying the bias of a warpgroup's columns. All of it has been read before the last results were stored."""
+    if "bias" not in named:
+        return
+    columns = pl.ds(column, named["bias_smem"].shape[-1])
+    for projection in range(problem.projections):
+        source = named["bias"].at[_bias_group(problem, tile) * problem.projections + projection, columns]
+        destination = named["bias_smem"].at[warpgroup, projection]
+        plgpu.copy_gmem_to_smem(source, destination, named["bias_filled"].at[warpgroup])
+
+
+def _bias_group(problem: _Problem, tile: _Tile) -> Array:
+    """The group of a tile; any for one that is to be zero."""
+    return jnp.maximum(tile.group, 0) if problem.zero_groups else tile.group
+
+
 def _finish(
     problem: _Problem,
     accumulated: Array,
+    scale: Float[Array, "rows"] | None,
     tile: _Tile,
+    warpgroup: Array,
     row_offset: Array | int,
     column: Array,
-    buffers: Ref,
     named: dict[str, Ref],
 ) -> None:
     """Bias, activation and scale of a warpgroup's accumulator, then the stores, one chunk of columns after the other."""
     projections = problem.projections
     part_columns = accumulated.shape[1] // projections
+    buffers = named["result_smem"].at[warpgroup]
     num_slots, _, chunk = buffers.shape
-    row = pl.multiple_of(tile.row + row_offset, ROW_ALIGNMENT)
-    scale = load_vector(named["row_scale"].at[pl.ds(row, WARPGROUP_ROWS)]) if "row_scale" in named else None
     stored = 0
+    if "bias" in named:
+        plgpu.barrier_wait(named["bias_filled"].at[warpgroup])
 
     def store(values: Array, destination: Ref, first_column: Array) -> None:
         nonlocal stored
@@ -430,7 +399,7 @@ def _finish(
         store_rows(
             buffer,
             destination,
-            row=row,
+            row=pl.multiple_of(tile.row + row_offset, ROW_ALIGNMENT),
             first=tile.first - row_offset,
             last=tile.last - row_offset,
             column=first_column,
@@ -444,7 +413,12 @@ def _finish(
             begin = projection * part_columns + start
             values = accumulated[:, begin : begin + chunk]
             if "bias" in named:
-                values = values + _bias(problem, tile, projection, column + start, chunk, named["bias"])[None, :]
+                bias = load_vector(named["bias_smem"].at[warpgroup, projection, pl.ds(start, chunk)]).astype(
+                    jnp.float32
+                )
+                if problem.zero_groups:
+                    bias = bias * (tile.group >= 0).astype(jnp.float32)
+                values = values + bias[None, :]
             projected.append(values)
             if "projected" in named:
                 store(values, named["projected"].at[:, projection], column + start)
@@ -452,12 +426,3 @@ def _finish(
         if scale is not None:
             values = values * scale[:, None]
         store(values, named["result"], column + start)
-
-
-def _bias(
-    problem: _Problem, tile: _Tile, projection: int, column: Array, chunk: int, bias: Ref
-) -> Float[Array, "chunk"]:
-    """The bias of a chunk of columns; zero for a tile that is to be zero."""
-    group = jnp.maximum(tile.group, 0) if problem.zero_groups else tile.group
-    values = load_vector(bias.at[group * problem.projections + projection, pl.ds(column, chunk)])
-    return values * (tile.group >= 0).astype(jnp.float32) if problem.zero_groups else values

@@ -23,6 +23,7 @@ from jaxtyping import Float
 
 from ..activations import Activation
 from ..device import GpuDevice
+from .compiler_params import OWN_BARRIERS
 from .epilogue import activate
 from .limits import swizzle_bytes
 from .ref import Ref
@@ -212,7 +213,7 @@ def _call(problem: _Problem, operands: dict[str, Array]) -> Array:
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=scratch,
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True),
+        compiler_params=OWN_BARRIERS,
     )(*operands.values())
 
 

@@ -10,10 +10,10 @@ from ..device import GpuDevice
 from . import (
     blackwell_rows_kernel,
     blackwell_weights_gradient_kernel,
-    rows_kernel,
     weights_gradient_kernel,
 )
 from .choice import is_blackwell
+from .row_tiles import check_row_tiles
 from .stream_tiles import check_stream_tiles
 from .tiles import RowTiles, StreamTiles, WeightsGradientTiles
 from .tuning import TILES_OF_KERNEL, KernelShape, Tiles
@@ -57,7 +57,7 @@ def check_tiles(kernel: str, tiles: Tiles, shape: KernelShape, device: GpuDevice
         case RowTiles() if is_blackwell(device):
             blackwell_rows_kernel.check_blackwell_row_tiles(tiles, shape.projections, itemsize, device)
         case RowTiles():
-            rows_kernel.check_tiles(tiles, shape.projections, itemsize, device)
+            check_row_tiles(tiles, shape.projections, itemsize, device)
         case StreamTiles():
             check_stream_tiles(tiles, shape.projections, shape.width_in, itemsize, device)
         case WeightsGradientTiles() if is_blackwell(device):

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from ..device import GpuDevice
 from ..groups import Groups
+from .cost_model import MEMORY_BYTES_PER_CYCLE, cycles_per_step, most_tiles_of_a_block
 from .limits import LEAST_WIDTH, SWIZZLES, swizzle_bytes
 from .padding import pad_to_multiples
 from .schedule import ROW_ALIGNMENT
@@ -46,12 +47,6 @@ CANDIDATE_SIZES = ((128, 256), (256, 128), (128, 128))
 """(out_columns, in_columns) that the default chooses from; the first of equally good ones."""
 FEWEST_STAGES, MOST_STAGES = 3, 6
 """Of the default."""
-MULTIPLICATIONS_PER_CYCLE = 2048
-"""Of 16-bit numbers, by one Hopper multiprocessor."""
-CACHE_BYTES_PER_CYCLE = 5120 / 132
-"""Assumed of the L2 cache, for each multiprocessor when all read at once; it serves to rank tile sizes only."""
-MEMORY_BYTES_PER_CYCLE = 20
-"""A multiprocessor's share of 4.8 TB/s at 1.8 GHz; it serves to tell few steps from many only."""
 
 
 def default_weights_gradient_tiles(
@@ -84,15 +79,9 @@ def default_weights_gradient_tiles(
     """
     depth = LEGAL_DEPTHS[0]
 
-    def cycles_per_step(size: tuple[int, int]) -> float:
-        out_columns, in_columns = size
-        multiply = out_columns * in_columns * depth / MULTIPLICATIONS_PER_CYCLE
-        copy = (out_columns + in_columns) * depth * itemsize / CACHE_BYTES_PER_CYCLE
-        return max(multiply, copy)
-
     def cycles(size: tuple[int, int]) -> float:
         num_tiles = num_groups * pl.cdiv(width_out, size[0]) * pl.cdiv(width_in, size[1])
-        return pl.cdiv(num_tiles, device.multiprocessors) * cycles_per_step(size)
+        return most_tiles_of_a_block(num_tiles, device) * cycles_per_step(*size, depth, itemsize)
 
     size = min(CANDIDATE_SIZES, key=cycles)
     out_columns, in_columns = size
@@ -105,7 +94,7 @@ def default_weights_gradient_tiles(
     )
     mean_steps = max(num_rows / max(num_groups, 1) / depth, 1)
     store_cycles = out_columns * in_columns * output_itemsize / MEMORY_BYTES_PER_CYCLE
-    few_steps = mean_steps * cycles_per_step(size) < 2 * store_cycles
+    few_steps = mean_steps * cycles_per_step(*size, depth, itemsize) < 2 * store_cycles
 
     roomy = [
         tiles
@@ -185,13 +174,28 @@ def weights_gradient(
         block = lax.axis_index("block")
         num_tiles_here = tile_grid.num_tiles_of_block(block, num_blocks)
 
+        def group_of_tile(turn):
+            """The table's entry for the block's tile in its turn; for its last one in later turns."""
+            place, _, _ = tile_grid.tile(jnp.minimum(turn, num_tiles_here - 1), block, num_blocks)
+            return _GroupTable(group[place], row[place], first[place], last[place])
+
+        def for_own_tiles(visit):
+            """Call `visit(entry, out_column, in_column, step)`, which returns the next step; the entry ahead is read meanwhile."""
+
+            def visit_and_read_ahead(turn, carry):
+                step, entry = carry
+                ahead = group_of_tile(turn + 1)
+                _, out_column, in_column = tile_grid.tile(turn, block, num_blocks)
+                return visit(entry, out_column, in_column, step), ahead
+
+            # There are no more blocks than tiles, so each has a first one.
+            start = (jnp.int32(0), group_of_tile(jnp.int32(0)))
+            return lax.fori_loop(0, num_tiles_here, visit_and_read_ahead, start)[0]
+
         def produce():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
-            def copy_tile(turn, step):
-                place, out_column, in_column = tile_grid.tile(turn, block, num_blocks)
-                start = row[place]
-
+            def copy_tile(entry, out_column, in_column, step):
                 def copy_step(k, step):
                     slot = lax.rem(step, stages)
 
@@ -199,15 +203,15 @@ def weights_gradient(
                     def _():
                         plgpu.barrier_wait(empty.at[slot])
 
-                    here = pl.ds(pl.multiple_of(start + k * depth, ROW_ALIGNMENT), depth)
+                    here = pl.ds(pl.multiple_of(entry.row + k * depth, ROW_ALIGNMENT), depth)
                     out_part, in_part = pl.ds(out_column, tiles.out_columns), pl.ds(in_column, tiles.in_columns)
                     plgpu.copy_gmem_to_smem(cotangent.at[here, out_part], out_slots.at[slot], full.at[slot])
                     plgpu.copy_gmem_to_smem(rows.at[here, in_part], in_slots.at[slot], full.at[slot])
                     return step + 1
 
-                return lax.fori_loop(0, _num_steps(last[place], depth), copy_step, step)
+                return lax.fori_loop(0, _num_steps(entry.last, depth), copy_step, step)
 
-            num_steps = lax.fori_loop(0, num_tiles_here, copy_tile, jnp.int32(0))
+            num_steps = for_own_tiles(copy_tile)
 
             @pl.loop(jnp.maximum(num_steps - stages, 0), num_steps)
             def _(step):  # a block must not end before its barriers were last used
@@ -234,16 +238,14 @@ def weights_gradient(
             plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
             row_part = pl.ds(pl.multiple_of(warpgroup * consumer_rows, consumer_rows), consumer_rows)
 
-            def compute_tile(turn, step):
-                place, out_column, in_column = tile_grid.tile(turn, block, num_blocks)
-                group_first, group_last = first[place], last[place]
-                num_steps = _num_steps(group_last, depth)
+            def compute_tile(entry, out_column, in_column, step):
+                num_steps = _num_steps(entry.last, depth)
 
                 def multiply(accumulator):
                     def multiply_step(k, step):
                         slot = lax.rem(step, stages)
                         plgpu.barrier_wait(full.at[slot])
-                        first_kept, end_kept = group_first - k * depth, group_last - k * depth
+                        first_kept, end_kept = entry.first - k * depth, entry.last - k * depth
 
                         @pl.when((first_kept > 0) | (end_kept < depth))
                         def _():
@@ -269,7 +271,7 @@ def weights_gradient(
 
                 shape = (consumer_rows, tiles.in_columns)
                 product = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape))
-                matrix = gradient.at[group[place]]
+                matrix = gradient.at[entry.group]
                 first_row = out_column + warpgroup * consumer_rows
                 chunks = itertools.product(
                     range(0, consumer_rows, CHUNK_ROWS), range(0, tiles.in_columns, chunk_columns)
@@ -284,7 +286,7 @@ def weights_gradient(
                     plgpu.copy_smem_to_gmem(stage, matrix.at[gradient_rows, pl.ds(in_column + column, chunk_columns)])
                 return step + num_steps
 
-            lax.fori_loop(0, num_tiles_here, compute_tile, jnp.int32(0))
+            for_own_tiles(compute_tile)
             plgpu.wait_smem_to_gmem(0)
 
         lax.cond(warpgroup == CONSUMERS, produce, consume)

@@ -6,6 +6,7 @@ import json
 import queue
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +37,10 @@ class WorkerProcess:
     def _read(self, answers: IO[str]) -> None:
         """In a thread of its own, because reading a line can't be given up; an empty line is the end."""
         for line in answers:
-            self._lines.put(line)
+            if line.startswith("{"):
+                self._lines.put(line)
+            else:  # what a library printed would otherwise be taken for the answer, and every answer for the next request
+                sys.stderr.write(line)
         self._lines.put("")
 
     def request(self, action: str, **arguments: Any) -> dict[str, Any]:

@@ -7,6 +7,9 @@ Two figures, because they answer two questions:
   launching costs the host, which dominates calls of a few microseconds.
 
 Argument sets take turns, so that what a call reads is no longer in the cache (`expert_work.sets_to_rotate`).
+
+An idle GPU runs at a fraction of its clock, and takes tens of milliseconds of work to speed up. So before anything is measured
+the calls are repeated for that long, and again once the profiler has started, which takes so long that the clock falls.
 """
 
 import dataclasses
@@ -14,13 +17,19 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 FEWEST_CALLS = 10
+SHORT_CALLS, SHORT_SECONDS = 30, 3e-3
+"""So many calls are measured where one takes less than that: few of them would scatter."""
+WARM_UP_SECONDS = 0.06
+"""Assumed to be long enough for the GPU's clock to rise to its highest."""
+MOST_QUEUED = 64
+"""Calls that a warm-up issues before it waits and looks at the clock."""
 
 
 class DeviceEvent(NamedTuple):
@@ -70,7 +79,7 @@ def time_calls(
     function: Callable[..., Any],
     argument_sets: Sequence[Sequence[Any]],
     *,
-    calls: int = FEWEST_CALLS,
+    calls: int | None = None,
     batches: int = 3,
     device_events: bool = True,
 ) -> Timing:
@@ -79,21 +88,22 @@ def time_calls(
     Args:
         function: compiled or jitted; returns arrays.
         argument_sets: at least one.
-        calls: calls whose device events are recorded, and calls per queued batch; at least 10.
+        calls: calls whose device events are recorded, and calls per queued batch; at least 10. None: 10, or 30 of short calls.
         batches: of queued calls.
         device_events: whether to record them at all.
 
     Raises:
         ValueError: too few calls, no argument set.
     """
-    if calls < FEWEST_CALLS or batches < 1 or not argument_sets:
+    if (calls is not None and calls < FEWEST_CALLS) or batches < 1 or not argument_sets:
         raise ValueError(
             f"at least {FEWEST_CALLS} calls, 1 batch and 1 argument set are needed,"
             f" got {calls}, {batches} and {len(argument_sets)}"
         )
     turns = itertools.cycle(argument_sets)
-    for _ in range(2):
-        jax.block_until_ready(function(*next(turns)))
+    _, seconds = _warm_up(function, turns)
+    if calls is None:
+        calls = SHORT_CALLS if seconds < SHORT_SECONDS else FEWEST_CALLS
     queued, issue = [], []
     for _ in range(batches):
         total, issued = _queue_calls(function, turns, calls)
@@ -101,15 +111,25 @@ def time_calls(
         issue.append(issued / calls)
     if not device_events:
         return Timing(queued=statistics.median(queued), issue=statistics.median(issue))
-    events = record_device_events(lambda: _queue_calls(function, turns, calls))
-    by_call = split_by_call(events, calls)
+    recorded = _record_calls(function, turns, calls)
     return Timing(
         queued=statistics.median(queued),
         issue=statistics.median(issue),
-        busy=_busy(events, by_call, calls),
-        kernels=_seconds_by_name(events, by_call, calls),
-        copies_to_host=sum("DtoH" in event.name or "D2H" in event.name for event in events),
+        busy=recorded.busy,
+        kernels=recorded.seconds_by_name,
+        copies_to_host=sum("DtoH" in event.name or "D2H" in event.name for event in recorded.events),
     )
+
+
+def _warm_up(function: Callable[..., Any], turns: Iterator[Sequence[Any]]) -> tuple[int, float]:
+    """Repeat calls for `WARM_UP_SECONDS`, two at least: how many there were, and the seconds that one of the last ones took."""
+    calls, batch, seconds, started = 0, 1, 0.0, time.perf_counter()
+    while calls < 2 or time.perf_counter() - started < WARM_UP_SECONDS:
+        total, _ = _queue_calls(function, turns, batch)
+        seconds = total / batch
+        calls += batch
+        batch = min(calls, MOST_QUEUED)  # one, and then twice as many each time
+    return calls, seconds
 
 
 def _queue_calls(function: Callable[..., Any], turns: Iterable[Sequence[Any]], calls: int) -> tuple[float, float]:
@@ -150,51 +170,89 @@ def device_events(planes: Iterable[Any]) -> list[DeviceEvent]:
     return sorted(events, key=lambda event: event.start)
 
 
-def split_by_call(events: Sequence[DeviceEvent], calls: int) -> list[Sequence[DeviceEvent]] | None:
-    """The events of each call, all calls being alike; None if they aren't (a loop's length may depend on values)."""
+def split_by_call(
+    events: Sequence[DeviceEvent], calls: int, keep: int | None = None
+) -> list[Sequence[DeviceEvent]] | None:
+    """The events of each call, or of the last `keep` calls.
+
+    None if the calls are not alike (a loop's length may depend on values).
+    """
     size = len(events) // calls
     by_call = [events[start : start + size] for start in range(0, size * calls, size)] if size else []
     names = [sorted(event.name for event in call) for call in by_call]
     if len(events) != size * calls or any(other != names[0] for other in names):
         return None
-    return by_call
+    return by_call if keep is None else by_call[-keep:]
 
 
-def _busy(
-    events: Sequence[DeviceEvent], by_call: list[Sequence[DeviceEvent]] | None, calls: int
-) -> tuple[float, ...] | None:
-    """Of each call, or the mean alone if the calls are not alike; None without events."""
-    if not events:
-        return None
+@dataclasses.dataclass(frozen=True)
+class _Recorded:
+    """What the device did in calls that followed a warm-up, all of it recorded."""
+
+    events: Sequence[DeviceEvent]
+    """Of the calls that count."""
+    calls: int
+    """How many count: the warm-up's too if the calls are not alike, because then it can't be told apart."""
+    by_call: list[Sequence[DeviceEvent]] | None
+    """The events of each; None if the calls are not alike."""
+    by_clock: float
+    """Seconds of those after the warm-up, per call."""
+
+    @property
+    def mean(self) -> float:
+        """Seconds of events per call."""
+        return sum(event.seconds for event in self.events) / self.calls
+
+    @property
+    def busy(self) -> tuple[float, ...] | None:
+        """Of each call, or the mean alone if the calls are not alike; None without events."""
+        if not self.events:
+            return None
+        if self.by_call is None:
+            return (self.mean,)
+        return tuple(sum(event.seconds for event in call) for call in self.by_call)
+
+    @property
+    def seconds_by_name(self) -> dict[str, float]:
+        """Median over the calls, or the mean if they are not alike."""
+        names = dict.fromkeys(event.name for event in self.events)
+        if self.by_call is None:
+            total = {name: sum(event.seconds for event in self.events if event.name == name) for name in names}
+            return {name: seconds / self.calls for name, seconds in total.items()}
+        return {
+            name: statistics.median(sum(event.seconds for event in call if event.name == name) for call in self.by_call)
+            for name in names
+        }
+
+
+def _record_calls(function: Callable[..., Any], turns: Iterator[Sequence[Any]], calls: int) -> _Recorded:
+    """Record a warm-up and so many calls after it, and take the time of these by the clock too."""
+    warm_ups, by_clock = 0, 0.0
+
+    def work() -> None:
+        nonlocal warm_ups, by_clock
+        warm_ups, _ = _warm_up(function, turns)
+        by_clock = _queue_calls(function, turns, calls)[0] / calls
+
+    events = record_device_events(work)
+    by_call = split_by_call(events, warm_ups + calls, keep=calls)
     if by_call is None:
-        return (sum(event.seconds for event in events) / calls,)
-    return tuple(sum(event.seconds for event in call) for call in by_call)
-
-
-def _seconds_by_name(
-    events: Sequence[DeviceEvent], by_call: list[Sequence[DeviceEvent]] | None, calls: int
-) -> dict[str, float]:
-    """Median over the calls, or the mean if they are not alike."""
-    names = dict.fromkeys(event.name for event in events)
-    if by_call is None:
-        return {name: sum(event.seconds for event in events if event.name == name) / calls for name in names}
-    return {
-        name: statistics.median(sum(event.seconds for event in call if event.name == name) for call in by_call)
-        for name in names
-    }
+        return _Recorded(events, warm_ups + calls, None, by_clock)
+    return _Recorded([event for call in by_call for event in call], calls, by_call, by_clock)
 
 
 def device_events_work(long_call: Callable[[], Any], tolerance: float = 0.2) -> tuple[bool, str]:
     """Whether device events agree with the clock on a call that keeps the device busy for long, and what was seen.
 
+    Both are taken of the same calls: the device's speed changes from one batch to the next.
+
     Args:
         long_call: takes milliseconds of device time, and is compiled.
         tolerance: share by which the two may differ.
     """
-    jax.block_until_ready(long_call())
-    calls = FEWEST_CALLS
-    by_clock, _ = _queue_calls(long_call, itertools.repeat(()), calls)
-    events = record_device_events(lambda: _queue_calls(long_call, itertools.repeat(()), calls))
-    by_events = sum(event.seconds for event in events)
-    seen = f"{calls} calls took {by_clock * 1e3:.3g} ms by the clock and {by_events * 1e3:.3g} ms by device events"
-    return bool(events) and abs(by_events - by_clock) <= tolerance * by_clock, seen
+    turns = itertools.repeat(())
+    _warm_up(long_call, turns)
+    recorded = _record_calls(long_call, turns, SHORT_CALLS)
+    by_clock, by_events = recorded.by_clock, recorded.mean
+    seen = f"a call took {by_clock * 1e3:.3g} ms by the clock and {by_events * 1e3:.3g} ms by device events"
+    return bool(recorded.events) and abs(by_events - by_clock) <= tolerance * by_clock, seen

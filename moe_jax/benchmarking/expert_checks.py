@@ -1,7 +1,6 @@
 """Whether a way to compute the experts is right: against float32, on fresh random numbers, with traps laid out.
 
-The float32 computation goes expert by expert over a sample of the tokens, or over some of the experts, so that it fits beside
-the largest shapes.
+The float32 computations are those of `expert_references.py`, of a sample of the tokens or some of the experts.
 """
 
 import dataclasses
@@ -13,16 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from moe_jax.benchmarking.expert_contestants import Block, Weights
+from moe_jax.benchmarking.expert_references import SAMPLED_TOKENS, References, jitted_references
 from moe_jax.benchmarking.expert_shapes import ExpertShape
 
 Gradients = Callable[[Array, Array, Array, Weights, Array], tuple[Array, Array, Weights]]
 
 TOLERANCE = 1e-2
 """Of the norm of the difference over the norm: bf16 operands, products summed in float32."""
-MOST_TOKENS_CHECKED = 128
 POISON_BYTES = 2 << 30
 POISON_BYTES_ON_HOST = 1 << 20
 
@@ -61,35 +60,6 @@ def _draw_tokens(key: Array, tokens: int, hidden_size: int, top_k: int, dtype: A
     token_key, weight_key = jax.random.split(key)
     x = jax.random.normal(token_key, (tokens, hidden_size), dtype)
     return x, jax.nn.softmax(jax.random.normal(weight_key, (tokens, top_k)), axis=1)
-
-
-def float32_block(
-    x: Float[Array, "T H"],
-    topk_weights: Float[Array, "T K"],
-    topk_ids: Int[Array, "T K"],
-    weights: Weights,
-    *,
-    shape: ExpertShape,
-) -> Float[Array, "T H"]:
-    """The definition in float32, one expert after the other; for few tokens."""
-    given = {name: array for name, array in weights.items() if array is not None}
-    x = x.astype(jnp.float32)
-
-    @jax.checkpoint  # or a backward pass would keep every expert's matrices in float32
-    def add_expert(total: Array, numbered: tuple[Array, dict[str, Array]]) -> tuple[Array, None]:
-        expert, own = numbered
-        own = {name: array.astype(jnp.float32) for name, array in own.items()}
-        projected = [jnp.dot(x, matrix.T, precision="highest") for matrix in own["gate_up_proj"]]
-        if "gate_up_bias" in own:
-            projected = [product + bias for product, bias in zip(projected, own["gate_up_bias"], strict=True)]
-        output = jnp.dot(shape.activation(*projected), own["down_proj"].T, precision="highest")
-        if "down_bias" in own:
-            output += own["down_bias"]
-        weight = jnp.sum(jnp.where(topk_ids == expert, topk_weights, 0), axis=1)
-        return total + jnp.where(weight[:, None] != 0, weight[:, None] * output, 0), None
-
-    experts = jnp.arange(given["down_proj"].shape[0])
-    return jax.lax.scan(add_expert, jnp.zeros_like(x), (experts, given))[0]
 
 
 def relative_error(result: Array | np.ndarray, expected: Array | np.ndarray) -> float:
@@ -149,6 +119,7 @@ def check_forward(
     rng: np.random.Generator,
     *,
     with_traps: bool,
+    references: References | None = None,
     dtype: Any = jnp.bfloat16,
 ) -> Check:
     """Compare a block with the float32 computation on a sample of the tokens.
@@ -161,6 +132,7 @@ def check_forward(
         topk_ids: routing.
         rng: source of tokens and of the sample.
         with_traps: whether tokens without an expert are to hold NaN; part of `fused_moe`'s contract, not of others'.
+        references: those of `reference_programs`, compiled, by name; None: they are compiled now.
         dtype: of the tokens.
     """
     x, topk_weights = random_tokens(shape, len(topk_ids), _key(rng), dtype)
@@ -172,7 +144,8 @@ def check_forward(
     poison_free_memory()
     repeats = _same_bits(result, call(x, topk_weights, ids, prepared))
     sample = _sample(len(topk_ids), rng)
-    expected = _float32_block(*_sampled(x, topk_weights, ids, sample), weights, shape=shape)
+    reference = (references or jitted_references(shape))["block"]
+    expected = reference(*_sampled(x, topk_weights, ids, sample), weights)
     rows, all_finite = _rows_and_finite(result, sample)
     error = relative_error(rows, expected[: len(sample)]) if bool(all_finite) else float("inf")
     return Check("forward", error, repeats)
@@ -197,6 +170,7 @@ def check_backward(
     topk_ids: Int[np.ndarray, "T K"],
     rng: np.random.Generator,
     *,
+    references: References | None = None,
     dtype: Any = jnp.bfloat16,
 ) -> Check:
     """Compare all gradients of a block: those in a sample of tokens, and in the weights of three experts.
@@ -207,6 +181,7 @@ def check_backward(
         shape: of the experts.
         topk_ids: routing.
         rng: source of tokens, of the cotangent and of the sample.
+        references: those of `reference_programs`, compiled, by name; None: they are compiled now.
         dtype: of the tokens.
     """
     x, topk_weights = random_tokens(shape, len(topk_ids), _key(rng), dtype)
@@ -220,9 +195,9 @@ def check_backward(
     weights_gradients = {name: array for name, array in all_weights_gradients.items() if array is not None}
     sizes = np.bincount(topk_ids.reshape(-1), minlength=shape.num_experts)[: shape.local_experts]
     sample = _sample(len(topk_ids), rng)
-    expected = _gradients_of_tokens(
-        *_sampled(x, topk_weights, ids, sample), weights, _sampled_rows(cotangent, sample), shape=shape
-    )
+    references = references or jitted_references(shape)
+    sampled = _sampled(x, topk_weights, ids, sample)
+    expected = references["tokens_gradient"](*sampled, weights, _sampled_rows(cotangent, sample))
     errors = [
         relative_error(result[sample], array[: len(sample)])
         for result, array in zip((x_gradient, topk_weights_gradient), expected, strict=True)
@@ -230,36 +205,18 @@ def check_backward(
     for expert in np.unique([sizes.argmax(), sizes.argmin(), rng.integers(shape.local_experts)]):
         own = {name: array[expert : expert + 1] for name, array in weights.items() if array is not None}
         own_ids = jnp.where(ids == expert, 0, -1)
-        of_expert = _gradients_of_weights(x, topk_weights, own_ids, own, cotangent, shape=shape)
+        of_expert = references["weights_gradient"](x, topk_weights, own_ids, own, cotangent)
         errors += [relative_error(weights_gradients[name][expert], array[0]) for name, array in of_expert.items()]
     return Check("backward", max(errors), repeats)
 
 
-_float32_block = jax.jit(float32_block, static_argnames="shape")
-
-
-@functools.partial(jax.jit, static_argnames="shape")
-def _gradients_of_tokens(x, topk_weights, ids, weights, cotangent, *, shape) -> tuple[Array, Array]:
-    _, pullback = jax.vjp(
-        lambda x, w: float32_block(x, w, ids, weights, shape=shape), x.astype(jnp.float32), topk_weights
-    )
-    return pullback(cotangent.astype(jnp.float32))
-
-
-@functools.partial(jax.jit, static_argnames="shape")
-def _gradients_of_weights(x, topk_weights, ids, weights, cotangent, *, shape) -> dict[str, Array]:
-    wide = {name: array.astype(jnp.float32) for name, array in weights.items()}
-    _, pullback = jax.vjp(lambda wide: float32_block(x, topk_weights, ids, wide, shape=shape), wide)
-    return pullback(cotangent.astype(jnp.float32))[0]
-
-
 def _sample(tokens: int, rng: np.random.Generator) -> Int[np.ndarray, "S"]:
-    return np.sort(rng.permutation(tokens)[:MOST_TOKENS_CHECKED])
+    return np.sort(rng.permutation(tokens)[:SAMPLED_TOKENS])
 
 
 def _sampled_rows(array: Array, sample: Array | np.ndarray) -> Array:
     """Filled up to the size of the largest sample, so that the float32 computation is compiled once per shape."""
-    missing = MOST_TOKENS_CHECKED - len(sample)
+    missing = SAMPLED_TOKENS - len(sample)
     value = -1 if jnp.issubdtype(array.dtype, jnp.integer) else 0
     return jnp.pad(array[sample], ((0, missing), (0, 0)), constant_values=value)
 

@@ -57,14 +57,24 @@ def contestants(shape: ExpertShape, tokens: int) -> tuple[list[Contestant], dict
             multiplies_all_pairs=True,
         )
     )
-    if importlib.util.find_spec("tokamax") is None:
-        unable["tokamax.ragged_dot"] = "tokamax is not installed"
+    ragged_dot = tokamax_ragged_dot()
+    if isinstance(ragged_dot, str):
+        unable["tokamax.ragged_dot"] = ragged_dot
     else:
-        tokamax = importlib.import_module("tokamax")  # somebody else's, measured where it is installed
-
-        block = functools.partial(sorted_block, shape=shape, ragged_dot=tokamax.ragged_dot)
+        block = functools.partial(sorted_block, shape=shape, ragged_dot=ragged_dot)
         able.append(Contestant("tokamax.ragged_dot", block, in_first))
     return able, unable
+
+
+@functools.cache
+def tokamax_ragged_dot() -> RaggedDot | str:
+    """Somebody else's, measured where it is installed; or why it can't be had."""
+    try:
+        if importlib.util.find_spec("tokamax") is None:
+            return "tokamax is not installed"
+        return importlib.import_module("tokamax").ragged_dot
+    except Exception as error:  # noqa: BLE001 - whatever a broken or half installed library raises
+        return f"tokamax cannot be used: {type(error).__name__}: {error}"
 
 
 def why_not(shape: ExpertShape, tokens: int, implementation: str) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_jax.benchmarking.gpu_programs import FAILURES, describe_failure
 from moe_jax.benchmarking.gpu_report import bars, write_text
-from moe_jax.benchmarking.watchdog import watch
+from moe_jax.benchmarking.watchdog import HUNG, watch
 
 
 @dataclasses.dataclass
@@ -23,6 +23,8 @@ class Record:
     cases: tuple[str, ...] = ()
     """Names of those that are to be measured."""
     report: Callable[[str], None] = print
+    publish: Callable[[], None] = lambda: None
+    """Shows the tables and writes what else is to be written in the end; called too if the process has to be ended."""
 
     def __post_init__(self) -> None:
         self.result |= {"rows": [], "unable": {}, "launches": [], "failed_steps": {}}
@@ -36,14 +38,15 @@ class Record:
         if self.file is not None:
             write_text(self.file, json.dumps(self.result, indent=1) + "\n")
 
-    def watch(self, what: str, seconds: float) -> contextlib.AbstractContextManager[None]:
-        """Give a block so many seconds; then what there is is saved and the process ended, with status `watchdog.HUNG`."""
-        return watch(what, seconds, self._last_words)
+    def watch(self, what: str, seconds: float, status: int = HUNG) -> contextlib.AbstractContextManager[None]:
+        """Give a block so many seconds; then what there is is saved and published, and the process ended with this status."""
+        return watch(what, seconds, self._last_words, status)
 
     def _last_words(self, why: str) -> None:
         self.result["failed_steps"]["ended early"] = why
         self.save()
         self.report(f"ENDED EARLY, {why}; what was measured is in {self.file}")
+        self.publish()
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 Row = Mapping[str, Any]
-"""One contestant's measurement of one case; see `gpu_suite.Suite.measure_case` for the keys."""
+"""One contestant's measurement of one case; see `gpu_suite.Suite._measure` for the keys."""
 
 OURS = "moe_jax pallas_gpu"
 BEGIN, END = "<!-- gpu suite: begin -->", "<!-- gpu suite: end -->"
@@ -58,8 +58,9 @@ def bars(rows: Iterable[Row]) -> list[Bar]:
             at_most=True,
         ),
         *(
-            _worst(f"whole block over {rival}", 1.2, _against(forward, right, rival), "speedup")
+            _worst(f"whole block over {rival}{how}", 1.2, _against(forward, right, rival, key), "speedup")
             for rival in ("tokamax.ragged_dot", "torch grouped_mm")
+            for how, key in (("", "call_seconds"), (", in one program", "in_program_seconds"))
         ),
     ]
 
@@ -68,10 +69,10 @@ def _is_large_decode(row: Row) -> bool:
     return row["mean_rows"] <= 8 and row["weight_bytes"] > LARGE_WEIGHTS
 
 
-def _against(own: Sequence[Row], rows: Sequence[Row], rival: str) -> list[Row]:
-    """Our rows with their speed-up over a rival, where it was measured too."""
-    theirs = {row["case"]: row["call_seconds"] for row in rows if row["contestant"] == rival}
-    return [{**row, "speedup": theirs[row["case"]] / row["call_seconds"]} for row in own if row["case"] in theirs]
+def _against(own: Sequence[Row], rows: Sequence[Row], rival: str, key: str) -> list[Row]:
+    """Our rows with their speed-up over a rival, where both were measured in the same way: queued calls, or one program."""
+    theirs = {row["case"]: row[key] for row in rows if row["contestant"] == rival and row.get(key)}
+    return [{**row, "speedup": theirs[row["case"]] / row[key]} for row in own if row.get(key) and row["case"] in theirs]
 
 
 def _worst(
@@ -118,6 +119,24 @@ def markdown(result: Mapping[str, Any]) -> str:
     if result["not_reached"]:
         lines += ["", f"Not reached in the time: {len(result['not_reached'])} cases."]
     return "\n".join(lines)
+
+
+def summary(row: Mapping[str, Any]) -> str:
+    """One line on the terminal."""
+    if row.get("failed"):
+        return f"FAILED: {row['failed'].splitlines()[0][:160]}"
+    parts = [f"{row['call_seconds'] * 1e6:10,.1f} µs a call"]
+    if row.get("busy_seconds") is not None:
+        parts.append(f"{row['busy_seconds'] * 1e6:10,.1f} µs of kernels")
+    if row["mean_rows"] > 8:
+        share, name = row.get("matmul_share", row.get("block_share")), "of dense"
+    else:
+        share, name = row.get("bandwidth_share"), "of copy"
+    if share is not None:
+        parts.append(f"{100 * share:5.1f} % {name}")
+    if row.get("waits_for_host"):
+        parts.append(f"host waits: {', '.join(row['waits_for_host'])}")
+    return ", ".join(parts)
 
 
 def _ceilings(ceilings: Mapping[str, Any] | None) -> str:
@@ -169,6 +188,7 @@ _TABLES = [
             ("whole block", _percent("block_share")),
             ("ceiling, 128-row tiles", _percent("ceiling_128")),
             ("64-row tiles", _percent("ceiling_64")),
+            ("waves of tiles", _percent("ceiling_waves")),
         ],
     ),
     (

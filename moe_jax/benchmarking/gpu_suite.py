@@ -27,6 +27,7 @@ from moe_jax.benchmarking.expert_checks import (
     random_weights,
 )
 from moe_jax.benchmarking.expert_contestants import Contestant, Weights, contestants
+from moe_jax.benchmarking.expert_references import reference_programs
 from moe_jax.benchmarking.expert_shapes import ExpertShape
 from moe_jax.benchmarking.expert_work import (
     ExpertWork,
@@ -37,6 +38,15 @@ from moe_jax.benchmarking.expert_work import (
 )
 from moe_jax.benchmarking.gpu_cases import Case
 from moe_jax.benchmarking.gpu_ceilings import Ceilings
+from moe_jax.benchmarking.gpu_products import (
+    MATMUL_KERNELS,
+    MatmulTime,
+    Product,
+    products,
+    split_products,
+    streamed_products,
+    waves_ceiling,
+)
 from moe_jax.benchmarking.gpu_programs import (
     FAILURES,
     IN_PROGRAM_CALLS,
@@ -47,15 +57,16 @@ from moe_jax.benchmarking.gpu_programs import (
     gradient_parts,
     programs_of,
 )
-from moe_jax.benchmarking.gpu_report import OURS
-from moe_jax.benchmarking.gpu_second_pass import split_products, streamed_products
+from moe_jax.benchmarking.gpu_report import OURS, summary
 from moe_jax.benchmarking.gpu_torch_side import measure_torch
 
-MATMUL_KERNELS = "mosaic_gpu"
-"""Part of the names of Mosaic GPU kernels; XLA's own (sorting, gathering, combining) have others."""
+REFERENCE = "float32"
+"""Who computes what the contestants are compared with, in the keys of programs."""
 UNFINISHED = "not finished: the process ended, or was ended, meanwhile"
 LONGEST_SECONDS = 60
 """Longest time for one contestant's turn at a case, compiled already, and for making weights or tokens."""
+LEAST_GROUP_SECONDS, LEAST_SECONDS = 60, 30
+"""With less time left no group of cases is begun, and no turn or compilation, which might be cut off in the middle."""
 COMPILED_SHARE = 0.5
 """Share of the time left in which the programs of a shape may be begun to be compiled: the rest is for measuring them."""
 MOST_MASKED_SECONDS = 0.05
@@ -92,12 +103,12 @@ class Suite:
             not_reached += self._run_group(shape, list(listed))
         return not_reached
 
-    @property
-    def _is_over(self) -> bool:
-        return self.lost is not None or time.monotonic() > self.deadline
+    def _is_over(self, seconds: float = LEAST_SECONDS) -> bool:
+        """Whether the device is lost, or less than so many seconds are left."""
+        return self.lost is not None or time.monotonic() > self.deadline - seconds
 
     def _run_group(self, shape: ExpertShape, cases: list[Case]) -> list[Case]:
-        if self._is_over:
+        if self._is_over(LEAST_GROUP_SECONDS):
             return cases
         entrants: dict[Case, list[Contestant]] = {}
         try:
@@ -110,7 +121,7 @@ class Suite:
             return []
         not_compiled: list[Case] = []
         for number, case in enumerate(cases):
-            if self._is_over:
+            if self._is_over():
                 return not_compiled + cases[number:]
             if not self._programs({case: entrants[case]}, group).keys() <= group.compiled.keys():
                 not_compiled.append(case)
@@ -123,7 +134,7 @@ class Suite:
                 continue
             for contestant in entrants[case]:
                 self._add(case, contestant.name, sets, self._measure, contestant, group)
-            if self.torch is not None and self.rivals and case.kind == "forward" and case.priority == 0:
+            if self.torch is not None and self.rivals and case.kind == "forward" and case.has_rivals:
                 self._add(case, "torch grouped_mm", sets, self._measure_torch)
         return not_compiled
 
@@ -144,7 +155,7 @@ class Suite:
         """The programs of the first cases, of as many as leave time to measure them."""
         started = time.monotonic()
         programs = self._programs(entrants, group)
-        until = started + COMPILED_SHARE * max(0, self.deadline - started)
+        until = min(started + COMPILED_SHARE * (self.deadline - started), self.deadline - LEAST_SECONDS)
         compiled = compile_all(programs, self.compile_threads, until)
         self.report(
             f"{shape.name}: {len(compiled)} of {len(programs)} programs compiled in {time.monotonic() - started:.0f} s,"
@@ -152,22 +163,27 @@ class Suite:
         )
         return compiled
 
-    @staticmethod
-    def _programs(entrants: Mapping[Case, Sequence[Contestant]], group: "_Group") -> dict[tuple, Any]:
+    def _programs(self, entrants: Mapping[Case, Sequence[Contestant]], group: "_Group") -> dict[tuple, Any]:
         """Those of each case together, so that the first cases can be measured if time ends the compiling."""
         programs: dict[tuple, Any] = {}
         for case, listed in entrants.items():
             programs |= programs_of({case: listed}, group.layouts)
-            for product in split_products(case) if OURS in {contestant.name for contestant in listed} else ():
+            for product in self._products(case) if OURS in {contestant.name for contestant in listed} else ():
                 programs[product.place, case.tokens, OURS] = (product.function, product.shapes())
+            for (name, tokens), program in reference_programs(case.kind, case.shape, case.tokens).items():
+                programs[name, tokens, REFERENCE] = program
         return programs
+
+    def _products(self, case: Case) -> list[Product]:
+        """Those that are timed alone, because the events of a whole block don't tell their time, or because there are none."""
+        return [*split_products(case)] if self.ceilings.device_events else products(case)
 
     def _entrants(self, case: Case) -> list[Contestant]:
         able, unable = contestants(case.shape, case.tokens)
         self.unable |= unable
         if case.kind == "backward":
             return [contestant for contestant in able if contestant.is_ours][:1]
-        if not self.rivals or case.priority > 0:
+        if not self.rivals or not case.has_rivals:
             return [contestant for contestant in able if contestant.is_ours][:1]
         rows = case.tokens * case.shape.top_k
         work = ExpertWork.of(case.shape, np.full(case.shape.local_experts, -(-rows // case.shape.local_experts)), 0)
@@ -187,7 +203,7 @@ class Suite:
 
     def _add(self, case: Case, name: str, sets: list, measure: Callable[..., dict[str, Any]], *arguments: Any) -> None:
         """Measure one contestant, and keep what came of it, failures too."""
-        if self._is_over:
+        if self._is_over():
             return
         row = {**_described(case, name), "failed": UNFINISHED}
         self.rows.append(row)
@@ -244,7 +260,7 @@ class Suite:
         program = compiled[case.kind, case.tokens, contestant.name]
         if program.call is None:
             raise RuntimeError(f"does not compile: {program.failure}")
-        check = self._check(case, contestant, program.call, group.weights, prepared)
+        check = self._check(case, contestant, program.call, group, prepared)
         outcome: dict[str, Any] = {"error": check.error, "repeats": check.repeats, "waits_for_host": program.waits}
         if not check.passed:
             return {**outcome, "failed": f"wrong: {check}"}
@@ -252,58 +268,71 @@ class Suite:
         if case.kind == "backward":
             arguments = [(*given, random_tokens(case.shape, case.tokens, self._key())[0]) for given in arguments]
         timing = self._time(program.call, arguments)
-        second_pass: float | None = 0.0
         if contestant.name == OURS:
             outcome["splits"] = {product.place: product.tiles.splits for product in streamed_products(case)}
-            outcome["second_pass_seconds"] = second_pass = self._second_pass(case, sets, group)
-        outcome |= self._shares(timing, row, second_pass)
+            count = MatmulTime.by_events if self.ceilings.device_events else MatmulTime.by_clock
+            matmuls = count(timing, self._time_products(case, sets, group))
+            outcome["second_pass_seconds"] = matmuls.second_pass
+            drawn = [local_group_sizes(case.shape, np.asarray(ids)) for _, _, ids in sets]
+            outcome["ceiling_waves"] = waves_ceiling(case, drawn)
+        else:
+            matmuls = MatmulTime.by_events(timing, [])
+        outcome |= self._shares(timing, row, matmuls)
         in_program = compiled.get(("in program", case.tokens, contestant.name))
         if case.kind == "forward" and in_program is not None and in_program.call is not None:
             turns = [sets[number % len(sets)] for number in range(IN_PROGRAM_CALLS)]
-            whole = self._time(in_program.call, [([list(tokens) for tokens in turns], prepared)])
+            whole = time_calls(in_program.call, [([list(tokens) for tokens in turns], prepared)], device_events=False)
             outcome["in_program_seconds"] = whole.queued / IN_PROGRAM_CALLS
         if case.kind == "backward":
             outcome |= self._gradient_parts(case, sets, contestant, group)
         return outcome
 
-    def _check(self, case: Case, contestant: Contestant, call: Any, weights: Weights, prepared: Weights) -> Check:
+    def _check(self, case: Case, contestant: Contestant, call: Any, group: "_Group", prepared: Weights) -> Check:
         """With a routing that has hot and empty experts."""
+        references = {}
+        for name, tokens in reference_programs(case.kind, case.shape, case.tokens):
+            program = group.compiled[name, tokens, REFERENCE]
+            if program.call is None:
+                raise RuntimeError(f"what it is compared with does not compile: {program.failure}")
+            references[name] = program.call
         ids = draw_topk_ids(self.rng, case.shape, case.tokens, "zipf")
         if case.kind == "backward":
-            return check_backward(call, weights, case.shape, ids, self.rng)
-        return check_forward(call, weights, prepared, case.shape, ids, self.rng, with_traps=contestant.is_ours)
+            return check_backward(call, group.weights, case.shape, ids, self.rng, references=references)
+        return check_forward(
+            call,
+            group.weights,
+            prepared,
+            case.shape,
+            ids,
+            self.rng,
+            with_traps=contestant.is_ours,
+            references=references,
+        )
 
-    def _second_pass(self, case: Case, sets: list, group: "_Group") -> float | None:
-        """Seconds that XLA takes to add up the parts of split contractions; None if they can't be had."""
+    def _time_products(self, case: Case, sets: list, group: "_Group") -> list[Timing] | None:
+        """Of each product that is timed alone; None if one of them can't be."""
         sizes = [local_group_sizes(case.shape, np.asarray(ids)) for _, _, ids in sets]
-        seconds = 0.0
-        for product in split_products(case):
+        timings = []
+        for product in self._products(case):
             program = group.compiled[product.place, case.tokens, OURS]
             if program.call is None:
                 return None
-            timing = self._time(program.call, product.arguments(group.weights, sizes, self._key()))
-            kernel = timing.kernel_seconds(MATMUL_KERNELS)
-            if kernel is None:
-                return None
-            seconds += max(0.0, timing.seconds - kernel)
-        return seconds
+            timings.append(self._time(program.call, product.arguments(group.weights, sizes, self._key())))
+        return timings
 
-    def _shares(self, timing: Timing, row: Mapping[str, Any], second_pass: float | None) -> dict[str, Any]:
-        """Where kernel and second pass can't be told from the rest, the whole block counts."""
-        kernels = timing.kernel_seconds(MATMUL_KERNELS)
-        matmuls = timing.seconds if not kernels or second_pass is None else min(timing.seconds, kernels + second_pass)
+    def _shares(self, timing: Timing, row: Mapping[str, Any], matmuls: MatmulTime) -> dict[str, Any]:
         return {
             "seconds": timing.seconds,
             "spread": timing.spread,
             "call_seconds": timing.queued,
             "issue_seconds": timing.issue,
             "busy_seconds": None if timing.busy is None else timing.seconds,
-            "matmul_seconds": matmuls,
+            "matmul_seconds": matmuls.seconds,
             "kernels": dict(timing.kernels),
             "copies_to_host": timing.copies_to_host,
-            "matmul_share": row["flops"] / matmuls / self.ceilings.dense_flops,
+            "matmul_share": row["flops"] / matmuls.seconds / self.ceilings.dense_flops,
             "block_share": row["flops"] / timing.seconds / self.ceilings.dense_flops,
-            "bandwidth_share": row["weight_bytes"] / matmuls / self.ceilings.copy_bytes or None,
+            "bandwidth_share": row["weight_bytes"] / matmuls.seconds / self.ceilings.copy_bytes or None,
         }
 
     def _gradient_parts(self, case, sets, contestant, group) -> dict[str, Any]:
@@ -370,21 +399,3 @@ def _fitted(sizes: np.ndarray, rows: int) -> np.ndarray:
     """The same group sizes, cut off after so many rows."""
     ends = np.minimum(np.cumsum(sizes), rows)
     return np.diff(ends, prepend=0)
-
-
-def summary(row: Mapping[str, Any]) -> str:
-    """One line on the terminal."""
-    if row.get("failed"):
-        return f"FAILED: {row['failed'].splitlines()[0][:160]}"
-    parts = [f"{row['call_seconds'] * 1e6:10,.1f} µs a call"]
-    if row.get("busy_seconds") is not None:
-        parts.append(f"{row['busy_seconds'] * 1e6:10,.1f} µs of kernels")
-    if row["mean_rows"] > 8:
-        share, name = row.get("matmul_share", row.get("block_share")), "of dense"
-    else:
-        share, name = row.get("bandwidth_share"), "of copy"
-    if share is not None:
-        parts.append(f"{100 * share:5.1f} % {name}")
-    if row.get("waits_for_host"):
-        parts.append(f"host waits: {', '.join(row['waits_for_host'])}")
-    return ", ".join(parts)

@@ -19,7 +19,6 @@ from moe_jax.benchmarking.device_timer import Timing, time_calls
 from moe_jax.benchmarking.expert_shapes import ExpertShape
 from moe_jax.benchmarking.expert_work import draw_topk_ids, local_group_sizes, sets_to_rotate
 from moe_jax.benchmarking.gpu_programs import FAILURES, Program, compile_all, describe_failure
-from moe_jax.kernels.activations import Activation
 from moe_jax.kernels.device import GpuDevice, targeting
 from moe_jax.kernels.groups import Groups
 from moe_jax.kernels.mosaic_gpu import matmuls
@@ -181,15 +180,12 @@ def measure_on_device(
         (row, cotangent, weights, jnp.asarray(size, jnp.int32))
         for row, cotangent, size in zip(rows, cotangents, sizes, strict=False)
     ]
-    activation = shape.activation if problem.place == "gate_up" else None
     members = [np.asarray(aligned_groups(given[3]).contain(problem.layout_rows)) for given in sets[:1]]
     expected: list[Array] = []
     compiled: dict[Tiles | None, Program] = {}
 
     def measure(tried: Sequence[Tiles | None]) -> list[Timing | str]:
-        missing = {
-            tiles: (_function(problem, tiles, activation, device), sets[0]) for tiles in tried if tiles not in compiled
-        }
+        missing = {tiles: (kernel_call(problem, tiles, device), sets[0]) for tiles in tried if tiles not in compiled}
         compiled.update(compile_all(missing, threads))
         outcomes: list[Timing | str] = []
         for tiles in tried:
@@ -216,10 +212,9 @@ def measure_on_device(
     return measure
 
 
-def _function(
-    problem: Problem, tiles: Tiles | None, activation: Activation | None, device: GpuDevice
-) -> Callable[..., Array]:
-    """The problem's kernel with these tiles, as the op calls it."""
+def kernel_call(problem: Problem, tiles: Tiles | None, device: GpuDevice) -> Callable[..., Array]:
+    """(rows, cotangent, weights, sizes) -> result: the kernel as the op calls it, with these tiles (None: its default)."""
+    activation = problem.shape.activation if problem.place == "gate_up" else None
 
     def call(rows: Array, cotangent: Array, weights: Array, sizes: Array) -> Array:
         groups: Groups = aligned_groups(sizes)

@@ -1,12 +1,12 @@
-"""Compile every GPU kernel that models of published shapes call, for GPUs that are not there, and check what the compilers say.
+"""Compile every GPU kernel that models of published shapes call, for GPUs that this machine lacks; check what the compilers say.
 
-    make aot                                                            (everything, in .venv-aot)
+    make aot-gpu                                        (every kernel, in .venv-aot; part of make aot)
     python tests/aot/gpu_kernels.py [--gpus h200 b200] [--models olmoe-1b-7b ...] [--tokens 1 8 ...] [--output build/aot]
 
 For each GPU, model and number of tokens, the expert computation is traced forward and backward, without compiling it; the
 kernels found in it are those that a user's program would call, with the tiles that were chosen for them. Each distinct one is
-compiled alone. Calls that differ in nothing but their numbers of rows share one compilation, that of most rows. One shape
-is of no model, and less regular than any.
+compiled alone. Calls that differ in nothing but their numbers of rows share one compilation, that of most rows. Two shapes
+are of no model: one is less regular than any, one smaller.
 
 A kernel fails if it spills, if its wgmma is serialised, if a loop starts a tensor-core instruction without waiting for the one
 before, if it needs more shared memory than there is, or if the compilers reported nothing. Any failure makes the exit code 1.
@@ -41,7 +41,12 @@ IRREGULAR = ExpertShape(name="irregular", hidden_size=1472, intermediate_size=33
 """Of no model: H, 2I and I are multiples of 128, 64 and 32 bytes, which are different swizzles."""
 IRREGULAR_TOKENS = (5, 251)
 """With these, a grouped matmul has 20 and 1004 rows: no multiples of 8, streamed and tiled."""
-SHAPES = {**EXPERT_SHAPES, IRREGULAR.name: IRREGULAR}
+FEW_TILES = ExpertShape(name="few-tiles", hidden_size=512, intermediate_size=192, num_experts=4, top_k=2)
+"""Of no model either: so small that the smaller tiles, too, are chosen by default, of which published models need only some."""
+FEW_TILES_TOKENS = (64, 128, 1152)
+SHAPES = {**EXPERT_SHAPES, IRREGULAR.name: IRREGULAR, FEW_TILES.name: FEW_TILES}
+OWN_TOKENS = {IRREGULAR.name: IRREGULAR_TOKENS, FEW_TILES.name: FEW_TILES_TOKENS}
+"""Of the shapes that are not compiled for the numbers of tokens asked for."""
 IMPLEMENTATION = "pallas_gpu"
 Program = tuple[Callable[..., Any], tuple[Any, ...]]
 Result = TypeVar("Result")
@@ -206,11 +211,35 @@ def table(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", nargs="+", default=GPUS, metavar="GPU")
-    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=SHAPES, metavar="MODEL")
-    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
-    parser.add_argument("--jobs", type=int, default=2, help="how many processes compile side by side")
-    parser.add_argument("--output", type=Path, default=Path("build/aot"))
+    parser.add_argument(
+        "--gpus", nargs="+", default=GPUS, metavar="GPU", help=f"h100, h200 or b200 (default: {' '.join(GPUS)})"
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=list(SHAPES),
+        choices=SHAPES,
+        metavar="MODEL",
+        help=f"models: {' '.join(SHAPES)} (default: all)",
+    )
+    parser.add_argument(
+        "--tokens",
+        nargs="+",
+        type=int,
+        default=TOKENS,
+        metavar="N",
+        help=f"numbers of tokens (default: {' '.join(map(str, TOKENS))})",
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=2, metavar="N", help="processes that compile side by side (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("build/aot"),
+        metavar="FOLDER",
+        help="where to write gpu_kernels.json and the dumps (default: %(default)s)",
+    )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -221,7 +250,7 @@ def main() -> int:
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.child:
         (gpu,), (model,) = arguments.gpus, arguments.models
-        tokens = IRREGULAR_TOKENS if model == IRREGULAR.name else arguments.tokens
+        tokens = OWN_TOKENS.get(model, arguments.tokens)
         result = compile_model(gpu, model, tokens, arguments.output)
         (arguments.output / f"{gpu}-{model}.json").write_text(json.dumps(result))
         return 0

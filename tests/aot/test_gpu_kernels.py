@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 
@@ -12,6 +13,7 @@ from aot import gpu_kernels
 
 from moe_jax.aot.targets import GpuTarget
 from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES
+from moe_jax.kernels.mosaic_gpu import matmuls
 from moe_jax.kernels.mosaic_gpu.choice import streams_weights
 from moe_jax.kernels.mosaic_gpu.limits import SWIZZLES, swizzle_bytes
 from moe_jax.kernels.mosaic_gpu.schedule import ROW_ALIGNMENT
@@ -46,6 +48,25 @@ def test_programs_call_kernels_for_every_product(program, tokens, gpu):
         assert gate_up in read
     if program.endswith("gradient"):
         assert down in written
+
+
+def test_the_shape_with_few_tiles_needs_all_sizes_of_row_tiles_but_the_largest(monkeypatch):
+    chosen = set()
+    choose = matmuls.choose_tiles
+
+    def recording(kernel, **sizes):
+        found = choose(kernel, **sizes)
+        if kernel.startswith("rows"):
+            chosen.add((kernel, sizes.get("projections", 1), found.tiles.rows, found.tiles.columns))
+        return found
+
+    monkeypatch.setattr(matmuls, "choose_tiles", recording)
+    for program, tokens in itertools.product(gpu_kernels.PROGRAMS, gpu_kernels.FEW_TILES_TOKENS):
+        gpu_kernels.traced_kernels(program, gpu_kernels.FEW_TILES, tokens, GpuTarget.named("h200"))
+    one_projection = {
+        (kernel, 1, *sizes) for kernel in ("rows", "rows_gradient") for sizes in ((64, 128), (128, 64), (128, 128))
+    }
+    assert chosen >= one_projection | {("rows", 2, 64, 128), ("rows", 2, 128, 64)}
 
 
 def test_the_irregular_shape_has_a_width_of_each_swizzle_and_rows_that_are_no_multiple_of_8():

@@ -79,6 +79,13 @@ def test_worker_answers_requests_and_its_death_is_an_error():
             process.request("die")
 
 
+def test_what_a_library_prints_is_not_taken_for_an_answer(capsys):
+    chatty = "import sys\nfor line in sys.stdin: print('loading kernels'); print('{\"done\": 1}', flush=True)"
+    with worker([sys.executable, "-c", chatty], environment=os.environ) as process:
+        assert process.request("one") == process.request("two") == {"done": 1}
+    assert "loading kernels" in capsys.readouterr().err
+
+
 def test_a_worker_that_ended_between_requests_is_an_error_of_each_request_and_none_of_the_block():
     answers_once = "import os, sys; sys.stdin.readline(); print('{}', flush=True); os._exit(3)"
     with worker([sys.executable, "-c", answers_once], environment=os.environ) as process:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +10,17 @@ import numpy as np
 import pytest
 from oracles import experts as oracle
 
+from moe_jax.benchmarking import expert_checks
 from moe_jax.benchmarking.expert_checks import (
     check_backward,
     check_forward,
-    float32_block,
     gradients_of,
     random_tokens,
     random_weights,
     relative_error,
 )
-from moe_jax.benchmarking.expert_contestants import contestants, in_first, sorted_block
+from moe_jax.benchmarking.expert_contestants import contestants, in_first, sorted_block, tokamax_ragged_dot
+from moe_jax.benchmarking.expert_references import float32_block, reference_programs
 from moe_jax.benchmarking.expert_shapes import ExpertShape
 from moe_jax.benchmarking.expert_work import draw_topk_ids
 from moe_jax.kernels import Activation
@@ -63,6 +65,22 @@ def test_a_right_block_passes_forward_and_backward(shape, rng):
     assert check.passed, check
 
 
+@pytest.mark.parametrize("shape", [SHAPE, RANK], ids=lambda shape: shape.name)
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_the_float32_computations_can_be_compiled_beforehand(kind, shape, rng, monkeypatch):
+    """A check that is given them compiles none of them."""
+    monkeypatch.setattr(expert_checks, "jitted_references", None)
+    weights, ids = draw(rng, shape)
+    programs = reference_programs(kind, shape, len(ids)).items()
+    references = {name: jax.jit(function).lower(*given).compile() for (name, _), (function, given) in programs}
+    block = functools.partial(right, shape=shape)
+    if kind == "forward":
+        check = check_forward(block, weights, weights, shape, ids, rng, with_traps=True, references=references)
+    else:
+        check = check_backward(jax.jit(gradients_of(block)), weights, shape, ids, rng, references=references)
+    assert check.passed, check
+
+
 def test_contestants_compute_the_block(rng):
     weights, ids = draw(rng, RANK, 2)
     able, unable = contestants(RANK, 2)
@@ -74,6 +92,27 @@ def test_contestants_compute_the_block(rng):
         call = jax.jit(contestant.block)
         check = check_forward(call, weights, prepared, RANK, ids, rng, with_traps=contestant.is_ours)
         assert check.passed, (contestant.name, check)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        ("raise ImportError('no absl')", "ImportError: no absl"),
+        ("raise RuntimeError('flags are not parsed')", "RuntimeError: flags are not parsed"),
+        ("", "AttributeError"),
+    ],
+)
+def test_a_library_that_is_installed_but_broken_cannot_take_part(module, reason, tmp_path, monkeypatch):
+    (tmp_path / "tokamax.py").write_text(module)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "tokamax", raising=False)
+    tokamax_ragged_dot.cache_clear()
+    try:
+        _, unable = contestants(SHAPE, 2)
+    finally:
+        tokamax_ragged_dot.cache_clear()
+        sys.modules.pop("tokamax", None)
+    assert reason in unable["tokamax.ragged_dot"]
 
 
 def test_a_block_that_is_a_little_off_fails(rng):

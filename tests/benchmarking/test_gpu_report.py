@@ -90,9 +90,18 @@ def test_the_speed_up_is_that_of_the_same_case():
     assert bar(rows, "whole block over tokamax").met is None
 
 
+def test_queued_calls_are_compared_with_queued_calls_and_programs_with_programs():
+    torch = row(contestant="torch grouped_mm", matmul_share=None, call_seconds=3e-3, in_program_seconds=1e-3)
+    rows = [row(in_program_seconds=5e-4), torch]
+    assert bar(rows, "whole block over torch").measured == pytest.approx(1.5)
+    assert bar(rows, "whole block over torch grouped_mm, in one program").measured == pytest.approx(2.0)
+    without_graph = [row(in_program_seconds=5e-4), torch | {"in_program_seconds": None}]
+    assert bar(without_graph, "whole block over torch grouped_mm, in one program").met is None
+
+
 def test_the_tables_hold_every_measurement_and_every_miss():
     rows = [
-        row(matmul_share=0.5),
+        row(matmul_share=0.5, ceiling_waves=0.97),
         row(
             mean_rows=2.0,
             tokens=8,
@@ -109,7 +118,7 @@ def test_the_tables_hold_every_measurement_and_every_miss():
         "| forward, 512 rows per expert and more | ≥ 0.8 | 0.5 | forward/mixtral-8x7b/T2048/uniform | **missed** |"
         in text
     )
-    assert "| 2,000.0 | 1,900.0 | 50 % | 75 % | 88 % | 94 % |" in text
+    assert "| 2,000.0 | 1,900.0 | 50 % | 75 % | 88 % | 94 % | 97 % |" in text
     assert "| 19.0 | 2,800 | 4 / 1 | 3.0 | 40 % |" in text
     assert "| 1,000.0 | 1,100.0 | 1.1 |" in text
     assert "RuntimeError: a \\| b |" in text

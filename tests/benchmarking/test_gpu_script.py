@@ -93,6 +93,34 @@ def test_a_torch_process_that_dies_costs_its_own_rows_alone(tmp_path):
     assert result["launches"][0]["programs"] == 1
 
 
+@pytest.mark.parametrize(
+    ("says", "reason"),
+    [
+        ("print('{not json', flush=True)", "torch cannot be used: "),
+        ("raise ImportError('no CUDA')", "ended with code 1"),
+    ],
+)
+def test_a_torch_process_that_makes_no_sense_takes_no_part(says, reason, tmp_path):
+    fake = tmp_path / "fake"
+    fake.write_text(f"#!{sys.executable}\ninput()\n{says}\n")
+    fake.chmod(0o755)
+    stubs = """
+gpu.smoke_test = lambda *arguments, **options: []
+gpu.launches = lambda options: []
+gpu.gpu_suite.Suite.run = lambda self, cases: []
+"""
+    done, result = rehearse(tmp_path, stubs, "--torch-python", str(fake))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert reason in result["unable"]["torch grouped_mm"]
+
+
+def test_a_python_for_torch_that_does_not_exist_costs_the_other_contestants_nothing(tmp_path):
+    stubs = "gpu.smoke_test = lambda *arguments, **options: []\ngpu.gpu_suite.Suite.run = lambda self, cases: []"
+    done, result = rehearse(tmp_path, stubs, "--torch-python", "/no/such/python")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "/no/such/python cannot be started" in result["unable"]["torch grouped_mm"]
+
+
 HANGS = """
 import time
 def hang(*arguments, **options):
@@ -127,9 +155,10 @@ gpu.launches = lambda options: []
     assert result["not_reached"]
 
 
-def test_the_run_ends_within_its_minutes_whatever_hangs(tmp_path):
+def test_the_run_ends_within_its_minutes_whatever_hangs_and_shows_its_tables(tmp_path):
     done, result = rehearse(tmp_path, f"{HANGS}\ngpu.measure_ceilings = hang", "--minutes", "0.02")
-    assert done.returncode == 3, done.stdout + done.stderr
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert "| ended early |  | the whole run: not done after 1.2 s |" in done.stdout
     assert "the whole run" in result["failed_steps"]["ended early"]
     assert result["rows"] == []
 

@@ -27,6 +27,18 @@ def test_only_the_kernels_that_the_cases_use_are_called(rng, monkeypatch):
     assert run(rng, "backward")[1] == ["smoke test of rows_gradient ", "smoke test of weights_gradient "]
 
 
+def test_the_first_kernel_has_time_to_wake_the_device(rng, monkeypatch):
+    watched = []
+
+    def watch(what, seconds):
+        watched.append(seconds)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(gpu_smoke, "_forward_error", lambda *arguments: 0.0)
+    assert dict(smoke_test(["forward"], rng, watch=watch, report=lambda line: None)) == {}
+    assert watched == [180, 60]
+
+
 @pytest.mark.parametrize("kernel", ["stream", "rows"])
 def test_the_numbers_of_tokens_choose_the_kernels_they_are_named_after(kernel):
     with targeting(GPU_DEVICES["h200"]):

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.benchmarking import gpu_programs, gpu_suite
+from moe_jax.benchmarking import expert_checks, expert_references, gpu_programs, gpu_suite
 from moe_jax.benchmarking.contest import WorkerEndedError
 from moe_jax.benchmarking.device_timer import Timing
-from moe_jax.benchmarking.expert_checks import float32_block
 from moe_jax.benchmarking.expert_contestants import Contestant, as_given
+from moe_jax.benchmarking.expert_references import float32_block
 from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES, TOKENS, ExpertShape
 from moe_jax.benchmarking.gpu_cases import Case, all_cases, select
 from moe_jax.benchmarking.gpu_ceilings import Ceilings
@@ -68,6 +68,25 @@ def test_cases_are_selected_by_name():
         select(cases, only="qwen4")
 
 
+def test_telling_shapes_come_first_with_more_sizes_and_they_alone_beside_others():
+    cases = all_cases()
+    rivals = [case for case in cases if case.has_rivals]
+    assert cases[: len(rivals)] == rivals
+    assert {case.shape.name for case in rivals} == {"mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3-ep32"}
+    for kind, tokens in (("forward", {1, 8, 2048, 8192, 32768}), ("backward", {2048, 8192, 32768})):
+        assert {case.tokens for case in rivals if case.kind == kind} == tokens
+    others = [case for case in cases if case.priority == 0 and not case.has_rivals]
+    assert {case.tokens for case in others} == {1, 8, 8192}
+
+
+def test_rivals_take_part_where_they_are_to(rng):
+    suite = Suite(ceilings=CEILINGS, rng=rng, deadline=0, l2_bytes=1, report=lambda line: None)
+    alone = dataclasses.replace(CASE, tokens=8)
+    assert [contestant.name for contestant in suite._entrants(alone)] == ["moe_jax xla"]
+    beside = suite._entrants(dataclasses.replace(alone, is_telling=True))
+    assert {"moe_jax xla", "jax.lax.ragged_dot"} <= {contestant.name for contestant in beside}
+
+
 def test_right_contestants_are_timed_and_wrong_or_broken_ones_named(suite):
     assert suite.run([CASE]) == []
     rows = {row["contestant"]: row for row in suite.rows}
@@ -82,6 +101,17 @@ def test_right_contestants_are_timed_and_wrong_or_broken_ones_named(suite):
     assert "wrong: " in rows["wrong"]["failed"]
     assert "seconds" not in rows["wrong"]
     assert "tiles do not fit" in rows["broken"]["failed"]
+
+
+def test_a_backward_pass_is_measured_with_the_gradients_of_its_first_projection_alone(suite, monkeypatch):
+    xla = Contestant("moe_jax xla", right, as_given, is_ours=True)
+    monkeypatch.setattr(Suite, "_entrants", lambda self, case: [xla])
+    suite.run([dataclasses.replace(CASE, kind="backward")])
+    (row,) = suite.rows
+    assert row["failed"] is None
+    assert row["flops"] == 3 * 40 * (2 * 16 * 48 + 2 * 24 * 16)
+    assert row["rows_gradient_seconds"] == row["weights_gradient_seconds"] == 1e-6
+    assert row["gradient_ratio"] == 1
 
 
 def lose_the_device(monkeypatch, suite, name, after):
@@ -157,7 +187,7 @@ def test_torch_is_not_asked_again_once_its_process_has_ended(suite, monkeypatch)
 
     monkeypatch.setattr(Suite, "_entrants", lambda self, case: [])
     suite.torch = process = Process()
-    case = dataclasses.replace(CASE, tokens=8)
+    case = dataclasses.replace(CASE, tokens=8, is_telling=True)
     suite.run([case, case])
     assert process.asked == len(suite.rows) == 1
     assert "code 3" in suite.rows[0]["failed"]
@@ -168,6 +198,61 @@ def test_cases_after_the_deadline_are_named_and_not_measured(suite):
     suite.deadline = time.monotonic() - 1
     assert suite.run([CASE]) == [CASE]
     assert suite.rows == []
+
+
+@pytest.mark.parametrize(("left", "measured"), [(59, False), (61, True)])
+def test_no_group_of_cases_is_begun_shortly_before_the_deadline(suite, left, measured):
+    suite.deadline = time.monotonic() + left
+    assert suite.run([CASE]) == ([] if measured else [CASE])
+
+
+def test_no_turn_is_begun_shortly_before_the_deadline(suite, monkeypatch):
+    """Which comes near while the first one has its turn."""
+    measure = Suite._measure
+
+    def measure_for_long(self, *arguments):
+        self.deadline = time.monotonic() + 29
+        return measure(self, *arguments)
+
+    monkeypatch.setattr(Suite, "_measure", measure_for_long)
+    assert suite.run(CASES[:2]) == [CASES[1]]
+    assert [row["contestant"] for row in suite.rows] == ["right"]
+
+
+def test_no_compilation_is_begun_shortly_before_the_deadline(suite, monkeypatch):
+    def compile_all(programs, threads, until):
+        assert until <= suite.deadline - 30
+        return gpu_programs.compile_all(programs, threads)
+
+    monkeypatch.setattr(gpu_suite, "compile_all", compile_all)
+    monkeypatch.setattr(gpu_suite, "COMPILED_SHARE", 1.0)
+    assert suite.run([CASE]) == []
+
+
+def test_checks_compile_nothing_in_a_contestants_turn(suite, monkeypatch):
+    compiled = []
+
+    def compile_all(programs, threads, until):
+        compiled.extend(programs)
+        return gpu_programs.compile_all(programs, threads)
+
+    monkeypatch.setattr(gpu_suite, "compile_all", compile_all)
+    monkeypatch.setattr(expert_checks, "jitted_references", None)
+    suite.run([CASE])
+    assert suite.rows[0]["call_seconds"] == 3e-6
+    assert ("block", expert_references.SAMPLED_TOKENS, gpu_suite.REFERENCE) in compiled
+    group = gpu_suite._Group({}, {})
+    backward = suite._programs({dataclasses.replace(CASE, kind="backward"): []}, group)
+    assert set(backward) == {
+        ("tokens_gradient", expert_references.SAMPLED_TOKENS, gpu_suite.REFERENCE),
+        ("weights_gradient", CASE.tokens, gpu_suite.REFERENCE),
+    }
+
+
+def test_a_float32_computation_that_does_not_compile_is_named(suite, monkeypatch):
+    monkeypatch.setattr(gpu_suite, "reference_programs", lambda *arguments: {("block", 1): (broken, [1.0])})
+    suite.run([CASE])
+    assert "compared with does not compile: ValueError: tiles do not fit" in suite.rows[0]["failed"]
 
 
 def test_torch_takes_part_through_its_process_and_its_failure_is_recorded(suite, monkeypatch):
@@ -185,12 +270,14 @@ def test_torch_takes_part_through_its_process_and_its_failure_is_recorded(suite,
 
     monkeypatch.setattr(Suite, "_entrants", lambda self, case: [])
     suite.torch = Process()
-    case = dataclasses.replace(CASE, tokens=8)
-    suite.run([case])
-    assert suite.rows[-1]["call_seconds"] == 7e-6
-    answers["measure"]["graph"] = None
+    case = dataclasses.replace(CASE, tokens=8, is_telling=True)
     suite.run([case])
     assert suite.rows[-1]["call_seconds"] == 9e-6
+    assert suite.rows[-1]["in_program_seconds"] == suite.rows[-1]["seconds"] == 7e-6
+    answers["measure"]["graph"] = None
+    suite.run([case])
+    assert suite.rows[-1]["call_seconds"] == suite.rows[-1]["seconds"] == 9e-6
+    assert suite.rows[-1]["in_program_seconds"] is None
     answers["prepare"]["error"] = float("nan")
     suite.run([case])
     assert "wrong" in suite.rows[-1]["failed"]
@@ -202,7 +289,8 @@ def test_torch_takes_part_through_its_process_and_its_failure_is_recorded(suite,
 def test_cases_whose_programs_were_not_compiled_in_time_are_named_and_the_others_measured(suite, monkeypatch):
     def compile_all(programs, threads, until):
         assert until < suite.deadline
-        return gpu_programs.compile_all(dict(list(programs.items())[:3]), threads)  # those of the first case
+        first = [key for key in programs if key[1] == CASES[0].tokens or key[2] == gpu_suite.REFERENCE]
+        return gpu_programs.compile_all({key: programs[key] for key in first}, threads)
 
     monkeypatch.setattr(gpu_suite, "compile_all", compile_all)
     assert suite.run(CASES) == CASES[1:]
@@ -231,7 +319,8 @@ def test_every_turn_at_the_device_is_watched(suite):
 
 def test_who_multiplies_all_pairs_is_left_out_where_that_takes_long(rng):
     suite = Suite(ceilings=CEILINGS, rng=rng, deadline=0, l2_bytes=1, report=lambda line: None)
-    large = Case(kind="forward", shape=EXPERT_SHAPES["qwen3-30b-a3b"], tokens=8192, routing="uniform")
+    shape = EXPERT_SHAPES["qwen3-30b-a3b"]
+    large = Case(kind="forward", shape=shape, tokens=8192, routing="uniform", is_telling=True)
     assert "jax.lax.ragged_dot" not in {contestant.name for contestant in suite._entrants(large)}
     assert any(large.name in name for name in suite.unable)
 

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from moe_jax.benchmarking.device_timer import Timing
+from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES
 from moe_jax.cli import gpu_kernels, main
+from moe_jax.cli.commands.bench import SHAPES
 from moe_jax.kernels.device import GPU_DEVICES
 from moe_jax.kernels.mosaic_gpu.tuning import read_entries, tuned_tiles
 
@@ -65,8 +67,20 @@ def test_without_tuning_each_kernel_is_timed_with_its_tiles(h200, tmp_path, caps
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--shape", "gpt-5"], "unknown --shape gpt-5; legal are mixtral-8x7b"), (["--into", "x.json"], "needs --tune")],
+    [
+        (["--shape", "gpt-5"], "unknown --shape gpt-5; legal are mixtral-8x7b"),
+        (["--into", "x.json"], "--into says where tuned tiles go: it needs --tune"),
+        (["--most-candidates", "3"], "--most-candidates says how many tile sizes are tried: it needs --tune"),
+    ],
 )
 def test_wrong_usage_is_refused(options, message, capsys):
     assert main(["bench", "gpu-kernels", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_help_lists_the_shapes_of_the_library(capsys):
+    assert tuple(EXPERT_SHAPES) == SHAPES
+    with pytest.raises(SystemExit):
+        main(["bench", "gpu-kernels", "--help"])
+    text = capsys.readouterr().out
+    assert all(name in text for name in EXPERT_SHAPES)

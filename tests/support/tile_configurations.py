@@ -1,4 +1,4 @@
-"""Every tile configuration that a published model's experts can meet: tuned for a device, or chosen by default."""
+"""Every tile configuration that a published model's experts can meet, and a few smaller ones: tuned, or chosen by default."""
 
 import dataclasses
 import itertools
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
+from aot.gpu_kernels import FEW_TILES, FEW_TILES_TOKENS
 
 from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES, TOKENS, ExpertShape
 from moe_jax.kernels.device import GPU_DEVICES, GpuDevice
@@ -35,9 +36,10 @@ class TileConfiguration:
 def tile_configurations(device_name: str) -> list[TileConfiguration]:
     """All of them, each once, in an order that does not depend on chance."""
     device = GPU_DEVICES[device_name]
+    problems = [*itertools.product(EXPERT_SHAPES.values(), TOKENS), *itertools.product([FEW_TILES], FEW_TILES_TOKENS)]
     chosen = dict.fromkeys(
         configuration
-        for shape, tokens in itertools.product(EXPERT_SHAPES.values(), TOKENS)
+        for shape, tokens in problems
         for configuration in (*_of_fused_moe(shape, tokens, device), *_of_grouped_matmul(shape, tokens, device))
     )
     for entry in read_entries(committed_file(device_name), device_name):

@@ -9,8 +9,8 @@ from moe_jax.cli import exit_codes
 
 SUMMARY = "measure speed on this machine"
 DESCRIPTION = """\
-Measure on this machine. Compiling is measured apart, and every round is shown: rounds that differ much mean that something else
-was running.
+Measure on this machine. Compile time is reported separately, and every round is shown: rounds that differ a lot mean that
+something else was running.
 """
 EXAMPLES = """\
   moe-jax bench moe-block
@@ -24,6 +24,20 @@ EXAMPLES = """\
 DEFAULT_TOKENS = (1, 16, 128, 512, 2048)
 DEFAULT_KERNEL_TOKENS = (8, 8192)
 
+# The names of moe_jax.benchmarking.expert_shapes.EXPERT_SHAPES, which is slow to import.
+SHAPES = (
+    "mixtral-8x7b",
+    "qwen3-30b-a3b",
+    "qwen3-235b-a22b",
+    "deepseek-v3",
+    "deepseek-v3-ep8",
+    "deepseek-v3-ep32",
+    "deepseek-v3-ep64",
+    "gpt-oss-20b",
+    "gpt-oss-120b",
+    "olmoe-1b-7b",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
@@ -35,14 +49,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     shared.add_model(generation)
-    generation.add_argument("--batch", type=shared.positive_int, default=1, metavar="N", help="prompts (default: 1)")
+    generation.add_argument(
+        "--batch", type=shared.positive_int, default=1, metavar="N", help="number of prompts (default: 1)"
+    )
     generation.add_argument(
         "--prompt-tokens", type=shared.positive_int, default=128, metavar="N", help="tokens per prompt (default: 128)"
     )
     generation.add_argument(
-        "--new-tokens", type=shared.positive_int, default=64, metavar="N", help="tokens to generate (default: 64)"
+        "--new-tokens",
+        type=shared.positive_int,
+        default=64,
+        metavar="N",
+        help="tokens to generate for each prompt (default: 64)",
     )
-    generation.add_argument("--rounds", type=shared.positive_int, default=5, metavar="N", help="rounds (default: 5)")
+    generation.add_argument(
+        "--rounds", type=shared.positive_int, default=5, metavar="N", help="measured rounds (default: 5)"
+    )
     shared.add_dtype(generation)
     shared.add_json(generation)
     generation.set_defaults(run_benchmark=run_generation)
@@ -55,9 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for option, default, meaning in (
         ("--hidden-size", 1024, "width of a token"),
         ("--intermediate-size", 384, "width of an expert"),
-        ("--experts", 64, "experts"),
+        ("--experts", 64, "number of experts"),
         ("--top-k", 8, "experts per token"),
-        ("--rounds", 10, "rounds"),
+        ("--rounds", 10, "measured rounds"),
     ):
         block.add_argument(
             option, type=shared.positive_int, default=default, metavar="N", help=f"{meaning} (default: {default})"
@@ -67,9 +89,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=shared.positive_int,
         metavar="N",
-        help=f"tokens; may be given several times (default: {', '.join(map(str, DEFAULT_TOKENS))})",
+        help=f"number of tokens; may be given several times (default: {', '.join(map(str, DEFAULT_TOKENS))})",
     )
-    block.add_argument("--dtype", choices=shared.DTYPES, default="float32", help="number format (default: float32)")
+    block.add_argument("--dtype", choices=shared.DTYPES, default="float32", help="dtype (default: float32)")
     shared.add_json(block)
     block.set_defaults(run_benchmark=run_moe_block)
 
@@ -82,25 +104,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape",
         action="append",
         metavar="NAME",
-        help="shape of a published model's experts; may be given several times (default: all)",
+        help=f"shape of a published model's experts, one of {', '.join(SHAPES)} (epN: the share of one of N ranks); may be given "
+        "several times (default: all)",
     )
     kernels.add_argument(
         "--tokens",
         action="append",
         type=shared.positive_int,
         metavar="N",
-        help=f"tokens; may be given several times (default: {', '.join(map(str, DEFAULT_KERNEL_TOKENS))})",
+        help=f"number of tokens; may be given several times (default: {', '.join(map(str, DEFAULT_KERNEL_TOKENS))})",
     )
-    kernels.add_argument("--backward", action="store_true", help="the kernels of the gradients too")
-    kernels.add_argument("--tune", action="store_true", help="try other tile sizes, and keep what is clearly faster")
+    kernels.add_argument("--backward", action="store_true", help="also the kernels of the gradients")
+    kernels.add_argument(
+        "--tune", action="store_true", help="try other tile sizes and keep those that are clearly faster"
+    )
     kernels.add_argument(
         "--into",
         type=Path,
         metavar="FILE",
-        help="with --tune: the file of tuned tiles to extend (default: the user's, in the cache folder)",
+        help="with --tune: the file of tuned tile sizes to extend (default: the user's, in the cache folder)",
     )
     kernels.add_argument(
-        "--most-candidates", type=shared.positive_int, metavar="N", help="with --tune: try at most so many per kernel"
+        "--most-candidates",
+        type=shared.positive_int,
+        metavar="N",
+        help="with --tune: try at most N tile sizes per kernel (default: all)",
     )
     shared.add_json(kernels)
     kernels.set_defaults(run_benchmark=run_gpu_kernels)
@@ -228,6 +256,8 @@ def run_gpu_kernels(arguments: argparse.Namespace) -> int:
 
     if arguments.into is not None and not arguments.tune:
         raise ValueError("--into says where tuned tiles go: it needs --tune")
+    if arguments.most_candidates is not None and not arguments.tune:
+        raise ValueError("--most-candidates says how many tile sizes are tried: it needs --tune")
     names = arguments.shape or list(EXPERT_SHAPES)
     if unknown := set(names) - set(EXPERT_SHAPES):
         raise ValueError(f"unknown --shape {', '.join(sorted(unknown))}; legal are {', '.join(EXPERT_SHAPES)}")

@@ -4,10 +4,12 @@ Lowering ends before the compilers of CUDA, so it needs neither them nor a GPU.
 """
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.mosaic.gpu import launch_context, utils
 
 from moe_jax.aot.targets import GpuTarget
 from moe_jax.kernels import fused_moe, grouped_matmul
@@ -25,6 +27,16 @@ def lower(function, *arguments):
     with HOPPER.lowering():
         traced = jax.jit(forward_and_backward).trace(*arguments)
         return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [utils.commit_shared, launch_context.LaunchContext.await_async_copy],
+    ids=lambda function: function.__name__,
+)
+def test_kernels_without_automatic_barriers_find_those_that_they_rely_on(function):
+    """That committing stores and waiting for them each end with a barrier is nowhere promised; see `compiler_params.py`."""
+    assert "warpgroup_barrier()" in inspect.getsource(function)
 
 
 def count_kernels(text):

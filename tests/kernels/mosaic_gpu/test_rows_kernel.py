@@ -9,7 +9,8 @@ from support.rows_problems import SILU, SWIGLUOAI, RowsProblem
 
 from moe_jax.kernels import ACTIVATIONS, Activation
 from moe_jax.kernels.device import GPU_DEVICES
-from moe_jax.kernels.mosaic_gpu.rows_kernel import check_tiles, multiply_rows
+from moe_jax.kernels.mosaic_gpu.row_tiles import check_row_tiles
+from moe_jax.kernels.mosaic_gpu.rows_kernel import multiply_rows
 from moe_jax.kernels.mosaic_gpu.tiles import RowTiles
 
 BLOCKS = 2
@@ -154,7 +155,7 @@ def test_no_rows_in_any_group_write_nothing(rng):
 def test_tiles_that_the_kernel_cannot_use_are_refused(change, projections, message, rng):
     tiles = dataclasses.replace(tiles_of(), **change)
     with pytest.raises(ValueError, match=message):
-        check_tiles(tiles, projections, 2, H200)
+        check_row_tiles(tiles, projections, 2, H200)
     problem = RowsProblem.draw(rng, (3,), activation=SILU if projections == 2 else None)
     with pytest.raises(ValueError, match=message):
         multiply(problem, tiles)

@@ -6,6 +6,7 @@ problem of this size the larger ones are all the same.
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from moe_jax.kernels.mosaic_gpu import (
     blackwell_rows_kernel,
     blackwell_weights_gradient_kernel,
     matmuls,
+    row_tiles,
     rows_kernel,
     stream_kernel,
     weights_gradient_kernel,
@@ -156,6 +158,16 @@ def check_weights_gradient(rng, configuration, device):
 def test_every_kernel_of_a_device_is_among_the_configurations(device):
     kernels = {each.kernel for each in EXECUTED if each.device == device}
     assert kernels == {"rows", "rows_gradient", "weights_gradient"} | ({"stream"} if device == "h200" else set())
+
+
+def test_row_tiles_chosen_by_default_for_any_shape_are_among_the_configurations():
+    known = {(each.kernel, each.projections, each.tiles) for each in EXECUTED if each.device == "h200"}
+    sizes = itertools.product((1, 100, 2000, 10**5), (1, 4, 8, 32, 256), (16, 64, 200, 768, 2880, 14336), (1, 2))
+    for num_rows, num_groups, width, projections in sizes:
+        tiles = row_tiles.default_row_tiles(num_rows, num_groups, width, width, projections, 2, GPU_DEVICES["h200"])
+        tiles = dataclasses.replace(tiles, panel=PANEL)
+        assert ("rows", projections, tiles) in known
+        assert projections == 2 or ("rows_gradient", 1, tiles) in known
 
 
 @pytest.mark.slow
