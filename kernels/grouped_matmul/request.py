@@ -77,8 +77,10 @@ class Request:
             )
         if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
             raise TypeError(f"group_sizes must be integer, got {group_sizes.dtype}")
-        output_dtype = jax.dtypes.canonicalize_dtype(
-            rows.dtype if preferred_element_type is None else preferred_element_type
+        output_dtype = (
+            jax.dtypes.canonicalize_dtype(rows.dtype)  # numpy's float64 becomes float32, unless JAX has 64 bits
+            if preferred_element_type is None
+            else jnp.dtype(preferred_element_type)
         )
         if not jnp.issubdtype(output_dtype, jnp.floating):
             raise TypeError(f"preferred_element_type must be floating, got {output_dtype}")
