@@ -35,7 +35,7 @@ def test_a_token_chooses_an_expert_once_and_zipf_loads_the_busiest_expert_most(s
 
 def test_tilings_cut_the_product_evenly_with_the_contraction_whole_and_halved_where_halves_fit_registers(script):
     megablox = script("tpu_megablox")
-    for model in megablox.MODELS:
+    for model in script("tpu_programs").MODELS:
         shape = EXPERT_SHAPES[model]
         listed = list(megablox.tilings(shape))
         halves = set() if model == "gpt-oss-120b" else {shape.hidden_size // 2}

@@ -1,6 +1,5 @@
 """Compile in processes of their own, one per TPU generation: what the compiler dumps, and where, is decided when it is loaded."""
 
-import argparse
 import concurrent.futures
 import itertools
 import json
@@ -73,32 +72,6 @@ def _rows_of_one_tpu(script: str, jobs: list[Job], deadline: float, verbose: boo
             errors.seek(0)
             yield {**jobs[done], "failure": f"exit code {child.returncode}: {errors.read()[-1000:]}"}
         jobs = jobs[done + 1 :]
-
-
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """The options of a script whose work can be cut short, taken up later, and shared by several processes."""
-    parser.add_argument(
-        "--minutes",
-        type=float,
-        default=1e6,
-        metavar="X",
-        help="start nothing more after this many minutes (default: no limit)",
-    )
-    parser.add_argument("--verbose", action="store_true", help="print each row as soon as it is known")
-    parser.add_argument(
-        "--processes",
-        type=int,
-        default=2,
-        metavar="N",
-        help="processes that compile side by side (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("build/aot"),
-        metavar="FOLDER",
-        help="where to write the results, and keep what is done already (default: %(default)s)",
-    )
 
 
 def run_as_child(arguments: list[str], rows_of: Callable[[Job, Path, float], Iterable[Row]]) -> None:

@@ -21,11 +21,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tpu_children import CHILD_OPTION, Job, Row, add_run_options, rows_of_children, run_as_child
+from tpu_children import CHILD_OPTION, Job, Row, rows_of_children, run_as_child
 from tpu_counts import counted, versions
-from tpu_programs import MODELS, PROGRAMS, ROUTINGS, TOKENS, experts_calls, useful_multiplies
+from tpu_options import add_run_options, add_selection_options
+from tpu_programs import ROUTINGS, experts_calls, useful_multiplies
 
-from moe_jax.aot.targets import TPU_TOPOLOGIES, TpuTarget
+from moe_jax.aot.targets import TpuTarget
 
 
 def rows_of(job: Job, dumps: Path, deadline: float) -> Iterator[dict[str, Any]]:
@@ -92,38 +93,7 @@ def table(rows: Iterable[Row]) -> Iterator[str]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--tpus",
-        nargs="+",
-        default=list(TPU_TOPOLOGIES),
-        choices=TPU_TOPOLOGIES,
-        metavar="TPU",
-        help=f"generations: {' '.join(TPU_TOPOLOGIES)} (default: all)",
-    )
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        default=list(MODELS),
-        choices=MODELS,
-        metavar="MODEL",
-        help=f"models: {' '.join(MODELS)} (default: all)",
-    )
-    parser.add_argument(
-        "--tokens",
-        nargs="+",
-        type=int,
-        default=list(TOKENS),
-        metavar="N",
-        help=f"numbers of tokens (default: {' '.join(map(str, TOKENS))})",
-    )
-    parser.add_argument(
-        "--programs",
-        nargs="+",
-        default=list(PROGRAMS),
-        choices=PROGRAMS,
-        metavar="PROGRAM",
-        help=f"programs: {' '.join(PROGRAMS)} (default: all)",
-    )
+    add_selection_options(parser)
     parser.add_argument(
         "--all",
         action="store_true",

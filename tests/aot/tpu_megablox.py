@@ -18,11 +18,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tpu_children import CHILD_OPTION, Job, Row, add_run_options, rows_of_children, run_as_child
+from tpu_children import CHILD_OPTION, Job, Row, rows_of_children, run_as_child
 from tpu_counts import counted, versions
-from tpu_programs import MODELS, ROUTINGS, Tiling, matmul_calls, matmul_columns, useful_multiplies
+from tpu_options import add_run_options, add_selection_options
+from tpu_programs import ROUTINGS, Tiling, matmul_calls, matmul_columns, useful_multiplies
 
-from moe_jax.aot.targets import TPU_TOPOLOGIES, TpuTarget
+from moe_jax.aot.targets import TpuTarget
 from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES, ExpertShape
 from moe_jax.kernels.mosaic_tpu.limits import vmem_limit_bytes
 
@@ -112,30 +113,7 @@ def comparisons(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--tpus",
-        nargs="+",
-        default=list(TPU_TOPOLOGIES),
-        choices=TPU_TOPOLOGIES,
-        metavar="TPU",
-        help=f"generations: {' '.join(TPU_TOPOLOGIES)} (default: all)",
-    )
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        default=list(MODELS),
-        choices=EXPERT_SHAPES,
-        metavar="MODEL",
-        help=f"models: {' '.join(EXPERT_SHAPES)} (default: {' '.join(MODELS)})",
-    )
-    parser.add_argument(
-        "--tokens",
-        nargs="+",
-        type=int,
-        default=list(TOKENS),
-        metavar="N",
-        help=f"numbers of tokens (default: {' '.join(map(str, TOKENS))})",
-    )
+    add_selection_options(parser, legal_models=EXPERT_SHAPES, tokens=TOKENS, programs=False)
     parser.add_argument(
         "--rows",
         nargs="+",
