@@ -68,8 +68,8 @@ def test_masked_tokens_may_hold_anything(rng):
     np.testing.assert_array_equal(aux.expert_load, clean_aux.expert_load)
 
 
-@pytest.mark.parametrize("has_logits", [False, True])
-def test_masked_tokens_may_hold_anything_for_gradients_too(has_logits, rng):
+@pytest.mark.parametrize("are_given", [False, True], ids=["own logits", "given logits and shared input"])
+def test_masked_tokens_may_hold_anything_for_gradients_too(are_given, rng):
     layer, _ = layer_of(
         rng,
         router=RouterConfig(num_zero_experts=ZERO_EXPERTS),
@@ -81,7 +81,8 @@ def test_masked_tokens_may_hold_anything_for_gradients_too(has_logits, rng):
 
     def gradients(x, logits):
         def loss(layer, x, logits):
-            y = layer(x, token_mask=mask, router_logits=logits if has_logits else None)
+            given = dict(router_logits=logits, shared_experts_input=2 * x) if are_given else {}
+            y = layer(x, token_mask=mask, **given)
             return jnp.sum(jnp.where(mask[..., None], y, 0) ** 2)
 
         return nnx.grad(loss, argnums=(0, 1, 2))(layer, x, logits)

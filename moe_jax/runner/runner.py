@@ -250,6 +250,7 @@ class MoERunner(MoERunnerInterface):
         else:
             shared_input = self._in_computation_dtype(shared_experts_input)
             shared_input = order.flatten("shared_experts_input", shared_input, 1)
+            shared_input = shared_input if is_routed is None else jnp.where(is_routed, shared_input, 0)
 
         topk_weights, topk_ids, logits = self.router(
             routed_input,
