@@ -30,7 +30,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from ..activations import Activation
-from ..fused_moe.expert_block import ExpertWeights
+from ..fused_moe.expert_block import ExpertMatrices
 from ..groups import Groups
 from ..mosaic_tpu.epilogue import activate
 from ..mosaic_tpu.schedule import VisitTable
@@ -54,7 +54,7 @@ class _Problem:
 
 def exchange_and_compute(
     rows: Float[Array, "sent H"],
-    weights: ExpertWeights,
+    weights: ExpertMatrices,
     exchange: Exchange,
     *,
     num_received: int,

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 
 from ..activations import Activation
 from ..device import TpuDevice
-from ..fused_moe.expert_block import ExpertWeights
+from ..fused_moe.expert_block import ExpertMatrices
 from . import xla
 from .exchange import Exchange, SentRows, most_rows_received
 from .kernel import exchange_and_compute
@@ -51,7 +51,7 @@ def compute(request: Request, tiles: ExpertParallelTiles) -> Float[Array, "T H"]
         tiles,
         request.collective_id,
     )
-    weights = ExpertWeights(block.gate_up_proj, block.down_proj, block.gate_up_bias, block.down_bias)
+    weights = ExpertMatrices(block.gate_up_proj, block.down_proj, block.gate_up_bias, block.down_bias)
     return _compute(computation, block.x, block.topk_weights, weights, block.topk_ids)
 
 
@@ -60,7 +60,7 @@ def _compute(
     computation: Computation,
     x: Float[Array, "T H"],
     topk_weights: Float[Array, "T K"],
-    weights: ExpertWeights,
+    weights: ExpertMatrices,
     topk_ids: Int[Array, "T K"],
 ) -> Float[Array, "T H"]:
     num_ranks, axis = computation.num_ranks, computation.axis

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from ..activations import Activation
 from ..fused_moe.api import fused_moe
-from ..fused_moe.expert_block import ExpertWeights
+from ..fused_moe.expert_block import ExpertMatrices
 from ..selection import Formulation
 from .request import Axis, Request
 
@@ -42,7 +42,7 @@ def run_with(request: Request, implementation: str | None) -> Array:
         block.x,
         block.topk_weights,
         block.topk_ids,
-        ExpertWeights(block.gate_up_proj, block.down_proj, block.gate_up_bias, block.down_bias),
+        ExpertMatrices(block.gate_up_proj, block.down_proj, block.gate_up_bias, block.down_bias),
         axis=request.axis,
         activation=block.activation,
         apply_router_weight_on_input=block.apply_router_weight_on_input,
@@ -55,7 +55,7 @@ def gathered_moe(
     x: Float[Array, "T H"],
     topk_weights: Float[Array, "T K"],
     topk_ids: Int[Array, "T K"],
-    weights: ExpertWeights,
+    weights: ExpertMatrices,
     *,
     axis: Axis,
     activation: Activation,

@@ -26,8 +26,8 @@ from ..varying import varying_like
 _MOST_ROWS_LAST = 64
 
 
-class ExpertWeights(NamedTuple):
-    """Weights of E experts: all matrices that there are, S = E of them, or some of those of several layers."""
+class ExpertMatrices(NamedTuple):
+    """Matrices and biases of E experts: all matrices that there are, S = E of them, or those of one of several layers."""
 
     gate_up_proj: Float[Array, "S P I H"]
     down_proj: Float[Array, "S H I"]
@@ -41,7 +41,7 @@ class ExpertWeights(NamedTuple):
         """Which matrix is the first expert's."""
         return 0 if self.first_matrix is None else self.first_matrix
 
-    def without_others(self, num_experts: int) -> "ExpertWeights":
+    def without_others(self, num_experts: int) -> "ExpertMatrices":
         """The same with the matrices of the E experts alone: a copy if there are others."""
         if self.first_matrix is None:
             return self
@@ -49,16 +49,16 @@ class ExpertWeights(NamedTuple):
             jax.lax.dynamic_slice_in_dim(matrices, self.first_matrix, num_experts)
             for matrices in (self.gate_up_proj, self.down_proj)
         )
-        return ExpertWeights(gate_up_proj, down_proj, self.gate_up_bias, self.down_bias)
+        return ExpertMatrices(gate_up_proj, down_proj, self.gate_up_bias, self.down_bias)
 
-    def matrices_as(self, dtype: DTypeLike) -> "ExpertWeights":
+    def matrices_as(self, dtype: DTypeLike) -> "ExpertMatrices":
         """The same with both projections in `dtype`."""
         return self._replace(gate_up_proj=self.gate_up_proj.astype(dtype), down_proj=self.down_proj.astype(dtype))
 
 
 def apply_expert(
     rows: Float[Array, "rows H"],
-    weights: ExpertWeights,
+    weights: ExpertMatrices,
     expert: Int[Array, ""],
     activation: Activation,
     slice_bytes: int,

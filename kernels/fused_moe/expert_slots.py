@@ -5,7 +5,7 @@ from jax import Array
 from jaxtyping import Float
 
 from ..activations import Activation
-from .expert_block import ExpertWeights, kept_apart, multiply, rows_come_first
+from .expert_block import ExpertMatrices, kept_apart, multiply, rows_come_first
 
 
 def slots_for(rows: int, itemsize: int) -> int:
@@ -26,7 +26,9 @@ def _few_slots(itemsize: int) -> tuple[int, ...]:
     return (8, 16, 32, 64) if itemsize >= 4 else (8, 16, 32, 48, 64)
 
 
-def apply_experts(rows: Float[Array, "E C H"], weights: ExpertWeights, activation: Activation) -> Float[Array, "E C H"]:
+def apply_experts(
+    rows: Float[Array, "E C H"], weights: ExpertMatrices, activation: Activation
+) -> Float[Array, "E C H"]:
     """The outputs of E experts for C rows each, in their dtype; matmuls accumulate, and the activation is computed, in float32.
 
     With few rows weights are the left operand, as for one expert (`expert_block.py`), and what flows between the products is

@@ -12,7 +12,7 @@ from ..activations import Activation
 from ..device import gpu_device_of, tpu_device_of
 from ..selection import platform_of
 from ..varying import equally_varying
-from .expert_block import ExpertWeights
+from .expert_block import ExpertMatrices
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,9 +106,13 @@ class Request:
         letter = "" if layer is None else "L, "
         stacked = gate_up_proj.shape[:-4]
         has_axes = gate_up_proj.ndim == (4 if layer is None else 5)
-        if not has_axes or gate_up_proj.shape[-3] != projections or gate_up_proj.shape[-4] < 1:
+        if (
+            not has_axes
+            or gate_up_proj.shape[-3] != projections
+            or 0 in (gate_up_proj.shape[-4], gate_up_proj.shape[-2])
+        ):
             raise ValueError(
-                f"gate_up_proj must be [{letter}E, {projections}, I, H] with E >= 1 for activation {activation.name!r}"
+                f"gate_up_proj must be [{letter}E, {projections}, I, H] with E, I >= 1 for activation {activation.name!r}"
                 f" and layer={layer}, got shape {gate_up_proj.shape}"
             )
         num_experts, _, intermediate_size, hidden_size = gate_up_proj.shape[-4:]
@@ -156,14 +160,14 @@ class Request:
             tpu_device_of(gate_up_proj, x),
         )
 
-    def expert_weights(self) -> ExpertWeights:
+    def expert_weights(self) -> ExpertMatrices:
         """The weights; those of stacked layers as one long list of matrices, without a copy if they needn't be converted."""
         if self.layer is None or self.gate_up_proj.dtype != self.x.dtype or self.down_proj.dtype != self.x.dtype:
             own = self.of_own_layer()
-            return ExpertWeights(own.gate_up_proj, own.down_proj, own.gate_up_bias, own.down_bias)
+            return ExpertMatrices(own.gate_up_proj, own.down_proj, own.gate_up_bias, own.down_bias)
         gate_up_proj, down_proj = (stack.reshape(-1, *stack.shape[2:]) for stack in (self.gate_up_proj, self.down_proj))
         first_matrix = self._layer_in_stack() * self.num_experts
-        return ExpertWeights(gate_up_proj, down_proj, self.gate_up_bias, self.down_bias, first_matrix)
+        return ExpertMatrices(gate_up_proj, down_proj, self.gate_up_bias, self.down_bias, first_matrix)
 
     def of_own_layer(self) -> Self:
         """The same with the matrices of `layer` taken out of the stack."""

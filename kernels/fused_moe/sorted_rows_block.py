@@ -22,7 +22,7 @@ from ..device import GpuDevice, TpuDevice
 from ..groups import Groups
 from ..selection import Formulation
 from .assignment import ACCELERATORS_COMPARISONS, Assignment, inverse_of
-from .expert_block import ExpertWeights
+from .expert_block import ExpertMatrices
 from .request import Request
 
 
@@ -100,7 +100,7 @@ def formulation(request: Request, matmuls: ModuleType, device: GpuDevice | TpuDe
 
 def run(request: Request, matmuls: ModuleType, device: GpuDevice | TpuDevice) -> Array:
     """Compute a request with these kernels; differentiable in everything floating."""
-    if request.x.size == 0 or request.intermediate_size == 0:
+    if request.x.size == 0:
         return jnp.zeros_like(request.x)
     assignment = Assignment.of(
         request.topk_ids, request.expert_offset, request.num_experts, most_comparisons=ACCELERATORS_COMPARISONS
@@ -124,7 +124,7 @@ def compute(
     computation: Computation,
     x: Float[Array, "T H"],
     topk_weights: Float[Array, "T K"],
-    weights: ExpertWeights,
+    weights: ExpertMatrices,
     aligned: AlignedRows,
 ) -> Float[Array, "T H"]:
     """`topk_weights` are zero for pairs without a local expert."""
@@ -255,7 +255,7 @@ def _backward(computation, saved, cotangent):
         if weights.down_bias is not None:
             per_row += _dot_with_bias(result_gradient, weights.down_bias, groups)
     x_gradient = aligned.combine(rows_gradient).astype(x.dtype)
-    weights_gradient = ExpertWeights(gate_up_gradient, down_gradient, gate_up_bias_gradient, down_bias_gradient)
+    weights_gradient = ExpertMatrices(gate_up_gradient, down_gradient, gate_up_bias_gradient, down_bias_gradient)
     return x_gradient, aligned.collect(per_row), weights_gradient, None
 
 

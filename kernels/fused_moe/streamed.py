@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from ..activations import Activation
 from ..indices import slice_starts
-from .expert_block import ExpertWeights
+from .expert_block import ExpertMatrices
 
 _CACHE_LINE_BYTES = 64
 _MOST_CHUNKS = 64
@@ -23,7 +23,7 @@ _MOST_CHUNKS_OF_LONG_ROWS = 16
 
 
 def apply_expert_to_row(
-    row: Float[Array, "H"], weights: ExpertWeights, expert: Int[Array, ""], activation: Activation
+    row: Float[Array, "H"], weights: ExpertMatrices, expert: Int[Array, ""], activation: Activation
 ) -> Float[Array, "H"]:
     """The output of one expert for one row, accumulated in float32 (float64 for float64 rows) and returned so."""
     _, projections, width, hidden = weights.gate_up_proj.shape

@@ -27,7 +27,7 @@ from ..groups import Groups
 from ..selection import Formulation
 from ..varying import varying_like
 from .assignment import Assignment, combine_rows, gather_rows
-from .expert_block import ExpertWeights, apply_expert
+from .expert_block import ExpertMatrices, apply_expert
 from .expert_slots import apply_experts, slots_for, slots_within
 from .request import Request
 from .streamed import apply_expert_to_row
@@ -111,7 +111,7 @@ def formulation(request: Request) -> Formulation:
 
 def run(request: Request) -> Array:
     """Compute; differentiable in everything floating."""
-    if request.x.size == 0 or request.intermediate_size == 0:
+    if request.x.size == 0:
         return jnp.zeros_like(request.x)
     assignment = Assignment.of(request.topk_ids, request.expert_offset, request.num_experts)
     wide = jnp.promote_types(request.x.dtype, jnp.float32)
@@ -128,7 +128,7 @@ def _compute(
     computation: Computation,
     x: Float[Array, "T H"],
     topk_weights: Float[Array, "T K"],
-    weights: ExpertWeights,
+    weights: ExpertMatrices,
     assignment: Assignment,
 ) -> Float[Array, "T H"]:
     """The block without a gradient in mind. `topk_weights` are zero for pairs without a local expert."""
@@ -319,7 +319,7 @@ def _rows_of(
     return (rows * input_weights.reshape(-1)[pairs][:, None]).astype(x.dtype)
 
 
-def _apply(computation: Computation, rows: Array, weights: ExpertWeights, expert: Array) -> Array:
+def _apply(computation: Computation, rows: Array, weights: ExpertMatrices, expert: Array) -> Array:
     return apply_expert(rows, weights, expert, computation.activation, computation.plan.slice_bytes)
 
 

@@ -51,8 +51,8 @@ class Request:
         if weights.ndim != 3:
             raise ValueError(f"weights must be [G, N, D], got shape {weights.shape}")
         num_groups, width_out, width_in = weights.shape
-        if num_groups < 1:
-            raise ValueError(f"weights must hold at least one group, got shape {weights.shape}")
+        if num_groups < 1 or width_in < 1:
+            raise ValueError(f"weights must be [G, N, D] with G >= 1 and D >= 1, got shape {weights.shape}")
         if rows.shape[1] != width_in:
             raise ValueError(f"rows [M, D] and weights [G, N, D] must share D, got {rows.shape} and {weights.shape}")
         if group_sizes.ndim != 1 or group_sizes.shape[0] < num_groups:

@@ -25,7 +25,7 @@ def formulation(request: Request, matmuls: ModuleType, device: GpuDevice | TpuDe
 def run(request: Request, matmuls: ModuleType, device: GpuDevice | TpuDevice) -> Array:
     """Multiply with these kernels; differentiable in rows, weights and bias."""
     rows, weights = request.rows, request.weights
-    if rows.shape[0] == 0 or rows.shape[1] == 0 or weights.shape[1] == 0:
+    if rows.shape[0] == 0 or weights.shape[1] == 0:
         return jnp.zeros((rows.shape[0], weights.shape[1]), request.output_dtype)
     groups = Groups.of(request.group_sizes, request.group_offset, weights.shape[0])
     return multiply_groups(matmuls, device, request.output_dtype, rows, weights, request.bias, groups)

@@ -54,7 +54,7 @@ def formulation(request: Request) -> Formulation:
 def run(request: Request) -> Array:
     """Multiply; differentiable in rows, weights and bias."""
     rows, weights = request.rows, request.weights
-    if rows.shape[0] == 0 or rows.shape[1] == 0 or weights.shape[1] == 0:
+    if rows.shape[0] == 0 or weights.shape[1] == 0:
         return jnp.zeros((rows.shape[0], weights.shape[1]), request.output_dtype)
     groups = Groups.of(request.group_sizes, request.group_offset, weights.shape[0])
     tiling = tiling_for(rows.shape[0], weights.shape[0], request.platform)

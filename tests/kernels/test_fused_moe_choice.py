@@ -29,7 +29,12 @@ GATE_UP, DOWN = jnp.ones((3, 2, 6, 4)), jnp.ones((3, 4, 6))
         (ValueError, r"K >= 1, got shape \(5, 0\)", {"topk_ids": IDS[:, :0]}),
         (ValueError, r"topk_weights must be \[T, K\] = \(5, 2\)", {"topk_weights": W[:, :1]}),
         (ValueError, r"\[E, 1, I, H\].*'relu2_no_mul'.*got shape \(3, 2, 6, 4\)", {"activation": "relu2_no_mul"}),
-        (ValueError, r"\[E, 2, I, H\] with E >= 1", {"gate_up_proj": GATE_UP[:, 0]}),
+        (ValueError, r"\[E, 2, I, H\] with E, I >= 1", {"gate_up_proj": GATE_UP[:, 0]}),
+        (
+            ValueError,
+            r"E, I >= 1.*got shape \(3, 2, 0, 4\)",
+            {"gate_up_proj": GATE_UP[:, :, :0], "down_proj": DOWN[..., :0]},
+        ),
         (ValueError, r"x must be \[T, H\] = \(5, 4\).*got shape \(5, 3\)", {"x": X[:, :3]}),
         (ValueError, r"down_proj must be \[E, H, I\] = \(3, 4, 6\)", {"down_proj": DOWN.mT}),
         (ValueError, r"gate_up_bias must be .* = \(3, 2, 6\)", {"gate_up_bias": jnp.ones((3, 12))}),

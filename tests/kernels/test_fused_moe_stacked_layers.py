@@ -88,14 +88,14 @@ def test_a_scan_over_layers_copies_no_layer_on_cpus(sizes, rng):
 @pytest.mark.parametrize(
     ("change", "layer", "message"),
     [
-        (dict(), None, r"gate_up_proj must be \[E, 2, I, H\] with E >= 1 for activation 'silu' and layer=None"),
+        (dict(), None, r"gate_up_proj must be \[E, 2, I, H\] with E, I >= 1 for activation 'silu' and layer=None"),
         (dict(down_proj=0), 1, r"down_proj must be \[L, E, H, I\]"),
         (dict(), 3, r"layer must be in \[0, 3\), the layers of gate_up_proj; got 3"),
         (dict(), -1, r"layer must be in \[0, 3\)"),
         (
             dict(gate_up_proj=0),
             1,
-            r"gate_up_proj must be \[L, E, 2, I, H\] with E >= 1 for activation 'silu' and layer=1",
+            r"gate_up_proj must be \[L, E, 2, I, H\] with E, I >= 1 for activation 'silu' and layer=1",
         ),
     ],
 )

@@ -301,7 +301,8 @@ ROWS, WEIGHTS, SIZES = jnp.ones((6, 4)), jnp.ones((3, 5, 4)), jnp.array([1, 2, 3
     [
         (ValueError, r"rows must be \[M, D\], got shape \(4,\)", {"rows": ROWS[0]}),
         (ValueError, r"weights must be \[G, N, D\]", {"weights": WEIGHTS[0]}),
-        (ValueError, "at least one group", {"weights": WEIGHTS[:0]}),
+        (ValueError, r"G >= 1 and D >= 1, got shape \(0, 5, 4\)", {"weights": WEIGHTS[:0]}),
+        (ValueError, r"D >= 1, got shape \(3, 5, 0\)", {"rows": ROWS[:, :0], "weights": WEIGHTS[..., :0]}),
         (ValueError, "must share D", {"rows": ROWS[:, :3]}),
         (ValueError, "at least the 3 groups", {"group_sizes": SIZES[:2]}),
         (ValueError, r"bias must be \[G, N\] = \(3, 5\), got shape \(5,\)", {"bias": jnp.ones(5)}),
