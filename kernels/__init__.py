@@ -1,12 +1,9 @@
 """Expert computation: grouped matmuls and the fused MoE block, one folder per op."""
 
 from .activations import ACTIVATIONS, Activation
-from .expert_parallel import expert_parallel_moe
-from .expert_parallel import explain as explain_expert_parallel_moe
-from .fused_moe import explain as explain_fused_moe
-from .fused_moe import fused_moe
-from .grouped_matmul import explain as explain_grouped_matmul
-from .grouped_matmul import grouped_matmul
+from .expert_parallel import expert_parallel_moe, explain_expert_parallel_moe
+from .fused_moe import explain_fused_moe, fused_moe
+from .grouped_matmul import explain_grouped_matmul, grouped_matmul
 from .selection import Choice
 
 __all__ = [

@@ -1,5 +1,5 @@
 """The fused MoE block with experts split over a mesh axis; see `api.py`."""
 
-from .api import expert_parallel_moe, explain
+from .api import expert_parallel_moe, explain_expert_parallel_moe
 
-__all__ = ["expert_parallel_moe", "explain"]
+__all__ = ["expert_parallel_moe", "explain_expert_parallel_moe"]

@@ -38,7 +38,7 @@ def expert_parallel_moe(
 
     "pallas_tpu" sends each row to the chip that owns its expert, and results back, by remote DMA inside the kernel, while other
     rows are being multiplied. It needs `check_vma=False` in `jax.shard_map`. Its buffers have the size of the worst case, all
-    ranks' tokens on one rank: `explain` says how many bytes that is; fewer tokens per call need less.
+    ranks' tokens on one rank: `explain_expert_parallel_moe` says how many bytes that is; fewer tokens per call need less.
 
     Differentiable in everything floating; the gradient of any implementation gathers all ranks' tokens on each rank.
 
@@ -56,7 +56,7 @@ def expert_parallel_moe(
         recompute_activation: keep less during the gradient.
         collective_id: of the kernel's barrier between ranks. Calls may share it; another kernel with a barrier may not, if some
             rank may run it while others run this.
-        implementation: "pallas_tpu", "xla" or "reference"; None chooses by device and shape, see `explain`.
+        implementation: "pallas_tpu", "xla" or "reference"; None chooses by device and shape, see `explain_expert_parallel_moe`.
 
     Raises:
         ValueError: shapes that do not fit, an unknown activation or implementation.
@@ -80,7 +80,7 @@ def expert_parallel_moe(
     return chosen.run(request)
 
 
-def explain(
+def explain_expert_parallel_moe(
     x: Float[Array, "T H"],
     topk_weights: Float[Array, "T K"],
     topk_ids: Int[Array, "T K"],

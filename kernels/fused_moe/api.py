@@ -63,7 +63,7 @@ def fused_moe(
         expected_rows: about how many of the T * K choices name one of these experts, if not all of them do: where a device has
             the experts of one rank of R, T * K / R. Kernels, formulations and tile sizes are chosen for so many; the result is
             right for any number. None: all of them do.
-        implementation: "pallas_gpu", "pallas_tpu", "xla" or "reference"; None chooses by device and shape, see `explain`.
+        implementation: "pallas_gpu", "pallas_tpu", "xla" or "reference"; None chooses by device and shape, see `explain_fused_moe`.
 
     Raises:
         ValueError: shapes that do not fit, an unknown activation or implementation.
@@ -92,7 +92,7 @@ def fused_moe(
     return chosen.run(request) if layer is None else run_in_place(chosen.run, request)
 
 
-def explain(
+def explain_fused_moe(
     x: Float[Array, "T H"],
     topk_weights: Float[Array, "T K"],
     topk_ids: Int[Array, "T K"],

@@ -39,7 +39,8 @@ def grouped_matmul(
             the groups `[group_offset, group_offset + G)`. Rows of other groups are not computed; their result is zero, so
             results of all devices add up to the whole.
         preferred_element_type: dtype of the result; None: that of `rows`.
-        implementation: "pallas_gpu", "pallas_tpu", "xla" or "reference"; None chooses by device and shape, see `explain`.
+        implementation: "pallas_gpu", "pallas_tpu", "xla" or "reference"; None chooses by device and shape, see
+            `explain_grouped_matmul`.
 
     Raises:
         ValueError: shapes that do not fit, an offset that is out of range, an unknown implementation.
@@ -51,7 +52,7 @@ def grouped_matmul(
     return chosen.run(request.equally_varying())
 
 
-def explain(
+def explain_grouped_matmul(
     rows: Float[Array, "M D"],
     weights: Float[Array, "G N D"],
     group_sizes: Int[Array, "Gall"],

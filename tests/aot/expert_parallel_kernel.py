@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES
 from moe_jax.kernels.device import TPU_DEVICES, targeting
-from moe_jax.kernels.expert_parallel import expert_parallel_moe, explain
+from moe_jax.kernels.expert_parallel import expert_parallel_moe, explain_expert_parallel_moe
 
 SLICES = {"v5e:2x2": "v5e", "v6e:2x2": "v6e", "v5p:2x2x1": "v5p", "tpu7x:2x2x1": "7x"}
 """Slices of TPUs, and the name of their device."""
@@ -59,7 +59,7 @@ def compiled(slice_name, model, tokens, mesh_name):
     program = jax.shard_map(on_rank, mesh=mesh, in_specs=tuple(specs), out_specs=tokens_spec, check_vma=False)
     start = time.perf_counter()
     with targeting(TPU_DEVICES[SLICES[slice_name]]):
-        formulation = explain(*local, num_ranks=num_ranks, activation=shape.activation).formulation
+        formulation = explain_expert_parallel_moe(*local, num_ranks=num_ranks, activation=shape.activation).formulation
         executable = jax.jit(program).lower(*arguments).compile()
     return {
         "slice": slice_name,

@@ -39,7 +39,7 @@ def test_is_the_weighted_sum_of_the_chosen_experts(implementation, sizes, rng):
 @each_implementation_sampled
 @pytest.mark.parametrize("tokens", [30, 130], ids=["few rows", "many rows"])
 def test_odd_empty_and_hot_experts_with_biases_beside_foreign_ones(implementation, tokens, rng):
-    """The rows of experts are 7 or more, none, almost all, 1, and the rest; `explain` says in what regime that is."""
+    """The rows of experts are 7 or more, none, almost all, 1, and the rest; `explain_fused_moe` says in what regime that is."""
     block = Block.draw(rng, implementation, tokens=tokens, experts=5, top_k=2, hidden=200, intermediate=72, bias=True)
     ids = np.full((tokens, 2), 2)
     ids[:, 1] = rng.choice([-1, 0, 4, 5, 9], size=tokens)

@@ -1,4 +1,4 @@
-"""How `fused_moe` chooses: what it refuses, what `explain` says, and each formulation of the implementation `xla`."""
+"""How `fused_moe` chooses: what it refuses, what `explain_fused_moe` says, and each formulation of the implementation `xla`."""
 
 import contextlib
 import re
@@ -69,7 +69,7 @@ def test_invalid_arguments_are_refused(error, message, arguments):
 
 
 def describe(tokens, experts, top_k, intermediate, dtype=jnp.float32, *, hidden=1024, device=None, **kwargs):
-    """What `explain` says for these sizes, on a GPU or TPU of that name, or on the machine at hand."""
+    """What `explain_fused_moe` says for these sizes, on a GPU or TPU of that name, or on the machine at hand."""
     shapes = [
         ((tokens, hidden), dtype),
         ((tokens, top_k), jnp.float32),

@@ -345,7 +345,7 @@ def test_explain_names_implementation_formulation_and_reasons_from_shapes_alone(
 
 
 def explain_on(device, num_rows, *, width_in=768, width_out=2048, dtype=jnp.bfloat16, groups=16, **kwargs):
-    """What `explain` says on a GPU of that name, or on the machine at hand if the name is None."""
+    """What `explain_grouped_matmul` says on a GPU of that name, or on the machine at hand if the name is None."""
     shape = jax.ShapeDtypeStruct
     arguments = (
         shape((num_rows, width_in), dtype),

@@ -10,7 +10,7 @@ from support.expert_parallel_problems import Problem, Setting, assert_close
 
 from moe_jax.kernels import Activation
 from moe_jax.kernels.device import TPU_DEVICES, targeting
-from moe_jax.kernels.expert_parallel import explain
+from moe_jax.kernels.expert_parallel import explain_expert_parallel_moe
 
 
 def draw(rng, setting, **shape):
@@ -76,12 +76,12 @@ def arguments(tokens=16, hidden=256, intermediate=128, experts=4, top_k=2, dtype
 
 def test_the_choice_names_tiles_and_bytes():
     with targeting(TPU_DEVICES["v6e"]):
-        choice = explain(*arguments(), num_ranks=4)
+        choice = explain_expert_parallel_moe(*arguments(), num_ranks=4)
     assert choice.implementation == "pallas_tpu"
     # 32 pairs and 15 rows of padding for each of 16 experts, rounded down to 16; and from each of 4 ranks, for 4 experts
     assert f"rows sent {(32 + 15 * 16) // 16 * 16 * 512 / 2**20:.4g} MiB" in choice.formulation
     assert f"rows received {4 * ((32 + 15 * 4) // 16 * 16) * 512 / 2**20:.4g} MiB" in choice.formulation
-    assert explain(*arguments(), num_ranks=4).implementation == "xla"
+    assert explain_expert_parallel_moe(*arguments(), num_ranks=4).implementation == "xla"
 
 
 @pytest.mark.parametrize(
@@ -95,13 +95,13 @@ def test_the_choice_names_tiles_and_bytes():
 )
 def test_what_the_kernel_cannot_do_is_said(changed, reason):
     with targeting(TPU_DEVICES["v6e"]):
-        choice = explain(*arguments(**changed), num_ranks=4)
+        choice = explain_expert_parallel_moe(*arguments(**changed), num_ranks=4)
         assert dict(choice.rejected)["pallas_tpu"] == reason
         with pytest.raises(NotImplementedError, match=reason):
-            explain(*arguments(**changed), num_ranks=4, implementation="pallas_tpu")
+            explain_expert_parallel_moe(*arguments(**changed), num_ranks=4, implementation="pallas_tpu")
 
 
 @pytest.mark.parametrize(("name", "value"), [("num_ranks", 0), ("collective_id", -1)])
 def test_numbers_that_make_no_sense_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must .*got {value}"):
-        explain(*arguments(), **{"num_ranks": 4, name: value})
+        explain_expert_parallel_moe(*arguments(), **{"num_ranks": 4, name: value})
