@@ -14,6 +14,7 @@ from moe_jax.families.parameters import FLOAT32_PARAMETERS
 from .casting import change_dtype
 from .dtypes import weight_dtype
 from .errors import CheckpointError
+from .file_names import CONFIG_NAME
 from .layout import Shape
 from .safetensors_file import FileRange
 from .tensor_plan import default_sliced_axis, is_expert_leaf
@@ -126,8 +127,12 @@ def describe(config: Mapping[str, Any], where: object) -> tuple[Family, Decoder]
         family = get_family(config)
         return family, family.build_decoder(config)
     except (ValueError, KeyError, TypeError) as error:
-        reason = error.args[0] if isinstance(error, KeyError) and error.args else error
-        raise CheckpointError(f"{where}: {reason}") from error
+        reason = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        # Families speak of "config.json", whatever file the settings are from.
+        is_named = reason.startswith(CONFIG_NAME)
+        raise CheckpointError(
+            f"{where}{reason.removeprefix(CONFIG_NAME)}" if is_named else f"{where}: {reason}"
+        ) from error
 
 
 class SlicedReader:

@@ -42,6 +42,7 @@ from .staging import (
     commit,
     exclusive,
     incomplete_folder,
+    output_folder,
     sync,
     sync_tree,
     write_errors,
@@ -122,7 +123,7 @@ def convert(
             is written), the output exists or holds the source, there is no space left, an interrupted conversion of
             something else is in the way, or a value is beyond the range of `dtype`.
     """
-    check_output(Path(output).absolute(), overwrite, source)  # before anything is downloaded
+    check_output(output_folder(output), overwrite, source)  # before anything is downloaded
     return write_converted(
         open_checkpoint(resolve_source(source, revision)),
         output,
@@ -149,7 +150,7 @@ def write_converted(
     A reader without a digest (a model in memory) is always written from the beginning.
     """
     started = time.monotonic()
-    output = Path(output).absolute()
+    output = output_folder(output)
     check_output(output, overwrite, reader.folder)
     manifest = plan_conversion(reader, None if dtype is None else weight_dtype(dtype), expert_group_bytes, shards)
     work = incomplete_folder(output)
@@ -160,6 +161,7 @@ def write_converted(
         check_space(work, sum(map(manifest.part_bytes, missing)))
         _write_parts(reader, work, manifest, missing, progress)
         copy_side_files(reader, work, naming_dtype(reader.config, manifest.leaves[MAIN_PARAMETER].dtype))
+        check_output(output, overwrite, reader.folder)  # again: what has come there meanwhile is somebody's
         _finish(work, output)
     dtypes: dict[str, int] = {}
     for leaf in manifest.leaves.values():

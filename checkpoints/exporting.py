@@ -41,6 +41,7 @@ from .staging import (
     commit,
     exclusive,
     incomplete_folder,
+    output_folder,
     remove,
     sync,
     sync_tree,
@@ -110,7 +111,7 @@ def export(
             is no space left, or a value is beyond the range of `dtype`.
     """
     started = time.monotonic()
-    output = Path(output).absolute()
+    output = output_folder(output)
     if isinstance(source, str | os.PathLike):
         check_output(output, overwrite, source)  # before anything is downloaded
         reader = open_checkpoint(resolve_source(source, revision))
@@ -148,6 +149,7 @@ def export(
             sync_tree(unfinished)
             os.rename(unfinished, work / _FINISHED)
             sync(work)
+        check_output(output, overwrite, reader.folder)  # again: what has come there meanwhile is somebody's
         commit(work / _FINISHED, output)
         remove(work, last=work / _PLAN_NAME)
     return ExportReport(

@@ -78,6 +78,8 @@ def resolve_headers(
 
 def _is_here(source: str | os.PathLike[str], revision: str | None) -> bool:
     """Whether `source` is a file or folder; if not, it is an id."""
+    if not os.fspath(source):
+        raise CheckpointError("the model to read has an empty name")
     if os.path.exists(source):
         if revision is not None:
             raise CheckpointError(f"{source}: is not on the hub, so it has no revision {revision!r}")

@@ -4,8 +4,8 @@ Format: 8 bytes little-endian header length N, N bytes of JSON (name -> dtype, s
 Data is read with `pread` into buffers of the caller, never mapped: mapped pages would count as resident memory.
 """
 
+import contextlib
 import dataclasses
-import errno
 import json
 import math
 import os
@@ -38,7 +38,7 @@ class FileRange:
         """Append the bytes to an open file, inside the kernel where the file systems can.
 
         Raises:
-            CheckpointError: The file ends early or cannot be opened.
+            CheckpointError: The file ends early or cannot be read.
             OSError: The bytes cannot be written.
         """
         try:
@@ -48,33 +48,34 @@ class FileRange:
         try:
             done = 0
             while done < self.nbytes:
-                count = _copy_some(source, descriptor, self.nbytes - done, self.offset + done)
+                count = self._copy_some(source, descriptor, done)
                 if count == 0:
                     raise CheckpointError(f"{self.file}: ends inside {self.what}, at byte {self.offset + done}")
                 done += count
         finally:
             os.close(source)
 
+    def _copy_some(self, source: int, target: int, done: int) -> int:
+        """Append some of what follows the first `done` bytes to `target`; how many, 0 at the end of the file."""
+        count, offset = self.nbytes - done, self.offset + done
+        if hasattr(os, "copy_file_range"):
+            # Between many pairs of file systems it fails, and in some it says 0, "the end", in the middle of a file. What is
+            # really wrong, if anything is, comes out below.
+            with contextlib.suppress(OSError):
+                if copied := os.copy_file_range(source, target, count, offset_src=offset):
+                    return copied
+        try:
+            data = memoryview(os.pread(source, min(count, _COPY_BYTES), offset))
+        except OSError as error:
+            raise CheckpointError(f"{self.file}: cannot read {self.what}: {error.strerror}") from error
+        written = 0
+        while written < len(data):
+            written += os.write(target, data[written:])
+        return len(data)
 
-_NOT_IN_KERNEL = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
-"""What `copy_file_range` says of a pair of file systems between which it cannot copy."""
+
 _COPY_BYTES = 1 << 22
 _COMPARED_BYTES = 1 << 22
-
-
-def _copy_some(source: int, target: int, count: int, offset: int) -> int:
-    """Append some of the `count` bytes at `offset` of `source` to `target`; how many, 0 at the end of the file."""
-    if hasattr(os, "copy_file_range"):
-        try:
-            return os.copy_file_range(source, target, count, offset_src=offset)
-        except OSError as error:
-            if error.errno not in _NOT_IN_KERNEL:
-                raise
-    data = memoryview(os.pread(source, min(count, _COPY_BYTES), offset))
-    written = 0
-    while written < len(data):
-        written += os.write(target, data[written:])
-    return len(data)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

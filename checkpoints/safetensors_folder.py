@@ -80,9 +80,11 @@ def _files(folder: Path, weight_map: Mapping[str, str] | None, problems: list[st
     files = []
     for name in names:
         file = folder / name
-        if not _stays_inside(folder, name):
+        if weight_map is not None and not _is_inside(name):
+            problems.append(f"{folder / INDEX_NAME}: names {name!r}, outside the folder")
+        elif not _stays_inside(folder, name):
             problems.append(
-                f"{folder / INDEX_NAME if weight_map is not None else file}: names {name!r}, outside the folder"
+                f"{file}: is a link to {file.resolve()}, outside the folder; name the folder of the file itself"
             )
         elif not file.exists():
             problems.append(f"{file}: does not exist, but {INDEX_NAME} names it")
@@ -91,14 +93,17 @@ def _files(folder: Path, weight_map: Mapping[str, str] | None, problems: list[st
     return files
 
 
+def _is_inside(name: str) -> bool:
+    """Whether `name`, as it is written, is that of a file inside a folder."""
+    pure = PurePosixPath(name)
+    return not (pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name)
+
+
 def _stays_inside(folder: Path, name: str) -> bool:
     """Whether `name` leads to a file inside `folder`, links followed.
 
     In the Hugging Face cache a snapshot consists of links into `blobs` beside `snapshots`: that is inside, too.
     """
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
-        return False
     root = folder.resolve()
     inside = [root]
     if root.parent.name == "snapshots":

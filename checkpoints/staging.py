@@ -42,6 +42,13 @@ def incomplete_folder(output: Path) -> Path:
     return output.with_name(output.name + INCOMPLETE_SUFFIX)
 
 
+def output_folder(output: str | os.PathLike[str]) -> Path:
+    """`output` as an absolute path; CheckpointError for an empty name, which would mean the current folder."""
+    if not os.fspath(output):
+        raise CheckpointError("the folder to create has an empty name")
+    return Path(output).absolute()
+
+
 def check_output(output: Path, overwrite: bool, source: str | os.PathLike[str] | None) -> None:
     """Raise CheckpointError unless a model may be written to `output`.
 
@@ -50,7 +57,7 @@ def check_output(output: Path, overwrite: bool, source: str | os.PathLike[str] |
         overwrite: Whether it may exist, as a model and nothing else.
         source: The folder that is read, if it is one: `output` may be neither this nor a folder around it.
     """
-    if not output.name:
+    if output.name in ("", ".."):
         raise CheckpointError(f"{output}: is not a folder that can be created")
     if not output.parent.is_dir():
         raise CheckpointError(f"{output}: the folder {output.parent} does not exist")
@@ -129,7 +136,9 @@ def check_space(folder: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold `folder` (created if absent); CheckpointError when another process holds it."""
+    """Hold `folder` (created if absent); CheckpointError when another process holds it, or it is no folder."""
+    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+        raise CheckpointError(f"{folder}: is in the way, because unfinished work is kept in a folder of this name")
     folder.mkdir(exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

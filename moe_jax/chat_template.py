@@ -49,7 +49,7 @@ class ChatTemplate:
     """A compiled chat template."""
 
     def __init__(self, source: str):
-        """Compile `source`; ValueError naming line and fault if it is not valid Jinja."""
+        """Compile `source`; ValueError naming the fault, and the line where it is known, if it is not valid Jinja."""
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -63,6 +63,9 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"the chat template is not valid, line {error.lineno}: {error.message}") from error
+        except (SyntaxError, RecursionError, MemoryError) as error:
+            # Jinja makes Python of it, which has limits of its own, such as how deeply blocks are nested.
+            raise ValueError(f"the chat template cannot be compiled, {type(error).__name__}: {error}") from error
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, **variables: Any

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,7 +21,9 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+    if _is_integer(value):
+        return abs(value) <= sys.float_info.max  # JSON's integers have any number of digits
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _is_list(value: Any, accepts: Callable[[Any], bool]) -> bool:

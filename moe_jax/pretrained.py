@@ -26,7 +26,7 @@ from moe_jax.checkpoints import (
 )
 from moe_jax.checkpoints.conversion import check_unfinished_conversion, read_as_written
 from moe_jax.checkpoints.dtypes import MAIN_PARAMETER
-from moe_jax.checkpoints.staging import check_output, incomplete_folder
+from moe_jax.checkpoints.staging import check_output, incomplete_folder, output_folder
 from moe_jax.config import ParallelConfig
 from moe_jax.device_layouts import Home
 from moe_jax.experts.replicas import ReplicaMap
@@ -174,8 +174,9 @@ def _write_together(reader: Checkpoint, folder: str | os.PathLike[str], overwrit
     writes, problem = jax.process_index() == 0, None
     if writes:
         try:
-            check_output(Path(folder).absolute(), overwrite, reader.folder)
-            check_unfinished_conversion(incomplete_folder(Path(folder).absolute()), reader.digest, overwrite)
+            output = output_folder(folder)
+            check_output(output, overwrite, reader.folder)
+            check_unfinished_conversion(incomplete_folder(output), reader.digest, overwrite)
         except CheckpointError as error:
             problem = error
     if multihost_utils.broadcast_one_to_all(np.array(problem is not None)):

@@ -174,7 +174,10 @@ def _chat_template_source(folder: Path, config: Mapping[str, Any]) -> str | None
     """`chat_template.jinja`, or `chat_template` of tokenizer_config.json: a text, or named texts with one "default"."""
     file = folder / "chat_template.jinja"
     if file.exists():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8: {error}") from error
     template = config.get("chat_template")
     if template is None or isinstance(template, str):
         return template

@@ -94,14 +94,20 @@ def read_rope(config: HFConfig, row: RopeRow, *, head_dim: int, interleaved: boo
 def max_positions(config: HFConfig, row: RopeRow) -> int:
     """The longest sequence that the checkpoint promises to handle.
 
-    YaRN stretches the length of training by its factor, which `max_position_embeddings` doesn't have to mention: Qwen's
-    instructions for long texts add `rope_scaling` alone. As in vLLM, but for a `max_position_embeddings` that is larger.
+    A stretched embedding multiplies the length of training by its factor, and `max_position_embeddings` doesn't have to
+    mention the product: `transformers` used to ask that linear scaling leave it alone, and Qwen's instructions for long texts
+    add `rope_scaling` alone. As in vLLM, but for a `max_position_embeddings` that is larger.
     """
     given = resolve(MAX_POSITIONS, config)
     parameters = rope_parameters(config, row)
-    if parameters["rope_type"] != "yarn":
-        return given
-    return max(given, int(_factor(parameters, config) * _original_max_positions(parameters, config)))
+    match parameters["rope_type"]:
+        case "default":
+            return given
+        case "linear":
+            trained = given
+        case _:
+            trained = _original_max_positions(parameters, config)
+    return max(given, int(_factor(parameters, config) * trained))
 
 
 def latent_attention_scale(config: HFConfig, row: RopeRow, *, head_dim: int) -> float:

@@ -31,7 +31,7 @@ class GenerationSettings:
     top_k: int | None = None
     """Draw from this many of the most likely tokens; None: from all."""
     top_p: float | None = None
-    """Draw from the smallest set of tokens that reaches this probability; None: from all."""
+    """Draw from the smallest set of tokens that reaches this probability; 1 or None: from all."""
     repetition_penalty: float = 1.0
     """Logits of tokens that the row already holds, in its prompt or after it, are divided by this where positive and
     multiplied where negative, before anything else; above 1 discourages repetition, 1 changes nothing."""
@@ -85,6 +85,7 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "forced_decoder_ids": ([],),
     "watermarking_config": (),
     "stop_strings": ([],),
+    "token_healing": (False,),
     "max_time": (),
 }
 """Settings of Hugging Face's `GenerationConfig` that are not supported, and the values (beside null) with which they

@@ -158,10 +158,12 @@ def generate_batches(
         The generation of each batch, as soon as it is there; `Generation.joined` makes them one.
 
     Raises:
-        ValueError: see `generate`; before anything is generated.
+        ValueError: see `generate`, or `batch_size` isn't positive; before anything is generated.
     """
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must be from -2^63 to 2^63 - 1, got {seed}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     settings = settings or GenerationSettings()
     rows = unpadded(prompts, None)
     max_new_tokens = check_prompts(rows, settings, model.decoder)
@@ -175,7 +177,8 @@ def generate_batches(
             num_eos=len(settings.eos_token_ids),
             do_sample=settings.do_sample,
             top_k=settings.top_k if settings.do_sample else None,
-            use_top_p=settings.do_sample and settings.top_p is not None,
+            # A sum of float32 reaches 1 before all tokens are counted, so 1 would not mean all of them.
+            use_top_p=settings.do_sample and settings.top_p not in (None, 1),
             penalizes_repetition=settings.repetition_penalty != 1,
             with_expert_load=with_expert_load,
         )

@@ -80,6 +80,22 @@ def test_a_configuration_value_of_a_wrong_type_is_refused_with_file_and_key(sour
     refuses(source, str(source / "config.json"), f"{key} must be", repr(value))
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("hidden_act", "mish", ": hidden_act 'mish' is not supported"),
+        ("rms_norm_eps", "1e-6", ": rms_norm_eps must be"),
+        ("mystery", 1, " has settings that are not supported: mystery=1"),
+        ("hidden_size", None, " has no hidden_size"),
+        ("model_type", "llama", ": model_type 'llama' is not supported"),
+    ],
+)
+def test_a_problem_of_the_configuration_names_its_file_once(source, tensors, key, value, problem):
+    tiny.write_folder(source, tensors, {**tiny.QWEN3, key: value})
+    error = refuses(source, f"{source / 'config.json'}{problem}")
+    assert str(error).count("config.json") == 1
+
+
 def test_a_missing_configuration_key_is_named(source, tensors):
     tiny.write_folder(source, tensors, {key: value for key, value in tiny.QWEN3.items() if key != "hidden_size"})
     refuses(source, str(source / "config.json"), "hidden_size")
@@ -135,7 +151,17 @@ def test_a_shard_that_is_a_link_out_of_the_folder_is_refused(source, tensors):
     tiny.write_file(source.with_name("outside.safetensors"), tensors)
     (source / "link.safetensors").symlink_to("../outside.safetensors")
     tiny.write_index(source, dict.fromkeys(tensors, "link.safetensors"))
-    refuses(source, "link.safetensors", "outside the folder")
+    outside = source.with_name("outside.safetensors")
+    refuses(source, f"{source / 'link.safetensors'}: is a link to {outside}, outside the folder")
+
+
+@pytest.mark.parametrize("target", ["../outside.safetensors", "../nowhere.safetensors"])
+def test_a_single_file_that_is_a_link_out_of_the_folder_is_called_so(source, tensors, target):
+    tiny.write_folder(source, tensors)
+    (source / "model.safetensors").rename(source.with_name("outside.safetensors"))
+    (source / "model.safetensors").symlink_to(target)
+    linked = source.parent / target.removeprefix("../")
+    refuses(source, f"{source / 'model.safetensors'}: is a link to {linked}, outside the folder")
 
 
 def test_a_snapshot_of_the_hub_cache_may_link_to_its_blobs(tmp_path, tensors):

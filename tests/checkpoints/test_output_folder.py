@@ -147,6 +147,42 @@ def test_source_and_output_must_differ(source, write):
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
+def test_an_empty_name_is_not_the_current_folder(source, output, write, monkeypatch):
+    write(source, output)
+    before = sorted((path, path.stat().st_mtime_ns) for path in output.rglob("*"))
+    monkeypatch.chdir(output)
+    with pytest.raises(CheckpointError, match="the folder to create has an empty name"):
+        write(source, "", overwrite=True)
+    with pytest.raises(CheckpointError, match="the model to read has an empty name"):
+        write("", output.with_name("another"))
+    assert sorted((path, path.stat().st_mtime_ns) for path in output.rglob("*")) == before
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
+def test_the_folder_around_another_is_no_output(source, output, write):
+    convert(source, output)
+    before = sorted((path, path.stat().st_mtime_ns) for path in output.rglob("*"))
+    with pytest.raises(CheckpointError, match="is not a folder that can be created"):
+        write(source, output / "parts" / "..", overwrite=True)
+    assert sorted((path, path.stat().st_mtime_ns) for path in output.rglob("*")) == before
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
+def test_something_else_where_unfinished_work_is_kept_is_left_alone(source, output, write):
+    in_the_way, elsewhere = output.with_name("output.incomplete"), output.with_name("elsewhere")
+    in_the_way.write_text("mine")
+    with pytest.raises(CheckpointError, match=r"output\.incomplete: is in the way"):
+        write(source, output)
+    assert in_the_way.read_text() == "mine"
+    in_the_way.unlink()
+    elsewhere.mkdir()
+    in_the_way.symlink_to(elsewhere)
+    with pytest.raises(CheckpointError, match=r"output\.incomplete: is in the way"):
+        write(source, output)
+    assert not any(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
 def test_the_folder_around_the_output_must_exist(source, tmp_path, write):
     with pytest.raises(CheckpointError, match="does not exist"):
         write(source, tmp_path / "nowhere" / "output")
@@ -196,6 +232,24 @@ def test_what_orbax_fails_to_write_is_raised_and_not_logged_as_well(tmp_path):
     command = [sys.executable, "-c", WRITE_PART, str(tmp_path / "part")]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (child.returncode, child.stderr) == (3, "")
+
+
+@pytest.mark.parametrize("command", WRITERS)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_comes_to_the_output_while_work_goes_on_is_not_replaced(source, output, command, overwrite):
+    def somebody_writes(progress):
+        output.mkdir(exist_ok=True)
+        (output / "thesis.txt").write_text("mine")
+
+    with pytest.raises(CheckpointError, match="not a model" if overwrite else "exists; overwrite it"):
+        WRITERS[command](source, output, overwrite=overwrite, progress=somebody_writes)
+    assert (output / "thesis.txt").read_text() == "mine"
+    output.rename(output.with_name("thesis"))
+    done = []
+    WRITERS[command](source, output, progress=done.append)
+    assert done[0].done_bytes == done[0].total_bytes  # nothing is written again
+    assert verify(source, output).ok
+    assert not output.with_name("output.incomplete").exists()
 
 
 def test_two_conversions_to_the_same_output_do_not_mix(source, output):

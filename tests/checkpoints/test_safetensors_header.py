@@ -162,14 +162,16 @@ def test_a_tensor_without_its_description_is_refused(file, tensors, missing):
     refuses(file, "second", missing)
 
 
-@pytest.mark.parametrize("copies_in_kernel", [True, False])
-def test_rows_are_copied_from_file_to_file_with_and_without_the_kernels_help(file, rng, monkeypatch, copies_in_kernel):
+@pytest.mark.parametrize("kernel", ["copies", errno.EXDEV, errno.EPERM, "says that the file ends"])
+def test_rows_are_copied_from_file_to_file_with_and_without_the_kernels_help(file, rng, monkeypatch, kernel):
     tensors = {"big": rng.integers(0, 256, (5, 1 << 20), np.uint8), "small": rng.integers(0, 256, (4, 3), np.uint8)}
     tiny.write_file(file, tensors)
-    if not copies_in_kernel:
+    if kernel != "copies":
 
         def refuse(*arguments, **kwargs):
-            raise OSError(errno.EXDEV, "between two file systems")
+            if isinstance(kernel, int):
+                raise OSError(kernel, os.strerror(kernel))
+            return 0
 
         monkeypatch.setattr(os, "copy_file_range", refuse)
     entries = {entry.name: entry for entry in read_header(file)}
@@ -181,6 +183,24 @@ def test_rows_are_copied_from_file_to_file_with_and_without_the_kernels_help(fil
     file.write_bytes(file.read_bytes()[:-1])
     with open(target, "wb", buffering=0) as stream, pytest.raises(CheckpointError, match="ends inside small"):
         entries["small"].range_of(range(4)).copy_to(stream.fileno())
+
+
+def test_a_disk_that_is_full_is_an_error_of_writing_and_a_bad_one_of_reading(file, tensors, monkeypatch):
+    tiny.write_file(file, tensors)
+    entry = read_header(file)[0]
+    with open("/dev/full", "wb", buffering=0) as stream, pytest.raises(OSError, match="No space left"):
+        entry.range_of(range(entry.num_rows)).copy_to(stream.fileno())
+
+    def fail(*arguments):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", fail)
+    monkeypatch.setattr(os, "copy_file_range", lambda *arguments, **kwargs: 0)
+    with (
+        open(file.with_name("target"), "wb", buffering=0) as stream,
+        pytest.raises(CheckpointError, match=f"{file.name}: cannot read {entry.name}: Input/output error"),
+    ):
+        entry.range_of(range(entry.num_rows)).copy_to(stream.fileno())
 
 
 def test_a_file_that_shrinks_after_it_was_opened_is_noticed_when_read(file, tensors):

@@ -1,6 +1,7 @@
 """`moe-jax generate` and `moe-jax bench generate`, with a model whose tokens are known."""
 
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -283,6 +284,15 @@ def test_stats_count_the_experts_of_prompts_and_new_tokens(checkpoint, ending, c
     tokens_read = checkpoint.tokenizer.encode("abc") + checkpoint.tokens("abc")[:-1]
     np.testing.assert_array_equal(read_stats(file), expected_load(tokens_read))
     assert f"expert load written to {file}" in capsys.readouterr().err
+
+
+def test_stats_of_a_model_without_experts_are_refused_before_anything_is_generated(checkpoint, capsys, monkeypatch):
+    dense = FadingMemoryModel(checkpoint.table)
+    dense.decoder = dataclasses.replace(dense.decoder, moe_layers=())
+    monkeypatch.setattr("moe_jax.pretrained.from_pretrained", lambda *arguments, **options: dense)
+    run(checkpoint, "--prompt", "abc", "--stats", str(checkpoint.folder / "load.json"), *LIMIT, status=2)
+    captured = capsys.readouterr()
+    assert (captured.out, "no layer of the model has any" in captured.err) == ("", True)
 
 
 @pytest.mark.parametrize(("ending", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])

@@ -48,6 +48,11 @@ def test_every_rotary_parameter_has_a_type():
     [
         ({"rms_norm_eps": "1e-6"}, "rms_norm_eps must be a positive finite number, got '1e-6'"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive finite number, got nan"),
+        ({"rope_theta": 10**400}, "rope_theta must be a finite number above 1, got 10000"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 10**400}},
+            "factor must be a positive finite number, got 1000",
+        ),
         ({"rms_norm_eps": 0}, "rms_norm_eps must be a positive finite number, got 0"),
         ({"router_aux_loss_coef": "x", "hidden_size": 2048.0}, "hidden_size must be a positive integer, got 2048.0"),
         ({"num_hidden_layers": True}, "num_hidden_layers must be a positive integer, got True"),

@@ -160,7 +160,9 @@ QWEN_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddin
         ("qwen3_moe", {"rope_scaling": QWEN_YARN}, 131072),
         ("qwen3_moe", {"rope_parameters": {**QWEN_YARN, "rope_theta": 1e6}, "rope_scaling": None}, 131072),
         ("qwen3_moe", {"rope_scaling": QWEN_YARN, "max_position_embeddings": 262144}, 262144),
-        ("qwen3_moe", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 40960),
+        ("qwen3_moe", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 163840),
+        ("mixtral", {"rope_scaling": {"type": "linear", "factor": 2.5}, "max_position_embeddings": 32769}, 81922),
+        ("mixtral", {"rope_scaling": {"type": "linear", "factor": 0.5}, "max_position_embeddings": 32768}, 32768),
         ("deepseek_v2", {}, 163840),
         ("deepseek_v3", {}, 163840),
         ("kimi_k2", {}, 131072),
@@ -169,5 +171,5 @@ QWEN_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddin
     ],
     ids=str,
 )
-def test_yarn_extends_the_positions_but_not_beyond_what_a_file_says_already(model_type, changes, positions):
+def test_scaling_extends_the_positions_but_never_below_what_a_file_says_already(model_type, changes, positions):
     assert build(model_type, **changes).max_positions == positions

@@ -219,6 +219,16 @@ def test_what_a_row_draws_does_not_depend_on_the_other_rows(model, rng):
     np.testing.assert_array_equal(together.tokens[0], changed.tokens[0])
 
 
+def test_a_top_p_of_1_leaves_every_token_as_none_does(model, rng):
+    prompts = draw_prompts(rng, 8, 3)
+    tokens = [
+        generate(model, prompts, dataclasses.replace(SAMPLING, top_k=None, top_p=top_p, temperature=9.0)).tokens
+        for top_p in (1, 1.0, None)
+    ]
+    np.testing.assert_array_equal(tokens[0], tokens[2])
+    np.testing.assert_array_equal(tokens[1], tokens[2])
+
+
 def test_sampled_first_tokens_follow_the_distribution(table, rng):
     """Chi-squared against the float64 softmax; beyond 6 standard deviations of its distribution is no accident."""
     (prompt,) = draw_prompts(rng, 5)
@@ -313,6 +323,12 @@ def test_prompts_that_cannot_be_continued_are_refused(model, prompts, max_new_to
 def test_a_seed_of_more_than_64_bits_is_refused(model, seed):
     with pytest.raises(ValueError, match=rf"seed must be from -2\^63 to 2\^63 - 1, got {seed}"):
         generate(model, [[1]], GenerationSettings(max_new_tokens=2), seed=seed)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_of_no_rows_is_refused(model, batch_size):
+    with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {batch_size}"):
+        list(generate_batches(model, [[1]], batch_size=batch_size))
 
 
 @pytest.mark.parametrize(("seed", "other"), [(1, 1 + 2**32), (-1, 2**32 - 1), (-(2**63), 0), (2**62, 2**61)])

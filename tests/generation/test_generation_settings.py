@@ -110,6 +110,7 @@ def test_customary_ways_to_switch_a_setting_off_are_understood(generation_config
         ("forced_eos_token_id", 2),
         ("guidance_scale", 1.5),
         ("stop_strings", ["###"]),
+        ("token_healing", True),
     ],
 )
 def test_a_setting_that_would_change_the_result_is_refused_by_name(setting, value):
@@ -119,6 +120,7 @@ def test_a_setting_that_would_change_the_result_is_refused_by_name(setting, valu
 
 def test_neutral_values_of_unsupported_settings_are_accepted():
     settings_from_hf({"num_beams": 1, "repetition_penalty": 1.0, "suppress_tokens": None, "bad_words_ids": []}, {})
+    settings_from_hf({"token_healing": False}, {})
 
 
 def test_settings_of_sampling_matter_only_when_sampling():

@@ -59,6 +59,21 @@ def test_a_template_that_is_not_jinja_is_refused_with_its_line():
         ChatTemplate("fine\n{% if %}")
 
 
+@pytest.mark.parametrize(
+    ("source", "failure"),
+    [
+        ("{% for m in messages %}" * 25 + "{% endfor %}" * 25, "SyntaxError: too many statically nested blocks"),
+        ("{% if messages %}" * 150 + "{% endif %}" * 150, "IndentationError: too many levels"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "RecursionError: "),
+        ("{{ " + "9" * 5000 + " }}", "ValueError: Exceeds the limit"),
+    ],
+    ids=["loops", "conditions", "brackets", "digits"],
+)
+def test_a_template_beyond_the_limits_of_python_is_refused(source, failure):
+    with pytest.raises(ValueError, match=f"^the chat template cannot be compiled, {failure}"):
+        ChatTemplate(source)
+
+
 def test_an_operation_on_the_wrong_type_is_an_error_of_the_conversation():
     with pytest.raises(ValueError, match="the chat template rejects this conversation"):
         ChatTemplate("{{ messages[0].content + 'x' }}").render([{"role": "user", "content": None}])

@@ -105,6 +105,13 @@ def test_a_template_file_goes_before_the_one_in_the_config(tmp_path):
     assert tokenizer.decode(tokenizer.encode_chat([])) == "file"
 
 
+def test_a_template_file_that_is_not_text_is_named(tmp_path):
+    folder = small_tokenizers.write(small_tokenizers.byte_level(), tmp_path)
+    (folder / "chat_template.jinja").write_bytes(b"\xff{{ messages }}")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja is not UTF-8"):
+        Tokenizer.from_folder(folder)
+
+
 def test_of_several_named_templates_the_default_is_used(tmp_path):
     templates = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
     tokenizer = Tokenizer.from_folder(

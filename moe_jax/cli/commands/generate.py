@@ -144,6 +144,8 @@ def run(arguments: argparse.Namespace) -> int:
     prompt_ids = [encode(tokenizer, prompt, arguments) for prompt in prompts]
     processes.check_agreement(prompt_ids, settings, arguments.seed)
     model = from_pretrained(folder, dtype=shared.dtype_named(arguments.dtype), mesh=mesh)
+    if write_stats is not None and not model.decoder.moe_layers:
+        raise ValueError("--stats counts how often experts are chosen, and no layer of the model has any")
     prints = processes.is_first()
     if prints and mesh is not None:
         for remark in model.partitioning_remarks:
@@ -182,7 +184,7 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(as_json(arguments, settings, prompts, prompt_ids, texts, result))
     elif printer is not None:
         printer.finish()
-    if write_stats is not None and result.expert_load is not None:
+    if write_stats is not None:
         tokens = f"{result.timing.prompt_tokens} prompt and {result.lengths.sum()} new tokens"
         title = f"Expert load of {folder.resolve().name}, {tokens}"
         write_stats(arguments.stats, result.expert_load, model.decoder.moe_layers, title)
