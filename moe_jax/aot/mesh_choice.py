@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
@@ -13,7 +13,7 @@ from moe_jax.families.decoder import Decoder
 from moe_jax.families.parameters import parameter_shapes
 from moe_jax.models.cache import cached_features
 from moe_jax.models.partitioning import Partitioning
-from moe_jax.parallel import AXIS_ROLES, axis_tuple, parallel_of
+from moe_jax.parallel import AXIS_ROLES, LayerAxes, axis_tuple, parallel_of
 
 MEMORY_SHARE = 0.75
 """Part of a device's memory that weights and cache may take of a mesh that is chosen; the rest is for what programs need."""
@@ -53,11 +53,13 @@ def choose_mesh(
         strategy: how tokens meet their experts.
     """
     mixtures = {layer.feed_forward for layer in decoder.layers if isinstance(layer.feed_forward, MoEConfig)}
-    candidates = [
+    meshes = (
         {"data": num_devices // (expert * tensor), "expert": expert, "tensor": tensor}
         for expert in _divisors(num_devices)
         for tensor in _divisors(num_devices // expert)
-        if all(_divides(mixture, expert, tensor) for mixture in mixtures)
+    )
+    candidates = [
+        positions for positions in meshes if all(_divides(mixture, positions, strategy) for mixture in mixtures)
     ]
     held = {
         tuple(positions.values()): held_bytes(decoder, positions, sizes=sizes, itemsize=itemsize, strategy=strategy)
@@ -91,8 +93,8 @@ def held_bytes(
     strategy: DispatchStrategy | None = None,
 ) -> float:
     """Bytes of weights and cache that a device holds on a mesh of these positions, all numbers being of one size."""
-    mesh = AbstractMesh(tuple(positions.values()), tuple(positions))
-    partitioning = Partitioning.of(parallel_for(mesh, strategy), mesh)  # pyright: ignore[reportArgumentType]  # shape and names
+    mesh = _shape_of_mesh(positions)
+    partitioning = Partitioning.of(parallel_for(mesh, strategy), mesh)
     total = 0.0
     for path, shape in parameter_shapes(decoder).items():
         if ".routed_experts." in path:
@@ -153,13 +155,19 @@ def written(sizes: Mapping[str, int]) -> str:
     return ",".join(f"{name}={size}" for name, size in sizes.items())
 
 
-def _divides(config: MoEConfig, expert: int, tensor: int) -> bool:
-    shared = config.shared_experts
-    return (
-        config.num_physical_experts % expert == 0
-        and config.intermediate_size % tensor == 0
-        and (shared is None or shared.intermediate_size % (expert * tensor) == 0)
-    )
+def _divides(config: MoEConfig, positions: Mapping[str, int], strategy: DispatchStrategy | None) -> bool:
+    """Whether the layer can be split so: with a strategy that moves tokens, fewer ranks share its shared experts."""
+    mesh = _shape_of_mesh(positions)
+    try:
+        LayerAxes.resolve(parallel_for(mesh, strategy), mesh).validate(config)
+    except ValueError:
+        return False
+    return True
+
+
+def _shape_of_mesh(positions: Mapping[str, int]) -> Any:
+    """Names and sizes of axes, which is all that is read of a mesh here, whose devices are not known yet."""
+    return AbstractMesh(tuple(positions.values()), tuple(positions))
 
 
 def _divisors(number: int) -> list[int]:

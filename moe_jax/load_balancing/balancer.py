@@ -14,7 +14,14 @@ from moe_jax.experts.replicas import ReplicaMap
 from moe_jax.load_balancing.config import EplbConfig
 from moe_jax.load_balancing.exchange import ExpertSharding, move_in_place
 from moe_jax.load_balancing.gradients import placement_of, sum_replica_gradients
-from moe_jax.load_balancing.layers import BalancedLayers, ExpertArrays, find_expert_arrays, find_layers
+from moe_jax.load_balancing.layers import (
+    BalancedLayers,
+    ExpertArrays,
+    check_tables,
+    find_expert_arrays,
+    find_layers,
+    find_tables,
+)
 from moe_jax.load_balancing.moves import Moves, plan_moves
 from moe_jax.load_balancing.report import Rearrangement
 from moe_jax.load_balancing.state import (
@@ -25,7 +32,19 @@ from moe_jax.load_balancing.state import (
     record_load,
     window_load,
 )
-from moe_jax.placement import LoadStatistics, load_statistics, logical_load, rank_load, rebalance_experts
+from moe_jax.placement import (
+    LoadStatistics,
+    compute_logical_maps,
+    load_statistics,
+    logical_load,
+    rank_load,
+    rebalance_experts,
+)
+from moe_jax.runner import MoERunner
+
+_Known = dict[int, tuple[Array, Array]]
+"""What has moved, by identity of arrays: where each one is now, and that it is there. Trees may share arrays: an optimizer that
+holds its model does, and an average that starts as the model's own weights. These move once, and stay shared."""
 
 
 class ExpertLoadBalancer:
@@ -117,8 +136,8 @@ class ExpertLoadBalancer:
         Args:
             model: changed in place; its old weight arrays are given up.
             state: what was recorded.
-            others: what has to move along: an `nnx.Optimizer` (changed in place), or any tree of arrays in which the
-                paths of the expert weights occur, such as an optax state (given up; the new one is returned).
+            others: what has to move along: an `nnx.Optimizer` or a copy of the model (changed in place), or any tree of arrays in
+                which the paths of the expert weights occur, such as an optax state (given up; the new one is returned).
 
         Returns:
             The state, a `Rearrangement`, and `others`.
@@ -153,39 +172,77 @@ class ExpertLoadBalancer:
             The `Moves`, and `others`.
 
         Raises:
-            ValueError: an array that should move lacks the axis of experts; nothing has moved then.
+            ValueError: the placement has another shape, or an expert without a slot, or an array that should move lacks the axis
+                of experts, or a copy of the model has another placement or none; nothing has moved then.
+            TypeError: an array that should move is on no device; nothing has moved then.
         """
-        moves = plan_moves(self.physical_to_logical(model), physical_to_logical, self.num_ranks)
+        old, new = self.physical_to_logical(model), np.asarray(physical_to_logical)
+        moves = plan_moves(old, new, self.num_ranks)
+        compute_logical_maps(new, self.num_experts)  # refuses experts without a slot while theirs still hold them
         for tree in others:
-            self._expert_arrays(nnx.state(tree) if isinstance(tree, (nnx.Module, nnx.Optimizer)) else tree)
-        moved = [self._move(tree, moves) for tree in (model, *others)]
+            self._check_can_follow(tree, old)
+        known: _Known = {}
+        self._move(model, moves, known)
         for layers in self.layers:
-            table = physical_to_logical[list(layers.rows)]
+            table = new[list(layers.rows)]
             placement_of(model, layers).replace(table if layers.is_stacked else table[0])
-        return moves, *moved[1:]
+        return moves, *(self._move(tree, moves, known, model) for tree in others)
+
+    def _check_can_follow(self, tree: Any, placement: Int[np.ndarray, "L P"]) -> None:
+        """Raise ValueError or TypeError unless the experts of `tree` are at `placement` and can move."""
+        if isinstance(tree, (nnx.Module, nnx.Optimizer)):
+            for path, layer in nnx.iter_modules(tree):
+                is_balanced = any(path[len(path) - len(layers.path) :] == layers.path for layers in self.layers)
+                if isinstance(layer, MoERunner) and is_balanced and layer.replicas is None:
+                    raise ValueError(
+                        f"the layer {'.'.join(map(str, path)) or 'itself'} of what moves along must have placement tables: copy "
+                        "a model after its ExpertLoadBalancer was made, which adds them"
+                    )
+            tree = nnx.state(tree)
+        leaves = jax.tree.leaves(tree)
+        for entry in self._expert_arrays(tree):
+            if not isinstance(leaves[entry.leaf], jax.Array):
+                raise TypeError(
+                    f"what moves between devices must be a jax.Array, got {type(leaves[entry.leaf]).__name__} for {entry.name}"
+                )
+        check_tables(tree, self.layers, placement)
 
     def _expert_arrays(self, tree: Any) -> list[ExpertArrays]:
         """Which leaves of a tree of arrays move."""
         return list(find_expert_arrays(tree, self.layers, self.num_physical))
 
-    def _move(self, tree: Any, moves: Moves) -> Any:
-        """`tree` with its expert arrays moved: a new tree, or the same module."""
+    def _move(self, tree: Any, moves: Moves, known: _Known, placed: nnx.Module | None = None) -> Any:
+        """`tree` with its expert arrays moved: a new tree, or the same module.
+
+        Args:
+            tree: the model, or what moves along.
+            moves: what goes where.
+            known: learns what has moved.
+            placed: the model, once it is at its new placement: the tables in `tree` become like its own.
+        """
         if isinstance(tree, (nnx.Module, nnx.Optimizer)):
-            nnx.update(tree, self._move(nnx.state(tree), moves))
+            nnx.update(tree, self._move(nnx.state(tree), moves, known, placed))
             return tree
         leaves, structure = jax.tree.flatten(tree)
         found = self._expert_arrays(tree)
-        arrays = tuple(leaves[entry.leaf] for entry in found)
+        unmoved = {id(leaves[entry.leaf]): entry for entry in found if id(leaves[entry.leaf]) not in known}
+        arrays = tuple(leaves[entry.leaf] for entry in unmoved.values())
         shardings = tuple(
             ExpertSharding.of(array, is_stacked=entry.layers.is_stacked)
-            for array, entry in zip(arrays, found, strict=True)
+            for array, entry in zip(arrays, unmoved.values(), strict=True)
         )
-        sources = tuple(moves.source[list(entry.layers.rows)] for entry in found)
+        sources = tuple(moves.source[list(entry.layers.rows)] for entry in unmoved.values())
         # The caller's current mesh may have other axis types: a model computes with Auto axes, whatever those of its mesh are.
         with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
             moved = move_in_place(arrays, sources, shardings=shardings)
-        for entry, array in zip(found, moved, strict=True):
-            leaves[entry.leaf] = array
+        for old, new in zip(arrays, moved, strict=True):
+            known |= {id(old): (old, new), id(new): (new, new)}
+        for entry in found:
+            leaves[entry.leaf] = known[id(leaves[entry.leaf])][1]
+        if placed is not None:
+            for entry in find_tables(tree, self.layers):
+                table, array = getattr(placement_of(placed, entry.layers), entry.name)[...], leaves[entry.leaf]
+                leaves[entry.leaf] = jax.device_put(np.asarray(table), array.sharding if array.committed else None)
         return jax.tree.unflatten(structure, leaves)
 
 

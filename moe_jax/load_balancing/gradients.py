@@ -47,8 +47,12 @@ def sum_over_copies(
     *,
     sharding: ExpertSharding,
 ) -> Array:
-    """In every slot, the sum over the slots that hold the same expert; the same bits in all of them."""
+    """In every slot, the sum over the slots that hold the same expert; the same bits in all of them.
+
+    Summed in float32 at least and rounded once: the gradient of an expert without copies is not rounded on its way either.
+    """
     axes = sharding.expert_axes
+    wide = jnp.promote_types(experts.dtype, jnp.float32)
     most_copied = logical_to_physical.shape[2] - 1  # so many experts can have copies
 
     def add_up(local, logical_to_physical, replica_count):
@@ -68,16 +72,16 @@ def sum_over_copies(
                     return at, jax.lax.dynamic_slice(local, at, (1, 1, *local.shape[2:]))
 
                 def add(copy, total):
-                    return total + jnp.where(is_local[copy], row_of(copy, local)[1], 0)
+                    return total + jnp.where(is_local[copy], row_of(copy, local)[1].astype(wide), 0)
 
                 def put(copy, carry):
                     total, local = carry
                     at, row = row_of(copy, local)
                     return total, jax.lax.dynamic_update_slice(local, jnp.where(is_local[copy], total, row), at)
 
-                total = jnp.zeros((1, 1, *local.shape[2:]), local.dtype)
+                total = jnp.zeros((1, 1, *local.shape[2:]), wide)
                 total = jax.lax.fori_loop(0, counts[place], add, total)
-                total = jax.lax.psum(total, axes) if axes else total
+                total = (jax.lax.psum(total, axes) if axes else total).astype(local.dtype)
                 return jax.lax.fori_loop(0, counts[place], put, (total, local))[1]
 
             return jax.lax.fori_loop(0, (counts > 1).sum(), of_expert, local) if most_copied else local

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from moe_jax.experts import EXPERT_PARAMETERS
 from moe_jax.load_balancing.exchange import ExpertSharding
@@ -83,26 +84,64 @@ def find_expert_arrays(tree: Any, layers: tuple[BalancedLayers, ...], num_physic
     Raises:
         ValueError: such a leaf lacks the axis of experts.
     """
+    for found in _find_leaves(tree, layers, "routed_experts"):
+        leaf, axis = found.value, int(found.layers.is_stacked)
+        if found.name not in EXPERT_PARAMETERS or jax.numpy.size(leaf) == 1:
+            continue
+        if leaf.ndim <= axis or leaf.shape[axis] != num_physical:
+            raise ValueError(
+                f"axis {axis} of {found.path} must be that of the {num_physical} physical experts, got shape {leaf.shape}"
+            )
+        yield ExpertArrays(found.leaf, found.layers, found.name)
+
+
+class TableLeaf(NamedTuple):
+    """A leaf of a tree that is a placement table of `layers`."""
+
+    leaf: int
+    """Its number among the leaves of the flattened tree."""
+    layers: BalancedLayers
+    name: str
+    """What it is called in a `ReplicaMap`."""
+
+
+def find_tables(tree: Any, layers: tuple[BalancedLayers, ...]) -> Iterator[TableLeaf]:
+    """The leaves of `tree` that say where the experts of a model are: it is the state of one, or holds that."""
+    for found in _find_leaves(tree, layers, "replicas"):
+        yield TableLeaf(found.leaf, found.layers, found.name)
+
+
+def check_tables(tree: Any, layers: tuple[BalancedLayers, ...], placement: Int[np.ndarray, "L P"]) -> None:
+    """Raise ValueError if such leaves say another thing than `placement`: moved like the model's, these experts would be lost."""
+    for found in _find_leaves(tree, layers, "replicas"):
+        if found.name != "physical_to_logical":
+            continue
+        if not np.array_equal(stacked_rows(found.value, found.layers), placement[list(found.layers.rows)]):
+            raise ValueError(f"{found.path} must be the placement of the model, to move along with it, got another one")
+
+
+class _Found(NamedTuple):
+    """A leaf of a part of a layer."""
+
+    leaf: int
+    layers: BalancedLayers
+    name: str
+    """What it is called in the part."""
+    path: str
+    value: Any
+
+
+def _find_leaves(tree: Any, layers: tuple[BalancedLayers, ...], part: str) -> Iterator[_Found]:
+    """The leaves whose path contains that of a layer, of several the longest one, and goes on with `part`."""
     longest_first = sorted(layers, key=lambda group: len(group.path), reverse=True)
     for index, (keys, leaf) in enumerate(jax.tree_util.tree_flatten_with_path(tree)[0]):
         names = tuple(_name(key) for key in keys)
-        if jax.numpy.size(leaf) == 1:
-            continue
         for group in longest_first:
-            start = _position_of((*group.path, "routed_experts"), names)
-            if start is None:
-                continue
-            name = names[start + len(group.path) + 1]
-            if name not in EXPERT_PARAMETERS:
+            start = _position_of((*group.path, part), names)
+            if start is not None:
+                name = str(names[start + len(group.path) + 1])
+                yield _Found(index, group, name, ".".join(map(str, names)), leaf)
                 break
-            axis = int(group.is_stacked)
-            if leaf.ndim <= axis or leaf.shape[axis] != num_physical:
-                raise ValueError(
-                    f"axis {axis} of {'.'.join(map(str, names))} must be that of the {num_physical} physical experts, "
-                    f"got shape {leaf.shape}"
-                )
-            yield ExpertArrays(index, group, str(name))
-            break
 
 
 def partition_of(model: nnx.Module, arrays: ExpertArrays) -> ExpertSharding:

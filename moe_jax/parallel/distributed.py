@@ -48,8 +48,10 @@ def initialize_distributed(
         raise ValueError(f"{', '.join(given)} go together; missing: {', '.join(missing)}")
     if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
         raise ValueError(f"process_id must be in [0, num_processes={num_processes}), got {process_id}")
-    if coordinator_address is not None and not coordinator_address.rpartition(":")[2].isdecimal():
-        raise ValueError(f"coordinator_address must be host:port, got {coordinator_address!r}")
+    if coordinator_address is not None:
+        host, _, port = coordinator_address.rpartition(":")
+        if not (host and port.isdecimal()):
+            raise ValueError(f"coordinator_address must be host:port, got {coordinator_address!r}")
     try:
         jax.distributed.initialize(
             coordinator_address,

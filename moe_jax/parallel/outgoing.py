@@ -5,6 +5,7 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.parallel.dispatch import DispatchSettings
@@ -33,10 +34,9 @@ class Choices:
         key = owner if settings.one_row_per_rank else jnp.where(is_expert, topk_ids, settings.num_experts)
         return cls(topk_weights, topk_ids, owner, key, first_choices(key) & is_expert)
 
-    @property
-    def weights_at_home(self) -> Float[Array, "T K"]:
-        """What the result of each choice's row counts, one row for each expert."""
-        return merge_choices(self.topk_weights, self.key, self.carries)
+    def weights_at_home(self, dtype: DTypeLike) -> Float[Array, "T K"]:
+        """What the result of each choice's row counts, one row for each expert, in `dtype`."""
+        return merge_choices(self.topk_weights.astype(dtype), self.key, self.carries)
 
 
 @jax.tree_util.register_dataclass
@@ -55,19 +55,19 @@ class Outgoing:
     @classmethod
     def of(cls, settings: DispatchSettings, x: Float[Array, "T H"], choices: Choices, rows: SentRows) -> Self:
         """Fetch the rows of `x`."""
-        sent = rows.gather(x)
+        sent, wide = rows.gather(x), jnp.promote_types(x.dtype, jnp.float32)
         if settings.one_row_per_rank:
-            result_weights = choices.carries.astype(jnp.float32)
+            result_weights = choices.carries.astype(wide)
         elif settings.weights_on_input:
-            weights = rows.gather(choices.weights_at_home)
+            weights = rows.gather(choices.weights_at_home(wide))
             weights = jnp.take_along_axis(weights, (rows.pair % weights.shape[1])[:, None], axis=1)
-            sent = (sent.astype(weights.dtype) * weights).astype(x.dtype)
-            result_weights = choices.carries.astype(jnp.float32)
+            sent = (sent.astype(wide) * weights).astype(x.dtype)
+            result_weights = choices.carries.astype(wide)
         else:
-            result_weights = choices.weights_at_home
+            result_weights = choices.weights_at_home(wide)
         is_valid = choices.owner < settings.num_ranks
         return cls(rows, sent, result_weights, count_unserved(choices.key, is_valid, rows.is_sent))
 
     def combine(self, results: Float[Array, "R H"]) -> Float[Array, "T H"]:
-        """Results that lie where the rows lay, summed per token in float32 and rounded once."""
+        """Results that lie where the rows lay, summed per token in float32 at least and rounded once."""
         return self.rows.combine(results, self.result_weights).astype(results.dtype)

@@ -154,6 +154,9 @@ QWEN3_235B_A22B = QWEN3_30B_A3B | {
 }
 
 
+ODD_SHARED_EXPERTS = QWEN1_5_MOE_A2_7B | {"shared_expert_intermediate_size": 5634}
+
+
 @pytest.mark.parametrize(
     ("config", "target", "devices", "strategy", "mesh"),
     [
@@ -170,6 +173,8 @@ QWEN3_235B_A22B = QWEN3_30B_A3B | {
             "data=1,expert=32,tensor=2",
         ),  # attention whole on 64 is too much
         (QWEN1_5_MOE_A2_7B, "v5e", 8, None, "data=2,expert=4,tensor=1"),  # 60 experts
+        (ODD_SHARED_EXPERTS, "v5e", 8, None, "data=4,expert=2,tensor=1"),  # split among ranks with the same tokens
+        (ODD_SHARED_EXPERTS, "v5e", 8, "ragged_all_to_all", "data=2,expert=4,tensor=1"),  # of which there are none
         (QWEN3_30B_A3B, "v6e", 4, "ragged_all_to_all", "data=1,expert=4,tensor=1"),
         (QWEN3_30B_A3B, "h200", 1, None, "data=1,expert=1,tensor=1"),
         (QWEN3_30B_A3B, "h200", 7, None, "data=7,expert=1,tensor=1"),

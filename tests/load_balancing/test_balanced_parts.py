@@ -1,5 +1,6 @@
-"""Which arrays of a model move with its experts, and that nothing has moved when one of them cannot."""
+"""Which arrays of a model move with its experts, each once, and that nothing has moved when one of them cannot."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -75,7 +76,107 @@ def test_nothing_moves_if_an_optimizer_state_cannot_move(rng):
     before, state = nnx.to_pure_dict(nnx.state(layer)), recorded(balancer, rng)
     with pytest.raises(ValueError, match="must be that of the 16 physical experts"):
         balancer.rearrange(layer, state, optimizer)
+    assert_same_state(layer, before)
+
+
+def assert_same_state(layer, before):
+    """The layer holds `before`, which `nnx.to_pure_dict` has made of its state."""
     after = nnx.to_pure_dict(nnx.state(layer))
-    for name, values in after["routed_experts"].items():
-        np.testing.assert_array_equal(values, before["routed_experts"][name], err_msg=name)
-    np.testing.assert_array_equal(after["replicas"]["physical_to_logical"], before["replicas"]["physical_to_logical"])
+    for part in ("routed_experts", "replicas"):
+        for name, values in after[part].items():
+            np.testing.assert_array_equal(values, before[part][name], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("placement", "message"),
+    [
+        (np.arange(16) % 7, r"every logical expert needs a physical slot, got none for \[7\]"),
+        (np.arange(16) % 8 - 1, "no slot held expert -1"),
+        (np.arange(8), r"must have the old one's shape \(1, 16\), got \(1, 8\)"),
+    ],
+)
+def test_nothing_moves_to_a_placement_that_cannot_hold(placement, message, rng):
+    layer = random_layer(rng, LAYER)
+    make_copies_equal(layer)
+    balancer = ExpertLoadBalancer(layer)
+    before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(layer)))
+    with pytest.raises(ValueError, match=message):
+        balancer.place(layer, placement[None])
+    assert_same_state(layer, before)
+
+
+def test_nothing_moves_if_an_array_is_on_no_device(rng):
+    layer = random_layer(rng, LAYER)
+    make_copies_equal(layer)
+    balancer = ExpertLoadBalancer(layer)
+    before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(layer)))
+    moments = {"routed_experts": before["routed_experts"]}
+    with pytest.raises(TypeError, match=r"must be a jax.Array, got ndarray for down_bias"):
+        balancer.place(layer, np.roll(balancer.physical_to_logical(layer), 5, axis=1), moments)
+    assert_same_state(layer, before)
+
+
+def test_a_placement_may_be_an_array_of_jax(rng):
+    layer = random_layer(rng, LAYER)
+    make_copies_equal(layer)
+    balancer, before = ExpertLoadBalancer(layer), logical_experts(layer)
+    placement = rng.permuted(balancer.physical_to_logical(layer), axis=1)
+    balancer.place(layer, jnp.asarray(placement))
+    np.testing.assert_array_equal(balancer.physical_to_logical(layer), placement)
+    for name, values in logical_experts(layer).items():
+        np.testing.assert_array_equal(values, before[name], err_msg=name)
+
+
+def test_arrays_that_others_share_with_the_model_move_once(rng):
+    """An optimizer that holds its model, and an average that starts as the model's own weights."""
+    layer = random_layer(rng, LAYER)
+    make_copies_equal(layer)
+    optimizer = nnx.ModelAndOptimizer(layer, optax.sgd(1e-2, momentum=0.9), wrt=nnx.Param)
+    average = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
+    balancer, before = ExpertLoadBalancer(layer), logical_experts(layer)
+    placement = np.roll(balancer.physical_to_logical(layer), 5, axis=1)
+    _, same, average = balancer.place(layer, placement, optimizer, average)
+    assert same is optimizer
+    assert optimizer.model is layer
+    weights = nnx.to_pure_dict(nnx.state(layer))["routed_experts"]
+    for name, values in logical_experts(layer).items():
+        np.testing.assert_array_equal(values, before[name], err_msg=name)
+        np.testing.assert_array_equal(average["routed_experts"][name], weights[name], err_msg=name)
+
+
+def test_a_copy_of_the_model_moves_with_its_tables(rng):
+    """Weights that average the model's, as a model of their own or as the state of one."""
+    layer = random_layer(rng, LAYER)
+    make_copies_equal(layer)
+    balancer = ExpertLoadBalancer(layer)
+    other = nnx.clone(layer)
+    for variable in nnx.state(other)["routed_experts"].values():
+        variable[...] *= 0.5
+    graph, state = nnx.split(nnx.clone(other))
+    x = jnp.asarray(rng.normal(size=(5, 6)), jnp.float32)
+    expected = np.asarray(other(x))
+    new = np.roll(balancer.physical_to_logical(layer), 5, axis=1)
+    _, same, state = balancer.place(layer, new, other, state)
+    assert same is other
+    for copy in (other, nnx.merge(graph, state)):
+        np.testing.assert_array_equal(copy.replicas.physical_to_logical[...], new[0])
+        np.testing.assert_allclose(copy(x), expected, rtol=0, atol=1e-6)
+
+
+def test_a_copy_of_the_model_with_other_tables_or_none_is_refused(rng):
+    layer = random_layer(rng, config())
+    early = nnx.clone(layer)
+    balancer = ExpertLoadBalancer(layer)  # which gives the layer tables
+    stale = nnx.clone(layer)
+    old = balancer.physical_to_logical(layer)
+    new, newest = np.roll(old, 3, axis=1), np.roll(old, 5, axis=1)
+    balancer.place(layer, new)
+    before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(layer)))
+    for other, message in (
+        (early, "the layer itself of what moves along must have placement tables: copy a model after"),
+        (stale, "replicas.physical_to_logical.* must be the placement of the model, to move along with it"),
+        (nnx.state(stale), "replicas.physical_to_logical.* must be the placement of the model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            balancer.place(layer, newest, other)
+    assert_same_state(layer, before)

@@ -49,6 +49,20 @@ def test_copies_are_summed_where_integers_have_64_bits_too(rng):
     np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_sum_over_copies_is_rounded_once(num_ranks):
+    """256 + 1 + 1 + 1 + 1/4 is 256 in bfloat16 one by one, 258 if each of two ranks rounds, and 260 if the sum alone is rounded."""
+    placement, values = np.array([[0, 1, 0, 0, 0, 0]]), np.array([[256], [7], [1], [1], [1], [0.25]])
+    mesh, spec = make_mesh(num_ranks), PartitionSpec("expert")
+    array = jax.device_put(jnp.asarray(values, jnp.bfloat16), NamedSharding(mesh, spec))
+    tables = [jnp.asarray(table) for table in compute_logical_maps(placement, 2)]
+    result = jax.jit(sum_over_copies, static_argnames="sharding")(
+        array, *tables, sharding=ExpertSharding(mesh, spec, is_stacked=False)
+    )
+    assert result.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(result, np.float32)[:, 0], [260, 7, 260, 260, 260, 260])
+
+
 @nnx.jit
 def train_plainly(layer, optimizer, x, target):
     gradients = nnx.grad(lambda layer: ((layer(x) - target) ** 2).mean())(layer)

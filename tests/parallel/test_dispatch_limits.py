@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from oracles.dispatch import count_sent_rows
 from oracles.layers_under_test import call, random_layer
@@ -110,6 +111,30 @@ def test_weight_on_the_input_travels_with_its_row(one_row_per_rank, rng):
     parallel = ParallelConfig(strategy="ragged_all_to_all", one_row_per_rank=one_row_per_rank, **SPLIT)
     single, sharded = layer_pair(rng, settings, make_mesh(1, 2, 1), parallel)
     np.testing.assert_allclose(call(sharded, x), call(single, x), rtol=1e-5, atol=1e-5)
+
+
+@nnx.jit
+def value_and_gradient(layer, x, given):
+    return jax.value_and_grad(lambda x: (layer(x, **given) ** 2).sum())(x)
+
+
+@pytest.mark.parametrize("strategy", ["padded_all_to_all", pytest.param("ragged_all_to_all", marks=SLOW)])
+@pytest.mark.parametrize(
+    ("one_row_per_rank", "top_k"), [(False, 3), pytest.param(True, 3, marks=SLOW), pytest.param(False, 1, marks=SLOW)]
+)
+def test_numbers_of_64_bits_keep_them_on_their_way(strategy, one_row_per_rank, top_k, rng):
+    """Results are summed in the dtype of the tokens where that is wider than the weights, which the router gives in float32."""
+    settings = small_config(param_dtype=jnp.float64, top_k=top_k, apply_router_weight_on_input=top_k == 1)
+    parallel = ParallelConfig(strategy=strategy, one_row_per_rank=one_row_per_rank, **SPLIT)
+    with jax.enable_x64(True):
+        single, sharded = layer_pair(rng, settings, make_mesh(1, 4, 1), parallel)
+        x = jnp.asarray(rng.normal(size=(8, 6)))
+        # Equal logits: a weight has the same bits wherever it is computed. Of repeated choices one carries the row of all.
+        given = dict(router_logits=jnp.zeros((8, 8)), forced_ids=forced(rng.integers(8, size=(8, top_k))))
+        expected, actual = (value_and_gradient(layer, x, given) for layer in (single, sharded))
+    for one, other in zip(expected, actual, strict=True):
+        assert other.dtype == jnp.float64
+        np.testing.assert_allclose(other, one, rtol=0, atol=1e-12)
 
 
 def test_masked_tokens_may_hold_nan(rng):

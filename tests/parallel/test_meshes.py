@@ -15,6 +15,7 @@ from moe_jax.parallel import create_mesh, initialize_distributed, parallel_of
         (dict(num_processes=2), "go together; missing: coordinator_address, process_id"),
         (dict(coordinator_address="a:1", num_processes=2, process_id=2), r"in \[0, num_processes=2\), got 2"),
         (dict(coordinator_address="a", num_processes=2, process_id=0), "must be host:port, got 'a'"),
+        (dict(coordinator_address="1234", num_processes=2, process_id=0), "must be host:port, got '1234'"),
     ],
     ids=str,
 )
