@@ -5,12 +5,12 @@ is written down and not in the middle of a step.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, Literal, Self, get_args
 
 import jax.numpy as jnp
 
+from moe_jax.config_checks import check_integer, check_kind, is_finite_number
 from moe_jax.kernels import Activation
 from moe_jax.kernels.fused_moe.api import IMPLEMENTATIONS
 
@@ -31,18 +31,24 @@ class GroupLimit:
     """How many groups stay eligible per token."""
     score: Literal["max", "top2_sum"] | None = None
     """How a group is scored: its best expert (DeepSeek-V2), or the sum of its two best biased scores (V3). None, as in vLLM: the
-    latter with a correction bias, the former without; in a `RouterConfig` this is the one in use."""
+    latter with a correction bias, the former without."""
     masked_score: float = float("-inf")
     """What experts outside the kept groups score in the final choice: -inf (vLLM, DeepSeek-V3) or 0 (DeepSeek-V2)."""
 
+    def __post_init__(self) -> None:
+        check_integer("num_groups", self.num_groups, least=1, must="be positive")
+        check_integer("groups_kept", self.groups_kept, least=1, must="be positive")
+        if self.score not in (None, "max", "top2_sum"):
+            raise ValueError(f"score must be 'max' or 'top2_sum', or None; got {self.score!r}")
+        if self.masked_score != float("-inf") and not is_finite_number(self.masked_score):
+            raise ValueError(f"masked_score must be finite or -inf, got {self.masked_score!r}")
+
     def validate(self, num_experts: int, top_k: int) -> None:
         """Raise ValueError unless these groups fit `num_experts` experts and `top_k` choices."""
-        if self.num_groups < 1 or num_experts % self.num_groups:
+        if num_experts % self.num_groups:
             raise ValueError(f"num_groups must divide num_experts={num_experts}, got {self.num_groups}")
-        if not 1 <= self.groups_kept <= self.num_groups:
+        if self.groups_kept > self.num_groups:
             raise ValueError(f"groups_kept must be in [1, num_groups={self.num_groups}], got {self.groups_kept}")
-        if self.score not in ("max", "top2_sum"):
-            raise ValueError(f"score must be 'max' or 'top2_sum', got {self.score!r}")
         group_size = num_experts // self.num_groups
         if self.score == "top2_sum" and group_size < 2:
             raise ValueError(f"score='top2_sum' needs at least 2 experts per group, got {group_size}")
@@ -99,29 +105,26 @@ class RouterConfig:
     def __post_init__(self) -> None:
         if self.scoring not in SCORING_FUNCTIONS:
             raise ValueError(f"scoring must be one of {', '.join(SCORING_FUNCTIONS)}; got {self.scoring!r}")
-        if not (math.isfinite(self.renormalize_epsilon) and self.renormalize_epsilon >= 0):
-            raise ValueError(f"renormalize_epsilon must be finite and not negative, got {self.renormalize_epsilon}")
-        if not (math.isfinite(self.routed_scaling_factor) and self.routed_scaling_factor > 0):
-            raise ValueError(f"routed_scaling_factor must be positive and finite, got {self.routed_scaling_factor}")
-        if self.hash_vocab_size is not None and self.hash_vocab_size < 1:
-            raise ValueError(f"hash_vocab_size must be positive, got {self.hash_vocab_size}")
-        if self.num_zero_experts < 0:
-            raise ValueError(f"num_zero_experts must not be negative, got {self.num_zero_experts}")
-        if self.input_norm_epsilon <= 0:
-            raise ValueError(f"input_norm_epsilon must be positive, got {self.input_norm_epsilon}")
+        if not (is_finite_number(self.renormalize_epsilon) and self.renormalize_epsilon >= 0):
+            raise ValueError(f"renormalize_epsilon must be finite and not negative, got {self.renormalize_epsilon!r}")
+        if not (is_finite_number(self.routed_scaling_factor) and self.routed_scaling_factor > 0):
+            raise ValueError(f"routed_scaling_factor must be positive and finite, got {self.routed_scaling_factor!r}")
+        if self.hash_vocab_size is not None:
+            check_integer("hash_vocab_size", self.hash_vocab_size, least=1, must="be positive")
+        check_integer("num_zero_experts", self.num_zero_experts, least=0, must="not be negative")
+        if not (is_finite_number(self.input_norm_epsilon) and self.input_norm_epsilon > 0):
+            raise ValueError(f"input_norm_epsilon must be positive and finite, got {self.input_norm_epsilon!r}")
         if self.custom is not None and not callable(self.custom):
             raise ValueError(f"custom must be a function, got {self.custom!r}")
-        if self.group_limit is not None and self.group_limit.score is None:
-            score = "top2_sum" if self.correction_bias else "max"
-            object.__setattr__(self, "group_limit", dataclasses.replace(self.group_limit, score=score))
+        check_kind("group_limit", self.group_limit, GroupLimit, type(None))
         if self.simulation is None:  # which overrides the rest, so that any router can be simulated
             self._validate_combination()
 
     def _validate_combination(self) -> None:
         """Raise ValueError if one field says how to choose or weigh experts and another one would be ignored."""
         if self.sparsemixer_jitter is not None:
-            if not (math.isfinite(self.sparsemixer_jitter) and self.sparsemixer_jitter >= 0):
-                raise ValueError(f"sparsemixer_jitter must be finite and not negative, got {self.sparsemixer_jitter}")
+            if not (is_finite_number(self.sparsemixer_jitter) and self.sparsemixer_jitter >= 0):
+                raise ValueError(f"sparsemixer_jitter must be finite and not negative, got {self.sparsemixer_jitter!r}")
             if self.renormalize:
                 raise ValueError("sparsemixer_jitter needs renormalize=False, got renormalize=True")
         ways = {
@@ -145,12 +148,21 @@ class RouterConfig:
     def validate(self, num_experts: int, top_k: int) -> None:
         """Raise ValueError unless this router can choose `top_k` of `num_experts` experts."""
         candidates = num_experts + self.num_zero_experts
-        if not 1 <= top_k <= candidates:
+        check_integer("top_k", top_k, least=1, must=f"be in [1, {candidates}] (experts and zero experts)")
+        if top_k > candidates:
             raise ValueError(f"top_k must be in [1, {candidates}] (experts and zero experts), got {top_k}")
         if self.sparsemixer_jitter is not None and top_k != 2:
             raise ValueError(f"sparsemixer routing needs top_k=2, got {top_k}")
-        if self.group_limit is not None:
-            self.group_limit.validate(candidates, top_k)
+        if self.scored_group_limit is not None:
+            self.scored_group_limit.validate(candidates, top_k)
+
+    @property
+    def scored_group_limit(self) -> GroupLimit | None:
+        """`group_limit` with the score that is in use."""
+        limit = self.group_limit
+        if limit is None or limit.score is not None:
+            return limit
+        return dataclasses.replace(limit, score="top2_sum" if self.correction_bias else "max")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,10 +179,9 @@ class SharedExpertsConfig:
     """Width of the tokens they see, if a `routed_input_transform` gives the routed experts another; None: the same."""
 
     def __post_init__(self) -> None:
-        if self.intermediate_size < 1:
-            raise ValueError(f"intermediate_size of the shared experts must be positive, got {self.intermediate_size}")
-        if self.hidden_size is not None and self.hidden_size < 1:
-            raise ValueError(f"hidden_size of the shared experts must be positive or None, got {self.hidden_size}")
+        check_integer("intermediate_size of the shared experts", self.intermediate_size, least=1, must="be positive")
+        if self.hidden_size is not None:
+            check_integer("hidden_size of the shared experts", self.hidden_size, least=1, must="be positive or None")
 
 
 AxisNames = str | tuple[str, ...] | None
@@ -218,6 +229,11 @@ class ParallelConfig:
     these ranks, for the caller to sum or reduce-scatter (see `ReductionPlan`)."""
 
     def __post_init__(self) -> None:
+        for name in ("expert_axis", "tensor_axis", "data_axis", "sequence_axis"):
+            axis = getattr(self, name)
+            names = axis if isinstance(axis, tuple) else (axis,)
+            if axis is not None and not all(isinstance(each, str) for each in names):
+                raise ValueError(f"{name} must be the name of a mesh axis, a tuple of names, or None; got {axis!r}")
         if self.strategy is not None and self.strategy not in get_args(DispatchStrategy):
             legal = ", ".join(map(repr, get_args(DispatchStrategy)))
             raise ValueError(f"strategy must be one of {legal} or None; got {self.strategy!r}")
@@ -225,8 +241,8 @@ class ParallelConfig:
             raise ValueError(f"placement_strategy must be 'linear' or 'round_robin', got {self.placement_strategy!r}")
         for name in ("capacity_factor", "buffer_factor"):
             factor = getattr(self, name)
-            if factor is not None and not (math.isfinite(factor) and factor > 0):
-                raise ValueError(f"{name} must be positive and finite, or None; got {factor}")
+            if factor is not None and not (is_finite_number(factor) and factor > 0):
+                raise ValueError(f"{name} must be positive and finite, or None; got {factor!r}")
         if self.micro_batches not in (1, 2):
             raise ValueError(f"micro_batches must be 1 or 2, got {self.micro_batches}")
 
@@ -259,8 +275,7 @@ class ParallelConfig:
         """
         sizes = {"dp": dp, "pcp": pcp, "tp": tp}
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be positive, got {size}")
+            check_integer(name, size, least=1, must="be positive")
         if sequence_parallel and not enable_ep:
             raise ValueError("sequence_parallel needs enable_ep=True, got False")
 
@@ -318,19 +333,21 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "intermediate_size", "num_experts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.num_redundant_experts < 0:
-            raise ValueError(f"num_redundant_experts must not be negative, got {self.num_redundant_experts}")
+            check_integer(name, getattr(self, name), least=1, must="be positive")
+        check_integer("num_redundant_experts", self.num_redundant_experts, least=0, must="not be negative")
+        check_kind("activation", self.activation, str, Activation)
+        check_kind("router", self.router, RouterConfig)
+        check_kind("shared_experts", self.shared_experts, SharedExpertsConfig, type(None))
+        check_kind("parallel", self.parallel, ParallelConfig)
         if self.apply_router_weight_on_input and self.top_k != 1:
             raise ValueError(f"apply_router_weight_on_input needs top_k=1, got top_k={self.top_k}")
         self._validate_scaling()
         if self.fuse_shared_experts:
             self._validate_fused_shared_experts()
         for name in ("dtype", "param_dtype"):
-            dtype = getattr(self, name)
-            if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-                raise ValueError(f"{name} must be floating, got {jnp.dtype(dtype)}")
+            _check_floating(name, getattr(self, name))
+        if self.dtype is not None and jnp.finfo(self.dtype).bits < 16:
+            raise ValueError(f"dtype must have 16 bits or more to compute with, got {jnp.dtype(self.dtype)}")
         Activation.of(self.activation)
         legal = [module.NAME for module in IMPLEMENTATIONS]
         if self.implementation not in (None, *legal):
@@ -395,3 +412,13 @@ class MoEConfig:
     def num_physical_experts(self) -> int:
         """Slots that hold an expert: logical experts and their redundant copies."""
         return self.num_experts + self.num_redundant_experts
+
+
+def _check_floating(name: str, dtype: Any) -> None:
+    """Raise ValueError unless `dtype` is None or names a floating dtype."""
+    try:
+        is_floating = dtype is None or jnp.issubdtype(dtype, jnp.floating)
+    except TypeError as error:
+        raise ValueError(f"{name} must be floating, got {dtype!r}, which is no dtype") from error
+    if not is_floating:
+        raise ValueError(f"{name} must be floating, got {jnp.dtype(dtype)}")

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from moe_jax.config import GroupLimit, MoEConfig, ParallelConfig, RouterConfig, SharedExpertsConfig
@@ -49,7 +51,13 @@ def test_physical_experts_count_the_redundant_ones():
         ({"routed_scaling_factor": float("nan")}, "routed_scaling_factor must be positive and finite, got nan"),
         ({"hash_vocab_size": 0}, "hash_vocab_size must be positive, got 0"),
         ({"num_zero_experts": -1}, "num_zero_experts must not be negative, got -1"),
-        ({"input_norm_epsilon": 0.0}, "input_norm_epsilon must be positive, got 0.0"),
+        ({"input_norm_epsilon": 0.0}, "input_norm_epsilon must be positive and finite, got 0.0"),
+        ({"input_norm_epsilon": float("nan")}, "input_norm_epsilon must be positive and finite, got nan"),
+        ({"routed_scaling_factor": "2.5"}, "routed_scaling_factor must be positive and finite, got '2.5'"),
+        ({"renormalize_epsilon": None}, "renormalize_epsilon must be finite and not negative, got None"),
+        ({"num_zero_experts": 1.0}, "num_zero_experts must be an integer, got 1.0"),
+        ({"hash_vocab_size": "8"}, "hash_vocab_size must be an integer, got '8'"),
+        ({"group_limit": {"num_groups": 2}}, "group_limit must be GroupLimit or None, got {'num_groups': 2}"),
         ({"custom": "llama4"}, "custom must be a function, got 'llama4'"),
         ({"sparsemixer_jitter": 0.01}, "sparsemixer_jitter needs renormalize=False, got renormalize=True"),
         (
@@ -88,6 +96,33 @@ def test_routers_that_would_ignore_a_field_or_make_no_sense_are_refused(changes,
         RouterConfig(**changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_groups": 0}, "num_groups must be positive, got 0"),
+        ({"num_groups": 2.0}, "num_groups must be an integer, got 2.0"),
+        ({"groups_kept": 0}, "groups_kept must be positive, got 0"),
+        ({"score": "sum"}, "score must be 'max' or 'top2_sum', or None; got 'sum'"),
+        # NaN counts as larger than every score, so only experts outside the kept groups would be chosen.
+        ({"masked_score": float("nan")}, "masked_score must be finite or -inf, got nan"),
+        ({"masked_score": float("inf")}, "masked_score must be finite or -inf, got inf"),
+    ],
+)
+def test_groups_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        GroupLimit(**{"num_groups": 4, "groups_kept": 2} | changes)
+
+
+def test_score_of_groups_follows_the_correction_bias_unless_it_was_asked_for():
+    plain = RouterConfig(group_limit=GroupLimit(num_groups=4, groups_kept=2))
+    assert plain.scored_group_limit.score == "max"
+    biased = dataclasses.replace(plain, correction_bias=True)
+    assert biased.scored_group_limit.score == "top2_sum"
+    asked = RouterConfig(group_limit=GroupLimit(num_groups=4, groups_kept=2, score="max"))
+    assert asked.scored_group_limit == plain.scored_group_limit
+    assert dataclasses.replace(asked, correction_bias=True).scored_group_limit.score == "max"
+
+
 def test_any_router_may_be_simulated():
     for original in (
         RouterConfig(group_limit=GroupLimit(num_groups=2, groups_kept=1), correction_bias=True),
@@ -114,19 +149,9 @@ def test_any_router_may_be_simulated():
             "num_groups must divide num_experts=8, got 3",
         ),
         (
-            {"group_limit": GroupLimit(num_groups=0, groups_kept=1)},
-            {},
-            "num_groups must divide num_experts=8, got 0",
-        ),
-        (
             {"group_limit": GroupLimit(num_groups=4, groups_kept=5)},
             {},
             r"groups_kept must be in \[1, num_groups=4\], got 5",
-        ),
-        (
-            {"group_limit": GroupLimit(num_groups=4, groups_kept=1, score="sum")},
-            {},
-            "score must be 'max' or 'top2_sum', got 'sum'",
         ),
         (
             {"correction_bias": True, "group_limit": GroupLimit(num_groups=8, groups_kept=4)},
@@ -144,6 +169,17 @@ def test_any_router_may_be_simulated():
         ({}, {"num_redundant_experts": -1}, "num_redundant_experts must not be negative, got -1"),
         ({}, {"apply_router_weight_on_input": True}, "apply_router_weight_on_input needs top_k=1, got top_k=2"),
         ({}, {"activation": "siluu"}, "siluu"),
+        ({}, {"activation": max}, "activation must be str or Activation, got <built-in function max>"),
+        ({}, {"hidden_size": 16.0}, "hidden_size must be an integer, got 16.0"),
+        ({}, {"intermediate_size": "8"}, "intermediate_size must be an integer, got '8'"),
+        ({}, {"num_experts": None}, "num_experts must be an integer, got None"),
+        ({}, {"top_k": 2.0}, "top_k must be an integer, got 2.0"),
+        ({}, {"top_k": True}, "top_k must be an integer, got True"),
+        ({}, {"num_redundant_experts": 1.0}, "num_redundant_experts must be an integer, got 1.0"),
+        ({}, {"shared_experts": 8}, "shared_experts must be SharedExpertsConfig or None, got 8"),
+        ({}, {"parallel": None}, "parallel must be ParallelConfig, got None"),
+        ({}, {"dtype": "bf16"}, "dtype must be floating, got 'bf16', which is no dtype"),
+        ({}, {"dtype": jnp.float8_e4m3fn}, "dtype must have 16 bits or more to compute with, got float8_e4m3fn"),
         (
             {},
             {"implementation": "palas_gpu"},
@@ -192,6 +228,17 @@ def test_scaling_that_reaches_the_output_once_is_legal():
 def test_shared_experts_need_positive_sizes(name):
     with pytest.raises(ValueError, match=f"{name} of the shared experts must be positive.*, got 0"):
         SharedExpertsConfig(**{"intermediate_size": 4, name: 0})
+
+
+def test_sizes_may_be_integers_of_numpy():
+    assert layer(hidden_size=np.int64(16), top_k=np.int32(2)) == layer()
+
+
+@pytest.mark.parametrize("axis", [["expert"], ("expert", None), 0], ids=str)
+def test_mesh_axes_are_names(axis):
+    # A list would be accepted, and make every configuration that holds it unhashable.
+    with pytest.raises(ValueError, match="expert_axis must be the name of a mesh axis, a tuple of names, or None; got"):
+        ParallelConfig(expert_axis=axis)
 
 
 def test_nothing_is_sharded_unless_asked_for():

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from oracles.layers_under_test import call, random_layer
 
-from moe_jax import MoEConfig, MoERunner, ParallelConfig, RoutedExperts, RouterConfig
+from moe_jax import MoEConfig, MoERunner, ParallelConfig, RoutedExperts, RouterConfig, SharedExpertsConfig
 from moe_jax.placement import ExpertMapManager, ParallelRanks
 from moe_jax.routing import Router
 
@@ -120,6 +120,22 @@ def test_copies_of_an_expert_start_equal_on_every_rank():
         np.testing.assert_array_equal(experts.down_proj[...], drawn[manager.expert_map >= 0])
 
 
+def test_results_of_all_ranks_add_up_even_if_some_have_no_expert(rng):
+    few = config(num_experts=2)
+    whole = random_layer(rng, few).routed_experts
+    x, weights = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in [(5, 6), (5, 2)])
+    ids = jnp.asarray(rng.integers(-1, 2, size=(5, 2)), jnp.int32)
+    total = 0
+    for rank in range(3):
+        manager = ExpertMapManager(global_num_experts=2, ranks=ParallelRanks(ep_size=3, ep_rank=rank, use_ep=True))
+        part = RoutedExperts(few, expert_map_manager=manager, rngs=nnx.Rngs(0))
+        for name in ("gate_up_proj", "down_proj"):
+            getattr(part, name).set_value(getattr(whole, name)[...][manager.expert_map >= 0])
+        assert part.num_local_experts == (1, 1, 0)[rank]
+        total += call(part, x, weights, ids)
+    np.testing.assert_allclose(total, call(whole, x, weights, ids), rtol=1e-5, atol=1e-6)
+
+
 def test_an_input_of_shared_experts_needs_shared_experts():
     layer = nnx.eval_shape(lambda: MoERunner(config(), rngs=nnx.Rngs(0)))
     x = jax.ShapeDtypeStruct((4, 6), jnp.float32)
@@ -183,3 +199,104 @@ def test_matrices_of_every_kind_start_with_the_variance_of_their_inputs(activati
     experts = RoutedExperts(config(**sizes), rngs=nnx.Rngs(jax.random.key(0)))
     assert np.std(experts.gate_up_proj[...]) * 96**0.5 == pytest.approx(1, abs=0.02)
     assert np.std(experts.down_proj[...]) * 64**0.5 == pytest.approx(1, abs=0.02)
+
+
+def abstract_call(layer, shape, dtype=jnp.float32, **arrays):
+    """Shapes and dtypes of a call's result; `arrays` are shapes of further float32 arguments."""
+    given = {name: jax.ShapeDtypeStruct(of, jnp.float32) for name, of in arrays.items()}
+    return nnx.eval_shape(lambda layer, x, given: layer(x, **given), layer, jax.ShapeDtypeStruct(shape, dtype), given)
+
+
+def abstract_layer(changes, **parts):
+    return nnx.eval_shape(lambda: MoERunner(config(**changes), rngs=nnx.Rngs(0), **parts))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("part", ["routed_input_transform", "routed_output_transform", "shared_experts"])
+def test_parts_of_ones_own_with_float32_results_do_not_widen_the_layer(part, dtype):
+    router = RouterConfig(num_zero_experts=2)
+    seen = []
+
+    def widen(x):
+        seen.append(x.dtype)
+        return x.astype(jnp.float32)
+
+    by_config = abstract_layer(dict(router=router, dtype=dtype), **{part: widen})
+    assert abstract_call(by_config, (4, 6)).dtype == dtype
+    by_input = abstract_layer(dict(router=router), **{part: widen})
+    assert abstract_call(by_input, (4, 6), dtype).dtype == dtype
+    assert set(seen) == {jnp.dtype(dtype)}
+
+
+def test_experts_after_a_float32_transform_compute_in_the_dtype_of_the_layer():
+    layer = abstract_layer(dict(), routed_input_transform=lambda x: x.astype(jnp.float32))
+    dtypes = []
+
+    class Recording(nnx.Module):
+        def __call__(self, x, topk_weights, topk_ids):
+            dtypes.append(x.dtype)
+            return x
+
+    layer.routed_experts = Recording()
+    abstract_call(layer, (4, 6), jnp.bfloat16)
+    assert dtypes == [jnp.bfloat16]
+
+
+SHARED_OF_WIDTH_9 = SharedExpertsConfig(intermediate_size=4, hidden_size=9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts", "shape", "message"),
+    [
+        (dict(), dict(), (4, 7), r"need tokens \[4, hidden_size=6\], got hidden_states of shape \[4, 7\]"),
+        (
+            dict(),
+            dict(routed_input_transform=lambda x: x[:, :5]),
+            (4, 6),
+            r"need tokens \[4, hidden_size=6\], got the output of routed_input_transform of shape \[4, 5\]",
+        ),
+        (
+            dict(),
+            dict(routed_input_transform=lambda x: x[:1]),
+            (4, 6),
+            r"got the output of routed_input_transform of shape \[1, 6\]",
+        ),
+        (dict(shared_experts=SHARED_OF_WIDTH_9), dict(), (4, 6), r"shared experts need tokens \[..., 9\], got shape"),
+        (
+            dict(shared_experts=SHARED_OF_WIDTH_9),
+            dict(routed_input_transform=lambda x: x[:, :6]),
+            (4, 9),
+            r"must have the same shape to be added, got \[4, 6\] and \[4, 9\]",
+        ),
+        # Broadcasting would add these without a word.
+        (dict(), dict(shared_experts=lambda x: x[:, :1]), (4, 6), r"to be added, got \[4, 6\] and \[4, 1\]"),
+        (dict(), dict(shared_experts=lambda x: x[0]), (4, 6), r"to be added, got \[4, 6\] and \[6\]"),
+        (dict(), dict(routed_output_transform=lambda x: x[:, :1], shared_experts=abs), (4, 6), r"got \[4, 1\] and"),
+        (dict(), dict(), (), r"hidden_states must have shape \[..., H\], got \[\]"),
+    ],
+)
+def test_tokens_that_do_not_fit_a_part_are_refused_with_their_shape(changes, parts, shape, message):
+    layer = abstract_layer(changes, **parts)
+    with pytest.raises(ValueError, match=message):
+        abstract_call(layer, shape)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.complex64, jnp.float8_e4m3fn], ids=lambda dtype: dtype.__name__)
+def test_tokens_that_are_no_numbers_to_compute_with_are_refused(dtype):
+    with pytest.raises(ValueError, match=f"hidden_states must be floating, of 16 bits or more, got {dtype.__name__}"):
+        abstract_call(abstract_layer(dict()), (4, 6), dtype)
+
+
+class OwnExperts(nnx.Module):
+    def __call__(self, x, topk_weights, topk_ids):
+        return x
+
+
+def test_experts_of_ones_own_are_called_but_neither_split_nor_joined_by_shared_ones():
+    assert abstract_call(abstract_layer(dict(), routed_experts=OwnExperts()), (4, 6)).shape == (4, 6)
+    fused = dict(fuse_shared_experts=True, shared_experts=SharedExpertsConfig(intermediate_size=8))
+    with pytest.raises(ValueError, match="fuse_shared_experts=True needs a RoutedExperts as routed_experts, got OwnEx"):
+        abstract_layer(fused, routed_experts=OwnExperts())
+    split = dict(parallel=ParallelConfig(expert_axis="expert"))
+    with pytest.raises(ValueError, match="a layer on a mesh needs a RoutedExperts as routed_experts, got OwnExperts"):
+        abstract_layer(split, routed_experts=OwnExperts(), mesh=jax.make_mesh((2,), ("expert",)))

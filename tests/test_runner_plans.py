@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from moe_jax import MoEConfig, RouterConfig
+from moe_jax.routing import route
 from moe_jax.runner import ReductionPlan, ScalingPlan
 
 SIZES = dict(hidden_size=8, intermediate_size=8, num_experts=4, top_k=2)
@@ -26,13 +27,14 @@ def test_routed_output_outweighs_shared_output_by_the_factor_exactly_once(factor
         with pytest.raises(ValueError, match="apply_scale_to_output"):
             scaling_config(factor, to_output, trick)
         return
-    plan = ScalingPlan.of(scaling_config(factor, to_output, trick), has_shared_experts=has_shared)
+    config = scaling_config(factor, to_output, trick)
+    plan = ScalingPlan.of(config, has_shared_experts=has_shared)
     routed, shared = plan.output_factors(dtype)
-    assert plan.router_factor * routed / shared == pytest.approx(factor)
-    changed = [
-        name for name, value in dict(router=plan.router_factor, routed=routed, shared=shared).items() if value != 1
-    ]
-    assert len(changed) == (factor != 1)
+    # Renormalised weights add up to 1, and so to what the router has multiplied them by.
+    in_router = float(route(jnp.zeros((1, 4)), config.router, 4, 2).topk_weights.sum())
+    assert in_router * routed / shared == pytest.approx(factor)
+    assert sum(value != 1 for value in (in_router, routed, shared)) == (factor != 1)
+    assert plan.applied_to == ("routed output" if to_output else "router weights")
 
 
 def test_float16_trick_leaves_routed_unscaled_only_in_float16_beside_shared_experts():

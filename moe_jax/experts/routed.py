@@ -185,6 +185,8 @@ class RoutedExperts(nnx.Module):
         placement = self.expert_map_manager
         if placement is None:
             return self.computation(x, topk_weights, topk_ids, self.weights())
+        if not placement.local_num_experts:
+            return jnp.zeros_like(x)  # more ranks than experts: this one adds nothing to the sum
         local_share = min(1.0, placement.local_num_experts / placement.global_num_experts)
         return self.computation(
             x,

@@ -29,6 +29,9 @@ class SharedExperts(nnx.Module):
 
     Children are `nnx.Linear` (kernel `[in, out]`): `gate_proj` (None for an activation without a gate), `up_proj`,
     `down_proj`, and `gate` (kernel `[H, 1]`, no bias; None without `sigmoid_gate`).
+
+    Attributes:
+        hidden_size: H, the width of its tokens.
     """
 
     def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs):
@@ -45,7 +48,7 @@ class SharedExperts(nnx.Module):
         if shared is None:
             raise ValueError("SharedExperts needs config.shared_experts, got None")
         self.activation = Activation.of(config.activation)
-        hidden = config.hidden_size if shared.hidden_size is None else shared.hidden_size
+        self.hidden_size = hidden = config.hidden_size if shared.hidden_size is None else shared.hidden_size
 
         def linear(features_in: int, features_out: int, *, bias: bool) -> nnx.Linear:
             return nnx.Linear(
@@ -65,7 +68,13 @@ class SharedExperts(nnx.Module):
         self.gate = nnx.data(linear(hidden, 1, bias=False) if shared.sigmoid_gate else None)
 
     def __call__(self, x: Float[Array, "... H"]) -> Float[Array, "... H"]:
-        """The shared experts' output, in the dtype of `x` or the config's."""
+        """The shared experts' output, in the dtype of `x` or the config's.
+
+        Raises:
+            ValueError: `x` has another width than the projections.
+        """
+        if x.shape[-1] != self.hidden_size:
+            raise ValueError(f"the shared experts need tokens [..., {self.hidden_size}], got shape {list(x.shape)}")
         up = self.up_proj(x)
         inner = self.activation(up) if self.gate_proj is None else self.activation(self.gate_proj(x), up)
         output = self.down_proj(inner)

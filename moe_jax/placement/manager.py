@@ -8,7 +8,7 @@ import numpy as np
 from .expert_map import determine_expert_map
 from .ranks import ParallelRanks
 from .routing_tables import RoutingTables, build_routing_tables
-from .strategy import BATCHED_BACKENDS, PlacementStrategy, determine_expert_placement_strategy
+from .strategy import BATCHED_BACKENDS, PlacementChoice, PlacementStrategy, determine_expert_placement_strategy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,12 @@ class ExpertMapManager:
             enable_eplb=self.enable_eplb,
             all2all_backend=self.all2all_backend,
         )
+        if choice.strategy == "round_robin" and self._addresses_slots and self.num_fused_shared_experts:
+            choice = PlacementChoice(
+                "linear",
+                f"`round_robin` placement with all2all_backend={self.all2all_backend!r} needs "
+                f"num_fused_shared_experts = 0, got {self.num_fused_shared_experts}",
+            )
         if asked is not None and choice.reason is not None:
             raise ValueError(choice.reason)
         local_routed, expert_map, expert_mask = determine_expert_map(
@@ -92,15 +98,14 @@ class ExpertMapManager:
         for name, value in derived.items():
             object.__setattr__(self, name, value)  # the one place that fills a frozen instance
 
+    @property
+    def _addresses_slots(self) -> bool:
+        """Tokens travel to slots, which routing tables translate; these know no fused shared experts."""
+        return self.ranks.use_all2all and self.all2all_backend in BATCHED_BACKENDS
+
     def _build_routing_tables(self, strategy: PlacementStrategy) -> RoutingTables | None:
-        addresses_slots = self.ranks.use_all2all and self.all2all_backend in BATCHED_BACKENDS
-        if strategy != "round_robin" or not addresses_slots:
+        if strategy != "round_robin" or not self._addresses_slots:
             return None
-        if self.num_fused_shared_experts:
-            raise ValueError(
-                f"`round_robin` placement with all2all_backend={self.all2all_backend!r} needs "
-                f"num_fused_shared_experts = 0, got {self.num_fused_shared_experts}"
-            )
         return build_routing_tables(self.ranks.ep_size, self.ranks.ep_rank, self.global_num_experts)
 
     def update(

@@ -32,6 +32,8 @@ class ParallelRanks:
     def __post_init__(self) -> None:
         for kind in ("tp", "ep"):
             _check_rank(kind, getattr(self, f"{kind}_rank"), getattr(self, f"{kind}_size"))
+        for kind in ("dp", "pcp", "sp"):
+            _check_rank(kind, 0, getattr(self, f"{kind}_size"))
         if self.ep_size > 1 and not self.use_ep:
             raise ValueError(f"ep_size must be 1 when use_ep=False, got {self.ep_size}")
 

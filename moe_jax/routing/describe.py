@@ -29,8 +29,8 @@ def _choice(config: RouterConfig, num_experts: int, top_k: int) -> list[str]:
     chosen = [
         f"{top_k} of {pool} by token id" if config.hash_vocab_size is not None else f"top {top_k} of {pool}{steering}"
     ]
-    if config.group_limit is not None:
-        limit = config.group_limit
+    limit = config.scored_group_limit
+    if limit is not None:
         chosen.insert(0, f"best {limit.groups_kept} of {limit.num_groups} groups by {limit.score}{steering}")
     score = [config.scoring]
     steps += [*chosen, *score] if config.score_after_top_k else [*score, *chosen]

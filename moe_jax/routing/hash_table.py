@@ -10,6 +10,7 @@ def look_up_experts(hash_table: Int[Array, "V K"], input_ids: Int[Array, "T"]) -
     Source: vLLM `fused_topk_bias` with `hash_indices_table`; spec 2.5.
     """
     vocabulary = hash_table.shape[0]
+    input_ids = input_ids.astype(jnp.promote_types(input_ids.dtype, jnp.int32))  # int16 may not hold `vocabulary`
     rows = jnp.where(input_ids < 0, vocabulary, input_ids)  # a negative index would count from the table's end
     return hash_table.at[rows].get(mode="fill", fill_value=-1).astype(jnp.int32)
 

@@ -86,7 +86,8 @@ def routing_method_type(config: RouterConfig, top_k: int) -> RoutingMethodType:
         return RoutingMethodType.SIMULATED
     if config.custom is not None:
         return RoutingMethodType.CUSTOM
-    if config.score_after_top_k and not config.correction_bias:
+    is_plain = not (config.correction_bias or config.num_zero_experts or config.per_expert_scale)
+    if config.score_after_top_k and is_plain:
         if config.scoring == "softmax":
             return RoutingMethodType.RENORMALIZE
         if config.scoring == "sigmoid" and top_k == 1 and not config.renormalize:

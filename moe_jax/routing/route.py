@@ -92,7 +92,8 @@ def route(
             _require_integers("input_ids", input_ids, (num_tokens,))
             ids = look_up_experts(hash_table, input_ids)
         else:
-            ids = choose_experts(scores, top_k=top_k, correction_bias=correction_bias, group_limit=config.group_limit)
+            limit = config.scored_group_limit
+            ids = choose_experts(scores, top_k=top_k, correction_bias=correction_bias, group_limit=limit)
         weights = gather_per_expert(scores, ids)
         if config.score_after_top_k:
             weights = _score_chosen(weights, ids, config.scoring)
@@ -155,10 +156,10 @@ def _call_custom(
 
 
 def _checked(source: str, weights: Array, ids: Array, num_tokens: int, top_k: int) -> RoutingResult:
-    """Weights as float32 and ids as int32, once their shapes are what they must be."""
+    """Weights as float32, 0 where there is no expert, and ids as int32, once their shapes are what they must be."""
     _require_shape(f"weights of {source}", weights, (num_tokens, top_k))
     _require_integers(f"ids of {source}", ids, (num_tokens, top_k))
-    return RoutingResult(weights.astype(jnp.float32), ids.astype(jnp.int32))
+    return RoutingResult(jnp.where(ids < 0, 0.0, weights.astype(jnp.float32)), ids.astype(jnp.int32))
 
 
 def _require_use(name: str, array: Array | None, is_used: bool, shape: tuple[int | None, ...]) -> None:

@@ -83,7 +83,14 @@ class Router(nnx.Module):
         )
 
     def compute_logits(self, hidden_states: Float[Array, "T H"]) -> Float[Array, "T E"]:
-        """Router logits of the hidden states, float32."""
+        """Router logits of the hidden states, float32.
+
+        Raises:
+          ValueError: the hidden states have another width than the router's weight.
+        """
+        width = self.weight.shape[-1]
+        if hidden_states.ndim != 2 or hidden_states.shape[1] != width:
+            raise ValueError(f"the router needs hidden_states [T, {width}], got shape {list(hidden_states.shape)}")
         if self.input_scale is not None:
             hidden_states = normalize_router_input(
                 hidden_states, self.input_scale[...], epsilon=self.config.input_norm_epsilon

@@ -21,10 +21,15 @@ def keep_best_groups(choice: Float[Array, "T E"], limit: GroupLimit) -> Float[Ar
 
     Experts `g * E / G .. (g + 1) * E / G - 1` form group `g`. Equal groups: the lower one is kept.
 
+    Raises:
+        ValueError: `limit` leaves open how groups are scored.
+
     Source: DeepSeek-V3 (arXiv 2412.19437) section 2.1.2; vLLM `grouped_topk`; spec 2.6.
     """
     num_tokens, num_experts = choice.shape
     grouped = choice.reshape(num_tokens, limit.num_groups, num_experts // limit.num_groups)
+    if limit.score is None:
+        raise ValueError("limit.score must be 'max' or 'top2_sum', got None: see RouterConfig.scored_group_limit")
     experts_counted = 1 if limit.score == "max" else 2
     group_scores = top_k_lowest_index(grouped, experts_counted)[0].sum(axis=-1)
     _, kept_groups = top_k_lowest_index(group_scores, limit.groups_kept)

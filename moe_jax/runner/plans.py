@@ -35,11 +35,6 @@ class ScalingPlan:
         )
 
     @property
-    def router_factor(self) -> float:
-        """What the router multiplies its weights by."""
-        return self.factor if self.applied_to == "router weights" else 1.0
-
-    @property
     def fused_shared_weight(self) -> float:
         """Router weight of shared experts that are fused with the routed ones, and so scaled as these."""
         return fused_shared_expert_weight(self.factor, apply_scale_to_output=self.applied_to == "routed output")

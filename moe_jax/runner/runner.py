@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import reprlib
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import MoEConfig
-from moe_jax.experts import EXPERT_PARAMETERS, RoutedExperts, SharedExperts
+from moe_jax.experts import RoutedExperts, SharedExperts
 from moe_jax.kernels.selection import Choice
 from moe_jax.parallel import LayerAxes
 from moe_jax.parallel.choice import choose_strategy
@@ -28,16 +28,17 @@ from moe_jax.parallel.layer_parts import (
     slice_tokens,
     sum_over_ranks,
 )
-from moe_jax.parallel.sharding import expert_weight_specs, shared_expert_spec
 from moe_jax.placement import ExpertMapManager
 from moe_jax.routing import Router, append_fused_shared_experts, split_zero_experts
 from moe_jax.runner.aux import MoEAux, count_expert_load
-from moe_jax.runner.built_for import check_built_for
+from moe_jax.runner.built_for import check_built_for, check_can_be_split
 from moe_jax.runner.fused_shared_experts import check_fused_shared_experts
 from moe_jax.runner.interface import MoERunnerInterface
+from moe_jax.runner.on_mesh import partition_spec, place_parts, result_shardings
 from moe_jax.runner.physical_experts import expert_map_manager, initial_replicas, resolve_axes
 from moe_jax.runner.plans import ReductionPlan, ScalingPlan
 from moe_jax.runner.token_order import TokenOrder
+from moe_jax.runner.token_shapes import check_hidden_states, check_routed_input, check_same_tokens
 
 Transform = Callable[[Array], Any]
 """`f(x [T, H])` -> `[T, H']`, or a tuple whose first element is that (an `nnx.Module` or a function)."""
@@ -108,10 +109,10 @@ class MoERunner(MoERunnerInterface):
         self.replicas = nnx.data(initial_replicas(config, self.axes))
         self.routed_input_transform = routed_input_transform
         self.routed_output_transform = routed_output_transform
+        check_built_for(config, self.router, self.routed_experts, has_mesh=mesh is not None)
         self.check_parts()
-        check_built_for(config, self.router, self.routed_experts)
         if self.axes is not None:
-            self._place_on(self.axes.mesh, [name for name, given in parts.items() if given is None])
+            place_parts(self, self.axes.mesh, [name for name, given in parts.items() if given is None])
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, _as_part(value) if name in _REPLACEABLE else value)
@@ -200,7 +201,7 @@ class MoERunner(MoERunnerInterface):
             `reduction_plan.result_is_partial`.
 
         Raises:
-            ValueError: an argument that the router needs is missing, or leading dimensions differ.
+            ValueError: an argument that the router needs is missing, or dtypes, widths or leading dimensions don't fit.
         """
         arrays = (hidden_states, router_logits, input_ids, shared_experts_input, forced_ids, token_mask, key)
         if self.axes is None or not self.axes.has_explicit_axes:
@@ -215,20 +216,24 @@ class MoERunner(MoERunnerInterface):
             return nnx.merge(graph, state)._forward(*arrays, with_aux=with_aux)
 
         leading = tuple(jax.typeof(hidden_states).sharding.spec)[:-1]
-        out_sharding = self._out_sharding(self.axes, leading, with_aux=with_aux)
+        is_partial = self.reduction_plan.result_is_partial
+        out_sharding = result_shardings(self.axes, leading, is_partial=is_partial, with_aux=with_aux)
         run: Any = jax.sharding.auto_axes(island, axes=self.axes.mesh.axis_names, out_sharding=out_sharding)
         return run(state, *arrays)
 
     def _forward(
         self, hidden_states, router_logits, input_ids, shared_experts_input, forced_ids, token_mask, key, *, with_aux
     ) -> Array | tuple[Array, MoEAux]:
-        check_built_for(self.config, self.router, self.routed_experts)  # they may have been replaced
+        # Parts may have been replaced.
+        check_built_for(self.config, self.router, self.routed_experts, has_mesh=self.axes is not None)
         if router_logits is None and not self.is_internal_router:
             raise ValueError("the router has no weight of its own: router_logits must be given, got None")
         if shared_experts_input is not None and self.shared_experts is None:
             raise ValueError("shared_experts_input needs shared experts, and the layer has none")
+        hidden_states = self._in_computation_dtype(hidden_states)
+        check_hidden_states(hidden_states)
         order = TokenOrder.of(hidden_states.shape[:-1], self.axes)
-        tokens = order.flatten("hidden_states", self._in_computation_dtype(hidden_states), 1)
+        tokens = order.flatten("hidden_states", hidden_states, 1)
         router_logits = order.flatten("router_logits", router_logits, 1)
         is_routed = None
         if token_mask is not None:
@@ -239,10 +244,13 @@ class MoERunner(MoERunnerInterface):
         dispatch = None if self.axes is None else self._dispatch(self.axes, tokens.shape[0])
 
         routed_input = tokens if dispatch is None else slice_tokens(dispatch, tokens)
+        transform = None if shared_experts_input is not None else self.routed_input_transform
+        num_tokens = routed_input.shape[0]
+        if transform is not None:
+            routed_input = _first(transform(routed_input)).astype(tokens.dtype)
+        check_routed_input(transform, routed_input, num_tokens, self.config.hidden_size)
         if shared_experts_input is None:
             shared_input = tokens
-            if self.routed_input_transform is not None:
-                routed_input = _first(self.routed_input_transform(routed_input))
         elif self.config.fuse_shared_experts:
             raise ValueError(
                 "shared_experts_input needs fuse_shared_experts=False: fused, they see what routed experts see"
@@ -301,9 +309,11 @@ class MoERunner(MoERunnerInterface):
         output = routed if routed_factor == 1.0 else routed * routed_factor
         if self.routed_output_transform is not None:
             output = _first(self.routed_output_transform(output))
+        output = output.astype(routed_input.dtype)
 
         if self._separate_shared_experts is not None:
-            shared = self._run_shared(dispatch, shared_input, summed=plan.shared_alone)
+            shared = self._run_shared(dispatch, shared_input, summed=plan.shared_alone).astype(output.dtype)
+            check_same_tokens(output, shared)
             output = output + (shared if shared_factor == 1.0 else shared * shared_factor)
 
         if dispatch is not None:
@@ -368,7 +378,7 @@ class MoERunner(MoERunnerInterface):
 
     def _run_shared(self, dispatch: RoutedDispatch | None, x: Array, *, summed: bool) -> Array:
         """`[T, D]`, or `[ranks, Tpadded, D]` partial results that are still to be summed."""
-        self._check_shared_experts()  # they may have been replaced
+        check_can_be_split(self.shared_experts, 1 if dispatch is None else dispatch.axes.num_ranks)  # if replaced
         if dispatch is None or not isinstance(self.shared_experts, SharedExperts):
             return self.shared_experts(x)
         partials = shared_partials(dispatch, self.shared_experts, x)
@@ -379,28 +389,7 @@ class MoERunner(MoERunnerInterface):
 
     def partition_specs(self) -> nnx.State:
         """How each parameter is split over the mesh: a state of `PartitionSpec`s."""
-        return nnx.map_state(lambda path, _: self._partition_spec(path), nnx.state(self))
-
-    def _partition_spec(self, path: tuple[Any, ...]) -> PartitionSpec:
-        if self.axes is None:
-            return PartitionSpec()
-        part, *rest = path
-        if part == "routed_experts" and rest[0] in EXPERT_PARAMETERS:
-            return getattr(expert_weight_specs(self.axes), rest[0])
-        if part == "shared_experts" and isinstance(self.shared_experts, SharedExperts):
-            return shared_expert_spec(self.axes, tuple(rest), is_fused=self.config.fuse_shared_experts)
-        return PartitionSpec()
-
-    def _place_on(self, mesh: Mesh, names: list[str]) -> None:
-        """Split the parameters of the parts `names` as `partition_specs` says."""
-        for name in names:
-
-            def place(path: tuple[Any, ...], value: Array, name: str = name) -> Array:
-                return jax.device_put(value, NamedSharding(mesh, self._partition_spec((name, *path))))
-
-            part = getattr(self, name)
-            if part is not None:
-                nnx.update(part, nnx.map_state(place, nnx.state(part)))
+        return nnx.map_state(lambda path, _: partition_spec(self, path), nnx.state(self))
 
     def check_parts(self) -> None:
         """Raise ValueError unless the plans can be kept with the parts that are there."""
@@ -409,31 +398,11 @@ class MoERunner(MoERunnerInterface):
         if self.axes is None:
             return
         self.axes.validate(self.config)
-        self._check_shared_experts()
+        check_can_be_split(self.shared_experts, self.axes.num_ranks)
         choose_strategy(self._dispatch_request(self.axes, num_tokens=1))
 
-    def _check_shared_experts(self) -> None:
-        """Raise ValueError for a module that cannot be split over the ranks there are: each would add the whole of its output."""
-        if self.axes is None or self.axes.num_ranks == 1 or self.shared_experts is None:
-            return
-        if not isinstance(self.shared_experts, SharedExperts):
-            raise ValueError(
-                f"shared_experts must be a SharedExperts, which can be split over {self.axes.num_ranks} ranks, "
-                f"got {type(self.shared_experts).__name__}"
-            )
-
     def _in_computation_dtype(self, array: Array) -> Array:
-        return array if self.config.dtype is None else array.astype(self.config.dtype)
-
-    def _out_sharding(self, axes: LayerAxes, leading: tuple[Any, ...], *, with_aux: bool) -> Any:
-        """Shardings of the call's results, their leading dimensions split like those of the hidden states."""
-        rows: Any = PartitionSpec(*leading, None)
-        whole: Any = PartitionSpec()
-        output = PartitionSpec(axes.partial, *leading, None) if self.reduction_plan.result_is_partial else rows
-        if not with_aux:
-            return NamedSharding(axes.mesh, output)
-        aux = MoEAux(rows, rows, rows, whole, whole, whole, whole)  # specs stand where arrays will
-        return jax.tree.map(lambda spec: NamedSharding(axes.mesh, spec), (output, aux))
+        return jnp.asarray(array, self.config.dtype)
 
     def __nnx_repr__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         yield from super().__nnx_repr__()

@@ -117,8 +117,14 @@ def test_routing_tables_exist_only_where_dispatch_addresses_slots():
 
 
 def test_routing_tables_do_not_know_fused_shared_experts():
-    with pytest.raises(ValueError, match="needs num_fused_shared_experts = 0, got 1"):
-        make(8, ep_ranks(2, dp=True), num_expert_group=2, all2all_backend="nixl_ep", num_fused_shared_experts=1)
+    settings = dict(num_expert_group=2, all2all_backend="nixl_ep", num_fused_shared_experts=1)
+    with pytest.raises(ValueError, match="`round_robin` .* needs num_fused_shared_experts = 0, got 1"):
+        make(8, ep_ranks(2, dp=True), placement_strategy="round_robin", **settings)
+    manager = make(8, ep_ranks(2, dp=True), **settings)
+    assert (manager.placement_strategy, manager.routing_tables, manager.local_num_experts) == ("linear", None, 5)
+    assert "needs num_fused_shared_experts = 0, got 1" in manager.placement_reason
+    # Where tokens travel to no slots, shared experts are in nobody's way.
+    assert make(8, ep_ranks(2), **settings).placement_strategy == "round_robin"
 
 
 def test_the_mask_covers_fused_shared_experts_and_local_ids_do_not():

@@ -99,6 +99,8 @@ def test_tokens_travel_only_between_expert_parallel_ranks_with_different_tokens(
     [
         (lambda: ParallelRanks.from_vllm(2, 2, True, dp_rank=2), r"dp_rank must be in \[0, 2\), got 2"),
         (lambda: ParallelRanks.from_vllm(0), "tp_size must be positive, got 0"),
+        (lambda: ParallelRanks(dp_size=0), "dp_size must be positive, got 0"),
+        (lambda: ParallelRanks(sp_size=-1), "sp_size must be positive, got -1"),
         (lambda: ParallelRanks(ep_size=2), "ep_size must be 1 when use_ep=False, got 2"),
         (lambda: ParallelRanks(ep_size=2, ep_rank=-1, use_ep=True), r"ep_rank must be in \[0, 2\), got -1"),
     ],

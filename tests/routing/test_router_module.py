@@ -164,6 +164,12 @@ def test_wrong_shapes_are_refused():
         router(jnp.zeros((2, H)), router_logits=jnp.zeros((2, 8)))
 
 
+@pytest.mark.parametrize("shape", [(2, H + 1), (H,), (2, 3, H)], ids=str)
+def test_tokens_of_another_width_are_refused(shape):
+    with pytest.raises(ValueError, match=rf"the router needs hidden_states \[T, {H}\], got shape"):
+        make_router()(jnp.zeros(shape))
+
+
 def test_an_unknown_simulation_is_refused_when_the_router_is_built():
     with pytest.raises(ValueError, match="simulation must be one of"):
         make_router(RouterConfig(simulation="unifrom"))

@@ -3,7 +3,7 @@
 import pytest
 
 from moe_jax.config import GroupLimit, RouterConfig
-from moe_jax.routing.method import (
+from moe_jax.routing import (
     RouterClass,
     RoutingMethodType,
     get_routing_method_type,
@@ -127,6 +127,13 @@ def test_method_of_a_score_and_choose_router(scoring, renormalize, bias, groups,
         (RouterConfig(custom=custom), 2, "CUSTOM"),
         (RouterConfig(simulation="uniform_random", correction_bias=True), 2, "SIMULATED"),
         (RouterConfig(num_zero_experts=2, correction_bias=True), 2, "UNSPECIFIED"),
+        (RouterConfig(num_zero_experts=2, score_after_top_k=True), 2, "UNSPECIFIED"),
+        (RouterConfig(per_expert_scale=True, score_after_top_k=True), 2, "UNSPECIFIED"),
+        (
+            RouterConfig(per_expert_scale=True, score_after_top_k=True, scoring="sigmoid", renormalize=False),
+            1,
+            "UNSPECIFIED",
+        ),
         (RouterConfig(sparsemixer_jitter=0.01, renormalize=False), 2, "UNSPECIFIED"),
         (RouterConfig(scoring="sigmoid", correction_bias=True), 2, "MINIMAX2"),
         (RouterConfig(scoring="sigmoid", correction_bias=True, routed_scaling_factor=2.0), 2, "UNSPECIFIED"),

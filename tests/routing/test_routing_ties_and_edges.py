@@ -17,7 +17,7 @@ EVERY_WAY_TO_CHOOSE = {
     "sigmoid": RouterConfig(scoring="sigmoid"),
     "score after top-k": RouterConfig(score_after_top_k=True),
     "groups": RouterConfig(group_limit=GroupLimit(num_groups=4, groups_kept=2, score="max")),
-    "groups by two": RouterConfig(group_limit=GroupLimit(num_groups=4, groups_kept=2)),
+    "groups by two": RouterConfig(group_limit=GroupLimit(num_groups=4, groups_kept=2, score="top2_sum")),
     "sparsemixer": RouterConfig(sparsemixer_jitter=0.01, renormalize=False),
 }
 every_way_to_choose = pytest.mark.parametrize("config", EVERY_WAY_TO_CHOOSE.values(), ids=EVERY_WAY_TO_CHOOSE.keys())
@@ -74,6 +74,31 @@ def test_scores_that_underflow_to_nothing_leave_finite_weights():
     logits = jnp.array([[-200.0, -300.0, -250.0]])
     weights = route(logits, RouterConfig(scoring="sigmoid"), 3, 2).topk_weights
     assert np.isfinite(weights).all(), "a sum of zero counts as one"
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e-20])
+@pytest.mark.parametrize("base", [-20.0, -44.0, -50.0, -80.0, -120.0, -300.0])
+@pytest.mark.parametrize("scoring", ["sigmoid", "sqrtsoftplus"])
+def test_scores_next_to_nothing_leave_finite_gradients(scoring, base, epsilon):
+    steps = np.array([0.0, 0.5, 1.0, -0.3])
+    config = RouterConfig(scoring=scoring, renormalize_epsilon=epsilon)
+
+    def loss(logits):
+        return route(logits, config, 4, 2).topk_weights @ jnp.array([1.0, 2.0])
+
+    logits = jnp.array(base + steps, jnp.float32)[None]
+    gradient = jax.jit(jax.grad(lambda logits: loss(logits).sum()))(logits)[0]
+    # Far below zero both scores are exponentials, so renormalised weights are a softmax of the logits, or of their halves.
+    slope = {"sigmoid": 1.0, "sqrtsoftplus": 0.5}[scoring]
+    chosen = np.exp(slope * steps[[2, 1]])
+    first, second = chosen / chosen.sum()
+    exact = slope * first * second * np.array([0, 1, -1, 0])
+    smallest = {"sigmoid": -85, "sqrtsoftplus": -170}[scoring]
+    if base < smallest:  # the scores themselves are zero
+        np.testing.assert_array_equal(gradient, 0)
+    elif not epsilon or slope * base > -40:
+        np.testing.assert_allclose(gradient, exact, atol=1e-4)
+    assert np.isfinite(gradient).all()
 
 
 @every_way_to_choose
