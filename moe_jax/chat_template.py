@@ -63,7 +63,7 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"the chat template is not valid, line {error.lineno}: {error.message}") from error
-        except (SyntaxError, RecursionError, MemoryError) as error:
+        except (SyntaxError, RecursionError, MemoryError, ValueError) as error:
             # Jinja makes Python of it, which has limits of its own, such as how deeply blocks are nested.
             raise ValueError(f"the chat template cannot be compiled, {type(error).__name__}: {error}") from error
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # `import oracle`, `from oracles import routing`
+sys.path.insert(0, str(Path(__file__).parent))  # `import golden_cases`, `from oracles import routing`
 
 from support.xla_flags import xla_flags
 
@@ -25,10 +25,6 @@ MOST_MEMORY_MAPS = 30_000
 TESTS_BETWEEN_COUNTS = 8
 
 _finished_tests = itertools.count(1)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes long; left out unless asked for with -m slow (or -m '')")
 
 
 @pytest.fixture

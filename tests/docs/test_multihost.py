@@ -3,19 +3,14 @@
 import re
 import shlex
 import subprocess
-from pathlib import Path
 
 import pytest
 import yaml
+from support.documentation import FENCE, ROOT
 
 from moe_jax.cli.main import build_parser
 
-PAGE = (Path(__file__).parents[2] / "docs/multihost.md").read_text()
-FENCE = re.compile(r"^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def blocks(language):
-    return [block["code"] for block in FENCE.finditer(PAGE) if block["language"] == language]
+PAGE = (ROOT / "docs/multihost.md").read_text()
 
 
 def job_file(heading):

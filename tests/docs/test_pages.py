@@ -6,10 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+from support.documentation import FENCE, PAGES, ROOT, fences, prose, shell_code
 
-ROOT = Path(__file__).parents[2]
-PAGES = sorted(page for folder in (".", "docs", "examples", "benchmarks") for page in (ROOT / folder).glob("*.md"))
-FENCE = re.compile(r"^```(?P<language>[\w-]*)[^\n]*\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 PATH_IN_BACKTICKS = re.compile(r"`(?P<path>\.?[\w.-]+(?:/[\w.-]+)+/?|[\w-]+\.(?:toml|py|txt|md|ipynb)|[\w-]+/)`")
 MAKE_TARGET = re.compile(r"\bmake ([a-z][a-z-]+)\b(?=[`\s])")
@@ -17,21 +16,15 @@ MAKE_TARGET = re.compile(r"\bmake ([a-z][a-z-]+)\b(?=[`\s])")
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-def fences(page: Path, *languages: str) -> list[str]:
-    """The code of a page's fenced blocks in these languages."""
-    return [block["code"] for block in FENCE.finditer(page.read_text()) if block["language"] in languages]
-
-
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as they are made on code hosts."""
-    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
-@each_page
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files_and_headings_that_exist(page):
-    prose = FENCE.sub("", page.read_text())
-    for target in (link["target"] for link in LINK.finditer(prose)):
+    for target in (link["target"] for link in LINK.finditer(prose(page))):
         if re.match(r"https?://|mailto:", target):
             continue
         path, _, anchor = target.partition("#")
@@ -40,11 +33,17 @@ def test_links_lead_to_files_and_headings_that_exist(page):
         assert not anchor or anchor in anchors(file), f"{target}: no such heading, only {sorted(anchors(file))}"
 
 
+def test_the_index_has_every_page_and_every_notebook():
+    listed = {link["target"] for link in LINK.finditer((ROOT / "docs/index.md").read_text())}
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert pages | {f"../notebooks/{notebook.name}" for notebook in NOTEBOOKS} <= listed
+
+
 @each_page
 def test_paths_in_backticks_exist(page):
     elsewhere = ("build/", "parts/", "OUT/", "HF_DIR/", ".venv", "data/")
-    placeholders = {"owner/name"}
-    for path in (match["path"] for match in PATH_IN_BACKTICKS.finditer(FENCE.sub("", page.read_text()))):
+    placeholders = {"owner/name", "Qwen/Qwen3-30B-A3B"}
+    for path in (match["path"] for match in PATH_IN_BACKTICKS.finditer(prose(page))):
         if path in placeholders or path.startswith(elsewhere):
             continue
         assert any((base / path).exists() for base in (ROOT, page.parent)), f"`{path}` does not exist"
@@ -53,18 +52,29 @@ def test_paths_in_backticks_exist(page):
 @each_page
 def test_make_targets_exist(page):
     known = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    code = "\n".join([*fences(page, "bash", "console", "sh"), *re.findall(r"`[^`\n]+`", page.read_text())])
+    code = "\n".join([shell_code(page), *re.findall(r"`[^`\n]+`", page.read_text())])
     assert set(MAKE_TARGET.findall(code + "\n")) <= known
 
 
 @each_page
-def test_interactive_examples_print_what_they_say(page, tmp_path, monkeypatch):
+def test_each_block_of_code_is_in_a_language_that_the_tests_look_at_or_that_is_no_code(page):
+    languages = {block["language"] for block in FENCE.finditer(page.read_text())}
+    assert languages <= {"bash", "pycon", "python", "yaml"} | {"mermaid", "text", ""}
+
+
+@each_page
+def test_examples_run_and_print_what_they_say(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.symlink(ROOT / "examples", tmp_path / "examples")
-    for code in fences(page, "python"):
-        compile(code, str(page), "exec")
     session = "\n".join(fences(page, "pycon"))
     test = doctest.DocTestParser().get_doctest(session, {}, str(page.relative_to(ROOT)), str(page), 0)
     report: list[str] = []
-    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).run(test, out=report.append)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    runner.run(test, out=report.append, clear_globs=False)
     assert not report, "".join(report)
+    if not Path("converted").exists():
+        os.symlink(ROOT / "examples/demo_model", "converted")
+    for code in fences(page, "python"):
+        program = compile(code, str(page), "exec")
+        if "initialize_distributed()" not in code:  # tests/processes runs several processes
+            exec(program, test.globs)

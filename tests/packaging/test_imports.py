@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LIBRARY_FOLDERS = ("moe_jax", "kernels", "checkpoints")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PYTHON_FOLDERS = (*LIBRARY_FOLDERS, "benchmarks", "examples", "tests")
 
 # Who may import whom inside the project; a part may always import itself. Dependencies point one way.
@@ -20,10 +21,11 @@ ALLOWED = {
     "json_files": set(),
     "json_types": set(),
     "device_layouts": set(),
-    "config": {"kernels"},
+    "config_checks": set(),
+    "config": {"config_checks", "kernels"},
     "families": {"config", "json_types", "kernels"},
     "placement": {"config"},
-    "routing": {"config", "placement"},
+    "routing": {"config"},
     "experts": {"config", "kernels", "placement"},
     "parallel": {"config", "kernels", "experts"},
     "runner": {"config", "kernels", "routing", "experts", "placement", "parallel"},
@@ -135,10 +137,47 @@ def test_every_public_name_exists_and_is_listed(tmp_path):
     assert done.stdout.strip() == "[]"
 
 
+def distributions_imported_by(*folders: str) -> set[str]:
+    """The libraries that a folder's files import, by the names under which they are installed."""
+    own = {
+        path.stem for folder in folders for path in (ROOT / folder).rglob("*") if path.is_dir() or path.suffix == ".py"
+    }
+    modules = {module.split(".")[0] for file in python_files(*folders) for module in imported_modules(file)}
+    renamed = {"orbax": "orbax-checkpoint", "yaml": "pyyaml"}
+    imported = modules - sys.stdlib_module_names - own - {"moe_jax", ""}
+    return {renamed.get(module, module.replace("_", "-")) for module in imported}
+
+
+def declared(*requirements: str) -> set[str]:
+    """The distributions that requirements name, without their versions."""
+    return {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
+
+
+def test_the_diagram_of_the_architecture_leads_to_each_part_from_all_that_it_may_import():
+    diagram = re.search(r"```mermaid\nflowchart BT\n(.*?)```", (ROOT / "docs/architecture.md").read_text(), re.DOTALL)
+    assert diagram is not None
+    used_by: dict[str, set[str]] = {}
+    for line in diagram[1].splitlines():
+        used, users = (side.strip().split(" & ") for side in line.split("-->"))
+        for user in users:
+            used_by.setdefault(user, set()).update(used)
+    assert used_by.keys() | set().union(*used_by.values()) >= ALLOWED.keys()
+
+    def all_used(part: str) -> set[str]:
+        direct = used_by.get(part, set())
+        return direct.union(*map(all_used, direct))
+
+    for part, allowed in ALLOWED.items():
+        assert allowed <= all_used(part), f"no arrows lead from {allowed - all_used(part)} to {part}"
+        assert used_by.get(part, set()) <= allowed, f"{part} may not import {used_by[part] - allowed}"
+
+
 def test_the_library_imports_exactly_what_it_declares_as_dependencies():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {re.match(r"[\w-]+", requirement)[0] for requirement in project["dependencies"]}
-    modules = {module.split(".")[0] for file in python_files(*LIBRARY_FOLDERS) for module in imported_modules(file)}
-    imported = modules - sys.stdlib_module_names - {"moe_jax", ""}
-    distribution_of = {"orbax": "orbax-checkpoint", "ml_dtypes": "ml-dtypes", "huggingface_hub": "huggingface-hub"}
-    assert {distribution_of.get(module, module) for module in imported} == declared
+    assert distributions_imported_by(*LIBRARY_FOLDERS) == declared(*PROJECT["dependencies"])
+
+
+def test_what_the_tests_import_is_declared():
+    of_other_environments = {"torch", "transformers"}
+    requirements = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"]]
+    imported = distributions_imported_by("tests", "benchmarks", "examples")
+    assert imported - of_other_environments <= declared(*requirements)

@@ -1,4 +1,4 @@
-"""Layers with redundant experts on fake devices, and the same layer without copies on one."""
+"""Layers with redundant experts on simulated devices, and the same layer without copies on one."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The expert-parallel MoE block on a mesh of fake devices, and what the oracle says about it."""
+"""The expert-parallel MoE block on a mesh of simulated devices, and what the oracle says about it."""
 
 import dataclasses
 import functools
@@ -52,7 +52,7 @@ class Setting:
         return names if self.axes else names[0]
 
     def mesh(self):
-        """The fake devices."""
+        """The simulated devices."""
         names, sizes = zip(*self.mesh_axes, strict=True)
         sizes = (self.data_ranks, *sizes)
         return Mesh(np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes), ("data", *names))

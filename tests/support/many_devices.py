@@ -1,4 +1,4 @@
-"""Run as a program with more fake devices than the tests have: layers on all of them against the layer on one.
+"""Run as a program with more simulated devices than the tests have: layers on all of them against the layer on one.
 
 Of the cases with so many devices, those whose turn it is; all of them with `MOE_JAX_WHOLE_PRODUCT=1`.
 """
