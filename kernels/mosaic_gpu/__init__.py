@@ -1,1 +1,1 @@
-"""Pallas Mosaic GPU kernels for grouped matmuls (Hopper wgmma, Blackwell tcgen05); see `docs/architecture.md`."""
+"""Pallas Mosaic GPU kernels for grouped matmuls (Hopper wgmma, Blackwell tcgen05); see `docs/kernels.md`."""

@@ -77,7 +77,9 @@ def _is_accepted(kernel: str, tiles: Tiles, shape: KernelShape, device: GpuDevic
 
 def _rows(shape: KernelShape, device: GpuDevice) -> Iterator[Tiles]:
     widest = 256 // shape.projections
-    for rows, columns, depth, panel in itertools.product((64, 128), (64, 128, 256), (64, 128), PANELS):
+    # 192 columns fill their last tile where 256 leave much of it empty: for 2880 of them, say.
+    widths = (64, 128, 256) if is_blackwell(device) else (64, 128, 192, 256)
+    for rows, columns, depth, panel in itertools.product((64, 128), widths, (64, 128), PANELS):
         # With 64 rows the warpgroups split the columns, so that a tile may be twice as wide.
         if columns <= min(widest * 128 // rows, _rounded_up(shape.width_out)) and depth <= _rounded_up(shape.width_in):
             yield RowTiles(rows=rows, columns=columns, depth=depth, stages=MOST_STAGES, panel=panel)

@@ -1,10 +1,10 @@
-"""Control flow of a kernel in PTX: whether what runs asynchronously is awaited each time round a loop."""
+"""Control flow of a kernel in PTX: whether, on every way from one instruction to another, something lies between."""
 
 import collections
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 _TOKEN = re.compile(r"[{};]|[^{};]+")
 _LABEL = re.compile(r"\s*([\w$]+):")
@@ -55,23 +55,45 @@ class ControlFlow:
                 skipped; it does where one elected thread acts for all.
         """
         stops = set(self._positions(synchronisation, predicated=predicated))
-        return any(self._returns(start, stops) for start in self._positions(instruction))
+        return any(self._reaches({start}, {start}, stops) for start in self._positions(instruction))
+
+    def reaches_without(
+        self, earlier: Sequence[str], later: Sequence[str], between: str, *, leading_to: Sequence[str] = ()
+    ) -> bool:
+        """Whether one of some instructions can run, and later one of others, with nothing of what must be between.
+
+        Args:
+            earlier: names of the first ones; modifiers may follow.
+            later: names of the others.
+            between: name of what must be on every way from one of the first to one of the others, under no predicate.
+            leading_to: if given, only those of the others count from which one of these can be reached, again with nothing of
+                what must be between.
+        """
+        stops = set(self._positions(between, predicated=False))
+        targets = self._positions_of(later)
+        if leading_to:
+            ends = self._positions_of(leading_to)
+            targets = {position for position in targets if self._reaches({position}, ends, stops)}
+        return self._reaches(self._positions_of(earlier), targets, stops)
+
+    def _positions_of(self, instructions: Sequence[str]) -> set[int]:
+        return {position for instruction in instructions for position in self._positions(instruction)}
 
     def _positions(self, instruction: str, *, predicated: bool = True) -> list[int]:
         predicate = r"(@!?[%\w]+\s+)?" if predicated else ""
         pattern = re.compile(rf"{predicate}{re.escape(instruction)}(?![\w])")
         return [position for position, statement in enumerate(self.statements) if pattern.match(statement)]
 
-    def _returns(self, start: int, stops: set[int]) -> bool:
-        """Whether there is a way from `start` to itself that passes none of `stops`.
+    def _reaches(self, starts: Collection[int], targets: Collection[int], stops: Collection[int]) -> bool:
+        """Whether there is a way from one of `starts` to one of `targets`, itself perhaps, that passes none of `stops`.
 
         A way decides each predicate once: it doesn't leave out what one branch guards and take what another one guards by the
         same predicate, unless that was computed anew in between.
         """
-        seen, waiting = set(), list(self._steps(start, self._known_at(start)))
+        seen, waiting = set(), [state for start in starts for state in self._steps(start, self._known_at(start))]
         while waiting:
             state = waiting.pop()
-            if state[0] == start:
+            if state[0] in targets:
                 return True
             if state not in seen and state[0] not in stops:
                 seen.add(state)
@@ -95,7 +117,8 @@ class ControlFlow:
     def _known_at(self, position: int) -> _Known:
         """Values of predicates that follow from having come to a statement at all: of the branches right before it."""
         known, visited = set(), {position}
-        while len(before := self._predecessors.get(position, ())) == 1 and before[0] not in visited:
+        # To the first statement one comes from outside, too.
+        while position and len(before := self._predecessors.get(position, ())) == 1 and before[0] not in visited:
             branch = _BRANCH.match(self.statements[before[0]])
             written = _DESTINATION.match(self.statements[before[0]])
             if branch is not None and branch[1] is not None:
@@ -129,7 +152,8 @@ def _guard(guard: str, taken: bool) -> tuple[str, bool]:
 
 
 def _names(operand: str, predicate: str) -> bool:
-    return re.search(rf"(?<![\w%]){re.escape(predicate)}(?!\w)", operand) is not None
+    # Most operands don't contain the name at all, which is seen much sooner.
+    return predicate in operand and re.search(rf"(?<![\w%]){re.escape(predicate)}(?!\w)", operand) is not None
 
 
 class _Parser:

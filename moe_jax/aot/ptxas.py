@@ -14,6 +14,8 @@ from moe_jax.kernels.device import GpuDevice
 
 _DUMPED = ("MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_RESOURCES")
 _BARRIER_BYTES = 8
+_LOSS = r"\((C\d+)\) Potential Performance Loss: (.*?)(?: in(?: the)? function '.*)?\n"
+"""What ptxas says of a kernel that will be slow: a code, and why; the function's name is left out."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,84 @@ class _Asynchronous:
 _ASYNCHRONOUS = (
     _Asynchronous(name="wgmma.mma_async", awaited_by=("wgmma.wait_group",), by_one_thread=False),
     _Asynchronous(name="tcgen05.mma", awaited_by=("tcgen05.commit", "mbarrier.try_wait"), by_one_thread=True),
+)
+
+_WRITES = ("stmatrix", "st.shared", *(f"st.{kind}" for kind in ("b8", "b16", "b32", "b64", "b128", "v2", "v4")))
+"""A thread's own writes to shared memory; those without an address space may be such."""
+_READS = ("ldmatrix", "ld.shared")
+_BULK_LOADS = tuple(f"cp.async.bulk.tensor.{rank}d.shared" for rank in range(1, 6))
+"""Copies from global to shared memory, which one thread starts for all."""
+_BULK_STORES = tuple(f"cp.async.bulk.tensor.{rank}d.global" for rank in range(1, 6))
+"""Copies from shared to global memory, likewise."""
+_MULTIPLICATIONS = tuple(instruction.name for instruction in _ASYNCHRONOUS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Order:
+    """Accesses to shared memory that come in order only if something lies between them.
+
+    Copies and tensor cores access it by a way of their own (the async proxy), asynchronously and regardless of barriers.
+    """
+
+    earlier: tuple[str, ...]
+    later: tuple[str, ...]
+    between: str
+    otherwise: str
+    """What may happen if it is missing."""
+    leading_to: tuple[str, ...] = ()
+    """If given, only later ones count that lead to one of these: writes of what is copied, not of what is multiplied."""
+
+
+_ORDERS = (
+    _Order(
+        earlier=_READS,
+        later=_BULK_LOADS,
+        between="bar.sync",
+        otherwise="a copy may overwrite what another thread has yet to read",
+    ),
+    *(
+        order
+        for later, reader in ((_BULK_STORES, "a copy"), (_MULTIPLICATIONS, "a multiplication"))
+        for order in (
+            _Order(
+                earlier=_WRITES,
+                later=later,
+                between="fence.proxy.async",
+                otherwise=f"{reader} may read what was there before a write",
+            ),
+            _Order(
+                earlier=("fence.proxy.async",),
+                later=later,
+                between="bar.sync",
+                otherwise=f"{reader} may read what was there before another thread's write",
+            ),
+        )
+    ),
+    _Order(
+        earlier=_BULK_STORES,
+        later=("cp.async.bulk.wait_group",),
+        between="cp.async.bulk.commit_group",
+        otherwise="a copy is not waited for",
+    ),
+    _Order(
+        earlier=_BULK_STORES,
+        later=_WRITES,
+        leading_to=_BULK_STORES,
+        between="cp.async.bulk.wait_group",
+        otherwise="a write may change what a copy has yet to read",
+    ),
+    _Order(
+        earlier=("cp.async.bulk.wait_group",),
+        later=_WRITES,
+        between="bar.sync",
+        otherwise="a write may change what a copy has yet to read, for which another thread waits",
+    ),
+    _Order(
+        earlier=_BULK_STORES,
+        later=("ret", "exit"),
+        between="cp.async.bulk.wait_group",
+        otherwise="the kernel may end before a copy has read all",
+    ),
 )
 
 
@@ -52,10 +132,13 @@ class KernelReport:
     """Of a block; Blackwell only."""
     tensor_core_instructions: int
     """How many asynchronous ones (wgmma or tcgen05.mma) the code has."""
-    serialised: bool
-    """Whether ptxas had to wait after every wgmma (C7511): accumulators are touched while one may be running."""
+    losses: tuple[str, ...]
+    """What ptxas says costs speed: wgmma of which it runs one after the other, because registers don't suffice (C7511) or
+    accumulators are touched meanwhile (C7515), or setmaxnreg that it ignores (C7508), for instance."""
     unawaited: tuple[str, ...]
     """Ways in which a tensor-core instruction can run again with nothing waiting for its last run."""
+    unordered: tuple[str, ...]
+    """Accesses to shared memory that may come in the wrong order."""
 
     @classmethod
     def of_dump(cls, text: str) -> "KernelReport":
@@ -84,30 +167,34 @@ class KernelReport:
             shared_memory_bytes=int(resources[0]) + _BARRIER_BYTES * sum(int(n) * int(times) for n, times in barriers),
             tensor_memory_columns=int(resources[1]),
             tensor_core_instructions=sum(flow.count(instruction.name) for instruction in _ASYNCHRONOUS),
-            serialised="C7511" in text,
+            losses=tuple(f"{what} ({code})" for code, what in re.findall(_LOSS, text)),
             unawaited=tuple(
                 f"{instruction.name} repeats without {awaited_by}"
                 for instruction in _ASYNCHRONOUS
                 for awaited_by in instruction.awaited_by
                 if flow.repeats_without(instruction.name, awaited_by, predicated=instruction.by_one_thread)
             ),
+            unordered=tuple(
+                f"{order.otherwise}: {order.between} is missing"
+                for order in _ORDERS
+                if flow.reaches_without(order.earlier, order.later, order.between, leading_to=order.leading_to)
+            ),
         )
 
     def shortcomings(self, device: GpuDevice) -> tuple[str, ...]:
-        """What makes the kernel unfit: spills, a stack, serialised wgmma, missing waits, too much shared memory."""
+        """What makes the kernel unfit: spills, a stack, other losses, missing waits, fences or barriers, too much memory."""
         found = []
         if self.spill_store_bytes or self.spill_load_bytes or self.stack_bytes:
             found.append(
                 f"{self.spill_store_bytes} bytes of spill stores, {self.spill_load_bytes} of spill loads,"
                 f" {self.stack_bytes} of stack"
             )
-        if self.serialised:
-            found.append("wgmma serialised (C7511)")
+        found += self.losses
         if self.shared_memory_bytes > device.shared_memory_bytes:
             found.append(
                 f"{self.shared_memory_bytes} bytes of shared memory, {device.name} has {device.shared_memory_bytes}"
             )
-        return (*found, *self.unawaited)
+        return (*found, *self.unawaited, *self.unordered)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,10 @@ kernels found in it are those that a user's program would call, with the tiles t
 compiled alone. Calls that differ in nothing but their numbers of rows share one compilation, that of most rows. Two shapes
 are of no model: one is less regular than any, one smaller.
 
-A kernel fails if it spills, if its wgmma is serialised, if a loop starts a tensor-core instruction without waiting for the one
-before, if it needs more shared memory than there is, or if the compilers reported nothing. Any failure makes the exit code 1.
+A kernel fails if it spills, if ptxas says that it runs its wgmma one by one or ignores how registers are shared out, if a loop
+starts a tensor-core instruction without waiting for the one before, if a fence, a barrier or a wait is missing between its own
+writes to shared memory and what copies or multiplies from there, if it needs more shared memory than there is, or if the
+compilers reported nothing. Any failure makes the exit code 1.
 Prints a table and writes gpu_kernels.json, and the dumps of all kernels, to the output folder.
 """
 

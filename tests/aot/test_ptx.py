@@ -1,4 +1,4 @@
-"""Loops that start asynchronous work without waiting for it are found in PTX; loops that wait are not."""
+"""Asynchronous work that is not waited for, and accesses that may come in the wrong order, are found in PTX; others are not."""
 
 import pytest
 
@@ -74,6 +74,28 @@ UNAWAITED = {
 }
 
 
+WRITE = "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%rd1], {%r1, %r2, %r3, %r4};"
+FENCE = "fence.proxy.async.shared::cta;"
+COPY = "@%p3 cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%rd2, {%r1, %r2, %r3, %r4} ], [%r5];"
+ORDERED = {
+    "fence between": f"{WRITE} {FENCE} {COPY}",
+    "several writes, one fence": f"{WRITE} {WRITE} {FENCE} {COPY} {COPY}",
+    "fence on both ways": f"{WRITE} @%p1 bra $L1; {FENCE} bra.uni $L2; $L1: {FENCE} $L2: {COPY}",
+    "copied before it is written": f"{COPY} {WRITE} {FENCE}",
+    "written, fenced and copied each time round": f"$L1: {WRITE} {FENCE} {COPY} @%p1 bra $L1;",
+    "written and copied on different ways": f"@%p1 bra $L1; {WRITE} bra.uni $L2; $L1: {COPY} $L2: ret;",
+}
+UNORDERED = {
+    "no fence": f"{WRITE} {COPY}",
+    "another write after the fence": f"{WRITE} {FENCE} {WRITE} {COPY}",
+    "a way around the fence": f"{WRITE} @%p1 bra $L1; {FENCE} $L1: {COPY}",
+    "fence under a predicate": f"{WRITE} @%p1 {FENCE} {COPY}",
+    "another kind of fence": f"{WRITE} fence.mbarrier_init.release.cluster; {COPY}",
+    "copied the next time round": f"$L1: {COPY} {WRITE} @%p1 bra $L1; {FENCE}",
+    "the second of two writes": f"{WRITE} {FENCE} {COPY} @%p1 bra $L1; {WRITE} $L1: {COPY}",
+}
+
+
 def flow(body):
     return ControlFlow.of(KERNEL.replace("BODY", body))
 
@@ -86,6 +108,34 @@ def test_awaited_products_are_not_reported(body):
 @pytest.mark.parametrize("body", UNAWAITED.values(), ids=UNAWAITED.keys())
 def test_products_that_repeat_unawaited_are_reported(body):
     assert flow(body).repeats_without("wgmma.mma_async", "wgmma.wait_group")
+
+
+def is_copied_unfenced(body):
+    return flow(body).reaches_without(["stmatrix"], ["cp.async.bulk.tensor.4d.global"], "fence.proxy.async")
+
+
+@pytest.mark.parametrize("body", ORDERED.values(), ids=ORDERED.keys())
+def test_writes_with_a_fence_before_the_copy_are_not_reported(body):
+    assert not is_copied_unfenced(body)
+
+
+@pytest.mark.parametrize("body", UNORDERED.values(), ids=UNORDERED.keys())
+def test_writes_that_reach_a_copy_unfenced_are_reported(body):
+    assert is_copied_unfenced(body)
+
+
+def test_only_what_leads_to_an_end_unsynchronised_counts_where_one_is_given():
+    def is_overwritten(body):
+        copies = ["cp.async.bulk.tensor.4d.global"]
+        return flow(body).reaches_without(copies, ["stmatrix"], "cp.async.bulk.wait_group", leading_to=copies)
+
+    wait = "cp.async.bulk.wait_group.read 0;"
+    assert is_overwritten(f"$L1: {WRITE} {COPY} @%p1 bra $L1; {wait}")
+    assert is_overwritten(f"{COPY} {WRITE} {COPY} {wait}")
+    assert not is_overwritten(f"$L1: {wait} {WRITE} {COPY} @%p1 bra $L1;")
+    elsewhere = f"{WRITE} {FENCE} {MULTIPLY}"
+    assert not is_overwritten(f"$L1: {elsewhere} {wait} {WRITE} {COPY} @%p1 bra $L1;")
+    assert is_overwritten(f"$L1: {elsewhere} {WRITE} {COPY} @%p1 bra $L1;")
 
 
 def test_predicated_synchronisation_counts_where_one_thread_acts_for_all():

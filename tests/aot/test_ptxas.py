@@ -38,8 +38,27 @@ ptxas info    : Function properties for rows_mosaic_gpu_kernel
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 168 registers, used 16 barriers, 1 bytes smem
 """
+LOSS = "ptxas info    : (C{}) Potential Performance Loss: {} in the function 'rows_mosaic_gpu_kernel'\n"
+IGNORED = "ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored; unable to determine register count at entry.\n"
 SPILLS = "16 bytes stack frame, 20 bytes spill stores, 24 bytes spill loads"
 NO_SPILLS = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+STORING = """
+$L__BB0_2:
+    @%p2 cp.async.bulk.tensor.1d.shared::cta.global.mbarrier::complete_tx::bytes [%r6], [%rd5, {%r3}], [%r7];
+    cp.async.bulk.wait_group.read 0;
+    bar.sync %r8, 128;
+    ld.shared.b16 %rs1, [%rd6];
+    st.shared.v2.b32 [%rd3], {%r1, %r2};
+    fence.proxy.async.shared::cta;
+    bar.sync %r8, 128;
+    @%p2 cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%rd4, {%r3, %r4, %r5} ], [%r6];
+    cp.async.bulk.commit_group;
+    @%p1 bra $L__BB0_1;
+    cp.async.bulk.wait_group 0;
+    ret;
+"""
+STORING_PTX = PTX.replace("    @%p1 bra $L__BB0_1;\n    ret;\n", STORING)
+"""A tile is multiplied, something is copied for its end, the result is written to shared memory and copied from there."""
 H200 = GPU_DEVICES["h200"]
 
 
@@ -49,11 +68,44 @@ def test_every_figure_is_read():
     assert (report.registers, report.stack_bytes) == (168, 16)
     assert (report.spill_store_bytes, report.spill_load_bytes) == (20, 24)
     assert report.shared_memory_bytes == 229376 + 8 * (4 * 1 + 2 * 3)
-    assert (report.tensor_core_instructions, report.serialised, report.unawaited) == (1, False, ())
+    assert (report.tensor_core_instructions, report.losses, report.unawaited, report.unordered) == (1, (), (), ())
 
 
-def test_a_kernel_without_faults_has_no_shortcomings():
-    assert KernelReport.of_dump(RESOURCES + PTX + PTXAS).shortcomings(H200) == ()
+@pytest.mark.parametrize("ptx", [PTX, STORING_PTX])
+def test_a_kernel_without_faults_has_no_shortcomings(ptx):
+    assert KernelReport.of_dump(RESOURCES + ptx + PTXAS).shortcomings(H200) == ()
+
+
+@pytest.mark.parametrize(
+    ("statement", "which", "consequences"),
+    [
+        ("    fence.proxy.async.shared::cta;\n", 0, ["a copy may read", "a multiplication may read"]),
+        (
+            "    bar.sync %r8, 128;\n",
+            1,
+            [
+                "a copy may overwrite",
+                "a copy may read what was there before another thread's",
+                "a multiplication may read",
+            ],
+        ),
+        ("    cp.async.bulk.commit_group;\n", 0, ["a copy is not waited for"]),
+        ("    cp.async.bulk.wait_group.read 0;\n", 0, ["a write may change what a copy has yet to read"]),
+        (
+            "    bar.sync %r8, 128;\n",
+            0,
+            ["a write may change what a copy has yet to read, for which another thread waits"],
+        ),
+        ("    cp.async.bulk.wait_group 0;\n", 0, ["the kernel may end before a copy has read all"]),
+    ],
+)
+def test_each_synchronisation_of_shared_memory_that_is_missing_is_a_shortcoming(statement, which, consequences):
+    parts = STORING_PTX.split(statement)
+    without = statement.join(parts[: which + 1]) + statement.join(parts[which + 1 :])
+    assert len(without) == len(STORING_PTX) - len(statement)
+    found = KernelReport.of_dump(RESOURCES + without + PTXAS).shortcomings(H200)
+    assert len(found) == len(consequences)
+    assert all(map(str.startswith, found, consequences)), found
 
 
 @pytest.mark.parametrize(
@@ -67,7 +119,12 @@ def test_a_kernel_without_faults_has_no_shortcomings():
             RESOURCES + PTX + PTXAS.replace("0 bytes stack", "8 bytes stack"),
             "0 bytes of spill stores, 0 of spill loads, 8",
         ),
-        (RESOURCES + PTX + PTXAS.replace("C7519", "C7511"), "wgmma serialised (C7511)"),
+        (RESOURCES + PTX + LOSS.format(7511, "wgmma are serialized") + PTXAS, "wgmma are serialized (C7511)"),
+        (RESOURCES + PTX + LOSS.format(7515, "wgmma are serialized") + PTXAS, "wgmma are serialized (C7515)"),
+        (
+            RESOURCES + PTX + PTXAS + IGNORED,
+            "'setmaxnreg' ignored; unable to determine register count at entry. (C7508)",
+        ),
         (RESOURCES.replace("229376", "232400") + PTX + PTXAS, "232480 bytes of shared memory, h200 has 232448"),
         (
             RESOURCES + PTX.replace("wgmma.wait_group.sync.aligned 1;", "") + PTXAS,

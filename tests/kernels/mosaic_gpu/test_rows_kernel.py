@@ -77,6 +77,8 @@ def test_the_compact_layout_has_any_number_of_rows(contract, rng):
         ("in", tiles_of(128, 256, panel=1), "bfloat16"),
         ("out", tiles_of(64, 256), "bfloat16"),
         ("out", tiles_of(128, 256, panel=1), "float32"),
+        ("in", tiles_of(128, 192), "bfloat16"),
+        ("out", tiles_of(128, 192), "bfloat16"),
     ],
     ids=str,
 )

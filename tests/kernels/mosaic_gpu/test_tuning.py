@@ -251,6 +251,15 @@ def test_committed_entries_can_be_read_and_are_accepted_by_their_kernels(device,
         assert entry.microseconds < entry.default_microseconds
 
 
+@pytest.mark.parametrize("kernel", ["rows", "rows_gradient"])
+def test_candidates_for_wide_results_fill_the_last_tile_of_widths_that_256_leaves_mostly_empty(kernel):
+    shape = dataclasses.replace(SHAPE, width_in=2880, width_out=2880, projections=1)
+    widths = {tiles.columns for tiles in candidates(kernel, shape, GPU_DEVICES["h200"])}
+    assert {64, 128, 192, 256} <= widths
+    emptiness = {width: -(-2880 // width) * width / 2880 - 1 for width in widths}
+    assert emptiness[192] == 0 < 0.06 < emptiness[256]
+
+
 def test_candidates_do_not_reach_far_beyond_a_small_shape():
     small = dataclasses.replace(SHAPE, width_in=64, width_out=40)
     assert {(tiles.columns, tiles.depth) for tiles in candidates("rows", small, GPU_DEVICES["h200"])} <= {
