@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ from moe_jax.routing import Router, append_fused_shared_experts, split_zero_expe
 from moe_jax.runner.aux import MoEAux, count_expert_load
 from moe_jax.runner.built_for import check_built_for, check_can_be_split
 from moe_jax.runner.fused_shared_experts import check_fused_shared_experts
-from moe_jax.runner.interface import MoERunnerInterface
+from moe_jax.runner.interface import LayerInputs, MoERunnerInterface
 from moe_jax.runner.on_mesh import partition_spec, place_parts, result_shardings
 from moe_jax.runner.physical_experts import expert_map_manager, initial_replicas, resolve_axes
 from moe_jax.runner.plans import ReductionPlan, ScalingPlan
@@ -112,7 +112,8 @@ class MoERunner(MoERunnerInterface):
         check_built_for(config, self.router, self.routed_experts, has_mesh=mesh is not None)
         self.check_parts()
         if self.axes is not None:
-            place_parts(self, self.axes.mesh, [name for name, given in parts.items() if given is None])
+            made_here = [name for name, given in parts.items() if given is None]
+            place_parts(self, self.axes.mesh, [*made_here, "replicas"])
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, _as_part(value) if name in _REPLACEABLE else value)
@@ -169,6 +170,18 @@ class MoERunner(MoERunnerInterface):
         """Which expert slots the ranks at position `ep_rank` of the expert axes hold."""
         return expert_map_manager(self.config, self.axes, ep_rank)
 
+    @overload
+    def __call__(
+        self, hidden_states: Array, *, with_aux: Literal[False] = False, **inputs: Unpack[LayerInputs]
+    ) -> Array: ...
+    @overload
+    def __call__(
+        self, hidden_states: Array, *, with_aux: Literal[True], **inputs: Unpack[LayerInputs]
+    ) -> tuple[Array, MoEAux]: ...
+    @overload
+    def __call__(
+        self, hidden_states: Array, *, with_aux: bool, **inputs: Unpack[LayerInputs]
+    ) -> Array | tuple[Array, MoEAux]: ...
     def __call__(
         self,
         hidden_states: Float[Array, "... D"],
