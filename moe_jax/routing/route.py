@@ -6,13 +6,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from moe_jax.config import CustomRoutingFunction, RouterConfig
+from moe_jax.kernels.rounding import rounded_to
 
 from .hash_table import look_up_experts
 from .scoring import SCORES
 from .selection import choose_experts
 from .simulation import find_strategy
 from .sparsemixer import sparsemixer
-from .weights import gather_per_expert, renormalize, round_to_dtype, spoil_tokens_with_unknown_ids
+from .weights import gather_per_expert, renormalize, spoil_tokens_with_unknown_ids
 
 
 class RoutingResult(NamedTuple):
@@ -109,7 +110,7 @@ def route(
     if config.round_weights_to_input_dtype:
         if hidden_states is None:
             raise ValueError("round_weights_to_input_dtype needs hidden_states [T, H], got None")
-        weights = round_to_dtype(weights, hidden_states.dtype)
+        weights = rounded_to(weights, hidden_states.dtype)
     return RoutingResult(weights, ids)
 
 

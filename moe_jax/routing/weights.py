@@ -1,8 +1,7 @@
-"""Weights of the chosen experts: gather, renormalise, round. An id below zero is no expert and weighs nothing."""
+"""Weights of the chosen experts: gather, renormalise. An id below zero is no expert and weighs nothing."""
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Float, Int
 
 
 def gather_per_expert(values: Float[Array, "T E"], ids: Int[Array, "T K"]) -> Float[Array, "T K"]:
@@ -33,20 +32,3 @@ def renormalize(weights: Float[Array, "T K"], *, epsilon: float = 0.0) -> Float[
     # changes no bit of the result.
     lift = jnp.where(denominator < 2.0**-40, 2.0**90, 1.0)
     return (weights * lift) / (denominator * lift)
-
-
-def round_to_dtype(weights: Float[Array, "T K"], dtype: DTypeLike) -> Float[Array, "T K"]:
-    """`weights` rounded to the values that `dtype` can hold, the subnormal ones of float16 too, still float32.
-
-    A cast there and back would not do: XLA may drop such a pair as excess precision.
-    """
-    target = jnp.finfo(dtype)
-    rounded = jax.lax.reduce_precision(weights, exponent_bits=target.nexp, mantissa_bits=target.nmant)
-    if target.minexp <= jnp.finfo(weights.dtype).minexp:
-        return rounded
-    # Below its normal numbers `reduce_precision` knows zero only, but float16 has evenly spaced values down to zero there.
-    spacing = float(target.smallest_subnormal)
-    nearest = jnp.round(weights / spacing) * spacing
-    # The difference is exact, and the gradient that of a weight.
-    small = weights + jax.lax.stop_gradient(nearest - weights)
-    return jnp.where(jnp.abs(weights) < float(target.smallest_normal), small, rounded)

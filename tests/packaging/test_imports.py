@@ -25,7 +25,7 @@ ALLOWED = {
     "config": {"config_checks", "kernels"},
     "families": {"config", "json_types", "kernels"},
     "placement": {"config"},
-    "routing": {"config"},
+    "routing": {"config", "kernels"},
     "experts": {"config", "kernels", "placement"},
     "parallel": {"config", "kernels", "experts"},
     "runner": {"config", "kernels", "routing", "experts", "placement", "parallel"},
