@@ -10,7 +10,7 @@ from jax import Array
 
 from ..activations import Activation
 from ..device import gpu_device_of, tpu_device_of
-from ..selection import platform_of
+from ..selection import check_known_sizes, platform_of
 from ..varying import equally_varying
 from .expert_block import ExpertMatrices
 
@@ -90,10 +90,12 @@ class Request:
         """Check the arguments and describe them.
 
         Raises:
-            ValueError: shapes that do not fit each other, an illegal activation, or more rows expected than there can be.
+            ValueError: sizes that are symbolic, shapes that do not fit each other, an illegal activation, or more rows expected
+                than there can be.
             TypeError: dtypes that are not floating (arrays) or integer (ids), or that differ.
         """
         activation = Activation.of(activation)
+        check_known_sizes(x=x, topk_ids=topk_ids, gate_up_proj=gate_up_proj)
         if x.ndim != 2:
             raise ValueError(f"x must be [T, H], got shape {x.shape}")
         if topk_ids.ndim != 2 or topk_ids.shape[0] != x.shape[0] or topk_ids.shape[1] < 1:

@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from ..device import gpu_device_of, tpu_device_of
-from ..selection import platform_of
+from ..selection import check_known_sizes, platform_of
 from ..varying import equally_varying
 
 
@@ -43,9 +43,10 @@ class Request:
         """Check the arguments and describe them.
 
         Raises:
-            ValueError: shapes that do not fit each other.
+            ValueError: sizes that are symbolic, shapes that do not fit each other.
             TypeError: dtypes that are not floating (arrays) or integer (sizes, offset), or that differ.
         """
+        check_known_sizes(rows=rows, weights=weights, group_sizes=group_sizes)
         if rows.ndim != 2:
             raise ValueError(f"rows must be [M, D], got shape {rows.shape}")
         if weights.ndim != 3:

@@ -207,3 +207,13 @@ def test_slots_are_numbers_of_rows_that_multiply_well(itemsize):
     for rows in range(1, 300):
         within = slots_within(rows, itemsize)
         assert within == max((slots for slots in numbers if slots <= rows), default=0)
+
+
+def test_a_program_for_any_number_of_tokens_is_refused():
+    def compute(x):
+        ids = jnp.zeros((x.shape[0], 2), jnp.int32)
+        return fused_moe(x, jnp.ones(ids.shape), ids, GATE_UP, DOWN)
+
+    (num_tokens,) = jax.export.symbolic_shape("t")
+    with pytest.raises(ValueError, match=r"x must have sizes that are known .*, got \[t, 4\]"):
+        jax.export.export(jax.jit(compute))(jax.ShapeDtypeStruct((num_tokens, 4), jnp.float32))
