@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # `import golden_cases`, `from oracles import routing`
+sys.path.insert(0, str(Path(__file__).parent))  # `from support import small_models`, `from oracles import routing`
 
 from support.xla_flags import xla_flags
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType
-from published_configs import CONFIGS, DEEPSEEK_V3_671B, QWEN1_5_MOE_A2_7B, QWEN3_30B_A3B
 from support.compiled_programs import GROUPED_QUERY, collective, decoder_of, recorded
+from support.published_configs import CONFIGS, DEEPSEEK_V3_671B, QWEN1_5_MOE_A2_7B, QWEN3_30B_A3B
 
 from moe_jax.aot.collectives import read_collectives
 from moe_jax.aot.compile_report import collective_rows, report

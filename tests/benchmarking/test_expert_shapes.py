@@ -2,8 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-import published_configs
 import pytest
+from support import published_configs
 
 from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES, ExpertShape
 from moe_jax.kernels import fused_moe

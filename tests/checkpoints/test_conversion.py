@@ -2,13 +2,13 @@
 
 import json
 
-import golden_cases
 import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tiny_checkpoint as tiny
+from support import golden_cases
 
 from moe_jax.checkpoints import (
     CheckpointError,

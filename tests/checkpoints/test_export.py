@@ -3,11 +3,11 @@
 import json
 import shutil
 
-import golden_cases
 import ml_dtypes
 import numpy as np
 import pytest
 import tiny_checkpoint as tiny
+from support import golden_cases
 
 from moe_jax.checkpoints import CheckpointError, convert, export, open_checkpoint, verify
 

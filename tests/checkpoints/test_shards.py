@@ -3,10 +3,10 @@
 import json
 import os
 
-import golden_cases
 import numpy as np
 import pytest
 import tensorstore as ts
+from support import golden_cases
 
 from moe_jax.checkpoints import CheckpointError, convert, export, open_checkpoint, verify
 

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from fading_memory_model import FadingMemoryModel
+from support.fading_memory_model import FadingMemoryModel
 
 from moe_jax.cli import main
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden_cases import golden_case
 from safetensors.numpy import load_file, save_file
+from support.golden_cases import golden_case
 
 from moe_jax.checkpoints import Progress
 from moe_jax.cli import main
@@ -81,7 +81,7 @@ def test_inspect_lists_tensors_that_are_left_out(capsys):
 
 
 def _cases_with_dropped_tensors():
-    from golden_cases import golden_cases
+    from support.golden_cases import golden_cases
 
     return [case.name for case in golden_cases("deepseek_v3") if case.dropped_tensors]
 

@@ -12,10 +12,10 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small_tokenizers
-from fading_memory_model import FadingMemoryModel, expected_greedy, expected_load, expected_penalized
-from golden_cases import golden_cases
-from small_tokenizers import CHATML, END_OF_TEXT
+from support import small_tokenizers
+from support.fading_memory_model import FadingMemoryModel, expected_greedy, expected_load, expected_penalized
+from support.golden_cases import golden_cases
+from support.small_tokenizers import CHATML, END_OF_TEXT
 
 from moe_jax.cli import main
 from moe_jax.tokenization import Tokenizer

@@ -7,7 +7,7 @@ import sys
 
 import jax
 import pytest
-from golden_cases import golden_cases
+from support.golden_cases import golden_cases
 
 from moe_jax.cli import exit_codes, main
 from moe_jax.cli.main import COMMANDS

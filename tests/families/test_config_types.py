@@ -4,7 +4,7 @@ import dataclasses
 import re
 
 import pytest
-from published_configs import CONFIGS
+from support.published_configs import CONFIGS
 
 from moe_jax.families import FAMILIES, get_family
 from moe_jax.families.config_keys import ONLY_DECODERS

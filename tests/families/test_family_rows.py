@@ -2,9 +2,9 @@
 
 import math
 
-import golden_cases
 import pytest
-from published_configs import ANNOUNCED, CONFIGS, PUBLISHED
+from support import golden_cases
+from support.published_configs import ANNOUNCED, CONFIGS, PUBLISHED
 
 from moe_jax.config import GroupLimit
 from moe_jax.families import FAMILIES, get_family, parameter_shapes

@@ -1,7 +1,7 @@
 """A key of `config.json` that changes the result and isn't supported is refused by name; harmless ones are not."""
 
 import pytest
-from published_configs import CONFIGS
+from support.published_configs import CONFIGS
 
 from moe_jax.families import FAMILIES, get_family
 

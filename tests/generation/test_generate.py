@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from fading_memory_model import (
+from support.fading_memory_model import (
     FadingMemoryModel,
     expected_greedy,
     expected_load,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_cases import golden_case, golden_cases
+from support.golden_cases import golden_case, golden_cases
 
 from moe_jax import from_pretrained
 from moe_jax.generation import GenerationSettings, generate

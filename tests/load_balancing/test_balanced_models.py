@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from oracles.layers_under_test import random_like
-from published_configs import CONFIGS
 from support.balanced_layers import make_mesh
+from support.published_configs import CONFIGS
 
 from moe_jax import ParallelConfig
 from moe_jax.families import get_family

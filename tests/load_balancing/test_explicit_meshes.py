@@ -2,7 +2,6 @@
 
 import contextlib
 
-import golden_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType
+from support import golden_cases
 from support.balanced_layers import logical_experts, plain_and_balanced
 
 from moe_jax import ParallelConfig, from_pretrained

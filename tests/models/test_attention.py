@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from golden_models import QUICK_TO_COMPILE
+from support.golden_models import QUICK_TO_COMPILE
 
 from moe_jax.families.decoder import LatentAttention, Rope
 from moe_jax.models import latent_attention

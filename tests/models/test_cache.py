@@ -1,12 +1,12 @@
 """With a key/value cache, any way of feeding the tokens gives the logits of the full forward pass."""
 
-import golden_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from golden_models import TOLERANCE, compiled, golden_model, relative_error
+from support import golden_cases
+from support.golden_models import TOLERANCE, compiled, golden_model, relative_error
 
 from moe_jax.models.cache import KVCache
 

@@ -1,12 +1,12 @@
 """Weights that lie in device memory in an order of their own keep it, and are computed with like any others."""
 
-import golden_cases
 import jax
 import numpy as np
 import pytest
 from flax import nnx
-from golden_models import TOLERANCE, relative_error
 from jax.experimental.layout import Format, Layout
+from support import golden_cases
+from support.golden_models import TOLERANCE, relative_error
 
 from moe_jax import from_pretrained
 from moe_jax.generation import GenerationSettings, generate

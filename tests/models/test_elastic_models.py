@@ -2,13 +2,13 @@
 
 import gc
 
-import golden_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from golden_models import QUICK_TO_COMPILE, TOLERANCE, golden_model, relative_error
+from support import golden_cases
+from support.golden_models import QUICK_TO_COMPILE, TOLERANCE, golden_model, relative_error
 
 from moe_jax import ParallelConfig, from_pretrained
 from moe_jax.models import elastic

@@ -3,14 +3,14 @@
 import contextlib
 import functools
 
-import golden_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from golden_models import QUICK_TO_COMPILE, TOLERANCE, relative_error
 from jax.sharding import AxisType, PartitionSpec
+from support import golden_cases
+from support.golden_models import QUICK_TO_COMPILE, TOLERANCE, relative_error
 
 from moe_jax import from_pretrained
 from moe_jax.generation import GenerationSettings, generate

@@ -1,12 +1,12 @@
 """Models whose shared experts are computed among the routed ones: the logits of transformers, from and to the same checkpoints."""
 
-import golden_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from golden_models import QUICK_TO_COMPILE, TOLERANCE, golden_model, relative_error
+from support import golden_cases
+from support.golden_models import QUICK_TO_COMPILE, TOLERANCE, golden_model, relative_error
 
 from moe_jax import from_pretrained, save_pretrained
 from moe_jax.parallel import create_mesh

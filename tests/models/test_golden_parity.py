@@ -2,11 +2,11 @@
 
 import dataclasses
 
-import golden_cases
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_models import TOLERANCE, compiled, golden_model, relative_error
+from support import golden_cases
+from support.golden_models import TOLERANCE, compiled, golden_model, relative_error
 
 from moe_jax import from_pretrained
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from golden_models import QUICK_TO_COMPILE
-from published_configs import CONFIGS
+from support.golden_models import QUICK_TO_COMPILE
+from support.published_configs import CONFIGS
 
 from moe_jax.config import ParallelConfig
 from moe_jax.families import FAMILIES, get_family, parameter_shapes

@@ -3,15 +3,15 @@
 import json
 import shutil
 
-import golden_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from golden_models import QUICK_TO_COMPILE, TOLERANCE, golden_model, relative_error
 from jax.sharding import AxisType
 from safetensors.numpy import load_file
+from support import golden_cases
+from support.golden_models import QUICK_TO_COMPILE, TOLERANCE, golden_model, relative_error
 
 from moe_jax import from_pretrained, save_pretrained
 from moe_jax.checkpoints import CheckpointError, open_checkpoint

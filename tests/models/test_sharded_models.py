@@ -5,14 +5,14 @@ import itertools
 import math
 import re
 
-import golden_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from golden_models import QUICK_TO_COMPILE, TOLERANCE, golden_model, relative_error
 from jax.sharding import PartitionSpec
+from support import golden_cases
+from support.golden_models import QUICK_TO_COMPILE, TOLERANCE, golden_model, relative_error
 from support.small_models import small_decoder
 
 from moe_jax import ParallelConfig, from_pretrained, save_pretrained

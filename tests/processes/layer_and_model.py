@@ -7,16 +7,16 @@ import json
 import sys
 import time
 
-import golden_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 from flax import nnx
-from golden_models import QUICK_TO_COMPILE, relative_error
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
+from support import golden_cases
 from support.balanced_layers import plain_and_balanced
+from support.golden_models import QUICK_TO_COMPILE, relative_error
 from support.sharded_layers import SHARED, layer_pair, small_config
 
 from moe_jax import from_pretrained, save_pretrained

@@ -3,10 +3,9 @@
 import json
 from pathlib import Path
 
-import golden_cases
 import numpy as np
 import pytest
-from support import processes
+from support import golden_cases, processes
 
 from moe_jax.checkpoints import convert, open_checkpoint
 

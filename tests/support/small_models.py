@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from published_configs import CONFIGS
+from support.published_configs import CONFIGS
 
 from moe_jax.families import get_family
 from moe_jax.families.decoder import Decoder

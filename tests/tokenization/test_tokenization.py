@@ -3,11 +3,11 @@
 import json
 
 import pytest
-import small_tokenizers
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_tokenizers import CHATML, END_OF_TEXT
+from support import small_tokenizers
+from support.small_tokenizers import CHATML, END_OF_TEXT
 
 from moe_jax.tokenization import TextStream, Tokenizer
 

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
-from golden_cases import GoldenCase, cases_and_forms  # noqa: E402
+from support.golden_cases import GoldenCase, cases_and_forms  # noqa: E402
 
 MAX_LOGIT_ERROR = 1e-6
 """In standard deviations of the logits."""

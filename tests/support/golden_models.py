@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from golden_cases import GoldenCase
+from support.golden_cases import GoldenCase
 
 from moe_jax import from_pretrained
 from moe_jax.models import CausalLM

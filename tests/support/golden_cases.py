@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parents[1] / "golden"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
