@@ -85,7 +85,7 @@ def _is_here(source: str | os.PathLike[str], revision: str | None) -> bool:
             raise CheckpointError(f"{source}: is not on the hub, so it has no revision {revision!r}")
         return True
     if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
-        raise CheckpointError(f"{source}: does not exist")
+        raise CheckpointError(f"{source}: does not exist, and is no hub id, which has the form owner/name")
     return False
 
 

@@ -146,7 +146,7 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
         sizes[name] = int(size)
     positions = math.prod(sizes.values())
     if positions != num_devices:
-        raise ValueError(f"the mesh {text} has {positions} positions, but there are {num_devices} devices")
+        raise ValueError(f"the mesh {text} needs {positions} devices, got {num_devices}")
     return {name: sizes.get(name, 1) for name in AXIS_ROLES}
 
 

@@ -28,7 +28,7 @@ def create_mesh(sizes: Mapping[str, int]) -> Mesh:
     needed, present = math.prod(sizes.values()), jax.device_count()
     if needed > present or (needed < present and jax.process_count() > 1):
         raise ValueError(
-            f"the mesh {_written(sizes)} has {needed} positions, but there are {present} devices"
+            f"the mesh {_written(sizes)} needs {needed} devices, got {present}"
             + (f" on {jax.process_count()} processes, which must all be used" if jax.process_count() > 1 else "")
         )
     return arrange_mesh(sizes, jax.devices()[:needed])

@@ -229,7 +229,7 @@ def test_default_meshes_use_all_devices_of_every_model(name, devices):
 def test_meshes_in_another_form_are_refused(text):
     with pytest.raises(ValueError, match="data=N,expert=N,tensor=N"):
         parse_mesh(text, 8)
-    with pytest.raises(ValueError, match="mesh expert=4 has 4 positions, but there are 8 devices"):
+    with pytest.raises(ValueError, match="mesh expert=4 needs 4 devices, got 8"):
         parse_mesh("expert=4", 8)
 
 

@@ -31,7 +31,7 @@ def test_what_is_no_mesh_is_refused(text, capsys):
         (["--distributed"], "--distributed needs --mesh"),
         (["--mesh", "expert=2", "--process-id", "0"], "need --distributed"),
         (["--mesh", "expert=2", "--distributed", "--num-processes", "2"], "go together; missing: coordinator_address"),
-        (["--mesh", "expert=16"], "the mesh expert=16 has 16 positions, but there are 8 devices"),
+        (["--mesh", "expert=16"], "the mesh expert=16 needs 16 devices, got 8"),
         (["--mesh", "expert=2", "--distributed", "--prompt", "-"], "--distributed needs --prompt TEXT"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -1,4 +1,4 @@
-"""Whole models on eight fake devices: logits, shares of parameters and cache, and what the compiled programs move."""
+"""Whole models on eight simulated devices: logits, shares of parameters and cache, and what the compiled programs move."""
 
 import functools
 import itertools

@@ -34,7 +34,7 @@ def test_a_mesh_has_the_axes_and_sizes_asked_for():
     ("sizes", "message"),
     [
         ({"expert": 0}, "must be positive, got expert=0"),
-        ({"expert": 4, "data": 4}, "the mesh expert=4,data=4 has 16 positions, but there are 8 devices"),
+        ({"expert": 4, "data": 4}, "the mesh expert=4,data=4 needs 16 devices, got 8"),
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""The replicated strategy on eight fake devices: forward and gradients equal those of the layer on one device."""
+"""The replicated strategy on eight simulated devices: forward and gradients equal those of the layer on one device."""
 
 import jax
 import jax.numpy as jnp

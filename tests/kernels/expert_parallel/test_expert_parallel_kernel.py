@@ -1,4 +1,4 @@
-"""The kernel that sends rows to their experts while it multiplies others: executed on fake devices, in TPU interpret mode."""
+"""The kernel that sends rows to their experts while it multiplies others: executed on simulated devices, in TPU interpret mode."""
 
 import contextlib
 
