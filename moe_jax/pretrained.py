@@ -51,6 +51,7 @@ def from_pretrained(
     num_redundant_experts: int = 0,
     fuse_shared_experts: bool = False,
     implementation: str | None = None,
+    recompute_layers: bool = False,
     revision: str | None = None,
 ) -> CausalLM:
     """Load a model.
@@ -69,6 +70,7 @@ def from_pretrained(
         num_redundant_experts: extra slots in every MoE layer, filled with copies of experts, for load balancing.
         fuse_shared_experts: compute shared experts among the routed ones, see `MoEConfig`; parameters are the same.
         implementation: implementation of the expert computation; None chooses by device and shape.
+        recompute_layers: for training: gradients keep of every layer only its input, see `CausalLM`.
         revision: branch, tag or commit of a model on the hub; None: its newest.
 
     Raises:
@@ -93,6 +95,7 @@ def from_pretrained(
         num_redundant_experts=num_redundant_experts,
         fuse_shared_experts=fuse_shared_experts,
         implementation=implementation,
+        recompute_layers=recompute_layers,
         hf_config=reader.config,
         source_folder=folder.absolute(),  # the process may change its folder before the model is saved
     )

@@ -30,7 +30,7 @@ class Timing:
     decode_seconds: float
     """Everything after the first new token."""
     decoded_tokens: int
-    """New tokens of all rows but the first of each."""
+    """New tokens of all rows but the first of each, which comes with the prompts."""
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -39,7 +39,7 @@ class Timing:
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """New tokens per second, over all rows; 0 if there was nothing to decode."""
+        """Decoded tokens per second, over all rows; 0 if there was nothing to decode."""
         return self.decoded_tokens / self.decode_seconds if self.decoded_tokens else 0.0
 
     @classmethod

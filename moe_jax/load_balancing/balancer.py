@@ -191,7 +191,8 @@ class ExpertLoadBalancer:
     def _check_can_follow(self, tree: Any, placement: Int[np.ndarray, "L P"]) -> None:
         """Raise ValueError or TypeError unless the experts of `tree` are at `placement` and can move."""
         if isinstance(tree, (nnx.Module, nnx.Optimizer)):
-            for path, layer in nnx.iter_modules(tree):
+            graph: Any = tree  # an optimizer holds modules, too
+            for path, layer in nnx.iter_modules(graph):
                 is_balanced = any(path[len(path) - len(layers.path) :] == layers.path for layers in self.layers)
                 if isinstance(layer, MoERunner) and is_balanced and layer.replicas is None:
                     raise ValueError(

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,16 @@ from moe_jax.models.rotary import rotation
 from moe_jax.models.scan_plan import plan_segments
 from moe_jax.models.sequence import Sequence
 from moe_jax.parallel import with_auto_axes
+from moe_jax.parallel.sharding import placed
 from moe_jax.runner import MoEAux
+
+
+class ModelInputs(TypedDict, total=False):
+    """What a call may bring beside token ids and a cache; `CausalLM.__call__` describes each."""
+
+    attention_mask: Int[Array, "B S"] | None
+    positions: Int[Array, "B S"] | None
+    forced_ids: Int[Array, "L B S K"] | None
 
 
 class CausalLM(nnx.Module):
@@ -34,6 +43,7 @@ class CausalLM(nnx.Module):
         parallel: how the model is split over `mesh`.
         mesh: devices that the model is spread over, as a mesh with Auto axes, or None.
         partitioning: how batch and dense parts are split over `mesh`, or None.
+        recompute_layers: gradients keep of every layer only its input, and compute the layer again; may be set at any time.
         source_folder: the folder that the model was loaded from, with its tokenizer and generation settings, or None.
         embedder: `nnx.Embed` `[V, H]`.
         stacks: one `LayerStack` per segment of the scan plan.
@@ -53,6 +63,7 @@ class CausalLM(nnx.Module):
         num_redundant_experts: int = 0,
         fuse_shared_experts: bool = False,
         implementation: str | None = None,
+        recompute_layers: bool = False,
         hf_config: Mapping[str, Any] | None = None,
         source_folder: str | os.PathLike[str] | None = None,
     ):
@@ -73,6 +84,8 @@ class CausalLM(nnx.Module):
                 `moe_jax.load_balancing`).
             fuse_shared_experts: compute shared experts among the routed ones, see `MoEConfig`; parameters are the same.
             implementation: implementation of the expert computation; None chooses by device and shape.
+            recompute_layers: for training: gradients keep of every layer only its input, and compute the layer again, which
+                saves memory and costs another forward pass. Without gradients it changes nothing.
             hf_config: the `config.json` that `decoder` was made from, kept for `save_pretrained`.
             source_folder: where its tokenizer and generation settings are.
         """
@@ -81,6 +94,7 @@ class CausalLM(nnx.Module):
         self.parallel = ParallelConfig() if parallel is None else parallel
         self.mesh = None if mesh is None else with_auto_axes(mesh)
         self.partitioning = None if self.mesh is None else Partitioning.of(self.parallel, self.mesh)
+        self.recompute_layers = recompute_layers
         self.source_folder = None if source_folder is None else os.fspath(source_folder)
         self._hf_config = None if hf_config is None else json.dumps(dict(hf_config))  # text, for modules hold hashables
         options = BuildOptions(
@@ -111,7 +125,7 @@ class CausalLM(nnx.Module):
         self.lm_head = nnx.data(head)
         if self.partitioning is not None:
             shardings = parameter_shardings(self)  # pyright: ignore[reportArgumentType]  # an import cycle for types
-            nnx.update(self, nnx.map_state(lambda path, value: jax.device_put(value, shardings[path]), nnx.state(self)))
+            nnx.update(self, nnx.map_state(lambda path, value: placed(value, shardings[path]), nnx.state(self)))
 
     @property
     def partitioning_remarks(self) -> tuple[str, ...]:
@@ -123,6 +137,31 @@ class CausalLM(nnx.Module):
         """The `config.json` that the model was made from, if it is known."""
         return None if self._hf_config is None else json.loads(self._hf_config)
 
+    @overload
+    def __call__(
+        self, input_ids: Array, *, cache: None = None, with_aux: Literal[False] = False, **inputs: Unpack[ModelInputs]
+    ) -> Array: ...
+    @overload
+    def __call__(
+        self, input_ids: Array, *, cache: None = None, with_aux: Literal[True], **inputs: Unpack[ModelInputs]
+    ) -> tuple[Array, MoEAux]: ...
+    @overload
+    def __call__(
+        self, input_ids: Array, *, cache: KVCache, with_aux: Literal[False] = False, **inputs: Unpack[ModelInputs]
+    ) -> tuple[Array, KVCache]: ...
+    @overload
+    def __call__(
+        self, input_ids: Array, *, cache: KVCache, with_aux: Literal[True], **inputs: Unpack[ModelInputs]
+    ) -> tuple[Array, KVCache, MoEAux]: ...
+    @overload
+    def __call__(
+        self,
+        input_ids: Array,
+        *,
+        cache: KVCache | None = None,
+        with_aux: bool = False,
+        **inputs: Unpack[ModelInputs],
+    ) -> Any: ...
     def __call__(
         self,
         input_ids: Int[Array, "B S"],
@@ -146,7 +185,7 @@ class CausalLM(nnx.Module):
 
         Returns:
             Logits `[B, S, V]` float32 (meaningless at padding); with a cache `(logits, cache)`; with `with_aux` a
-            `MoEAux` follows, whose arrays have a leading axis of the L MoE layers.
+            `MoEAux` follows, whose arrays have a leading axis of the L MoE layers (None if there are none).
         """
         hidden, new_cache, aux = self.hidden_states(
             input_ids,
@@ -226,6 +265,7 @@ class CausalLM(nnx.Module):
                 is_real=is_real,
                 forced_ids=forced_ids[first:last] if forced_ids is not None and last > first else None,
                 with_aux=with_aux,
+                recompute=self.recompute_layers,
             )
             first = last
             new_segments.append(caches)

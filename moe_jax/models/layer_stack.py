@@ -87,8 +87,7 @@ class DecoderLayer(nnx.Module):
         x = x + attended
         normed = self.feed_forward_norm(x)
         if isinstance(self.feed_forward, MoERunner):
-            result: Any = self.feed_forward(normed, forced_ids=forced_ids, token_mask=is_real, with_aux=True)
-            output, aux = result
+            output, aux = self.feed_forward(normed, forced_ids=forced_ids, token_mask=is_real, with_aux=True)
         else:
             output, aux = self.feed_forward(normed), None
         return x + output, cache, aux
@@ -124,6 +123,7 @@ class LayerStack(nnx.Module):
         is_real: Bool[Array, "B S"] | None,
         forced_ids: Int[Array, "L B S K"] | None,
         with_aux: bool,
+        recompute: bool = False,
     ) -> tuple[Float[Array, "B S H"], tuple[CacheArrays, ...] | None, MoEAux | None]:
         """Run the layers in order.
 
@@ -134,6 +134,7 @@ class LayerStack(nnx.Module):
             is_real: False at padding.
             forced_ids: experts to use in each of the segment's L MoE layers.
             with_aux: collect the MoE layers' aux.
+            recompute: keep nothing of a layer for the gradient but its input, and compute the layer again there.
 
         Returns:
             Hidden states, caches, and the aux stacked over the L MoE layers in their order (None without any).
@@ -145,21 +146,32 @@ class LayerStack(nnx.Module):
         if forced_ids is not None:
             forced_ids = forced_ids.reshape(repeats, len(self.moe_positions), *forced_ids.shape[1:])
 
+        def run_layer(
+            position: int, state: nnx.State, index: Array, x: Array, cache: LayerCache | None, forced: Array | None
+        ) -> tuple[Array, LayerCache | None, MoEAux | None]:
+            layer = nnx.merge(graphs[position], state, whole[position])
+            if whole[position]:
+                layer.feed_forward.routed_experts.layer = nnx.data(index)
+            return layer(x, inputs, cache, is_real=is_real, forced_ids=forced)
+
+        if recompute:
+            # The loops of a scan keep the compiler from merging both computations of a layer. Of one round nothing is
+            # left of a loop.
+            run_layer = jax.checkpoint(run_layer, static_argnums=0, prevent_cse=repeats == 1)
+
         def run_group(carry: tuple, group: tuple) -> tuple[tuple, MoEAux | None]:
             (x, caches), (states, index, forced) = carry, group
             if self.partitioning is not None:
                 x = self.partitioning.constrain_tokens(x)
             new_caches, auxes = [], []
-            for position, (graph, state) in enumerate(zip(graphs, states, strict=True)):
-                layer = nnx.merge(graph, state, whole[position])
-                if whole[position]:
-                    layer.feed_forward.routed_experts.layer = nnx.data(index)
-                x, cache, aux = layer(
+            for position, state in enumerate(states):
+                x, cache, aux = run_layer(
+                    position,
+                    state,
+                    index,
                     x,
-                    inputs,
                     None if caches is None else LayerCache(caches[position], index),
-                    is_real=is_real,
-                    forced_ids=None
+                    None
                     if forced is None or position not in self.moe_positions
                     else forced[self.moe_positions.index(position)],
                 )

@@ -3,7 +3,11 @@
 import dataclasses
 from typing import Any
 
-from jax.sharding import PartitionSpec
+import jax
+from flax import nnx
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from moe_jax.experts.weights import ExpertWeights
 from moe_jax.parallel.axes import LayerAxes
@@ -39,3 +43,13 @@ def shared_expert_spec(axes: LayerAxes, path: tuple[Any, ...], *, is_fused: bool
         ("gate_proj", "bias"): axes.spec(split),
         ("up_proj", "bias"): axes.spec(split),
     }.get(tuple(path), PartitionSpec())
+
+
+def placed(value: nnx.Variable[Array], sharding: NamedSharding) -> nnx.Variable[Array]:
+    """A parameter with this sharding, also in a traced function, where `jax.device_put` leaves its array where it is."""
+    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value)):
+        return jax.device_put(value, sharding)
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        return jax.sharding.reshard(value, sharding)
+    # `with_sharding_constraint` would refuse Auto axes while Explicit ones are current.
+    return jax.jit(lambda parameter: parameter, out_shardings=sharding)(value)

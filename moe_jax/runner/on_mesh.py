@@ -5,12 +5,12 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from moe_jax.experts import EXPERT_PARAMETERS, SharedExperts
 from moe_jax.parallel import LayerAxes
-from moe_jax.parallel.sharding import expert_weight_specs, shared_expert_spec
+from moe_jax.parallel.sharding import expert_weight_specs, placed, shared_expert_spec
 from moe_jax.runner.aux import MoEAux
 
 
@@ -31,19 +31,11 @@ def place_parts(layer: Any, mesh: Mesh, names: Sequence[str]) -> None:
     for name in names:
 
         def place(path: tuple[Any, ...], value: Array, name: str = name) -> Array:
-            return _placed(value, NamedSharding(mesh, partition_spec(layer, (name, *path))))
+            return placed(value, NamedSharding(mesh, partition_spec(layer, (name, *path))))
 
         part = getattr(layer, name)
         if part is not None:
             nnx.update(part, nnx.map_state(place, nnx.state(part)))
-
-
-def _placed(value: Any, sharding: NamedSharding) -> Any:
-    """`value` with this sharding, also while the layer is created in a traced function, where `jax.device_put` promises nothing."""
-    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)):
-        return jax.device_put(value, sharding)
-    has_explicit_axes = AxisType.Explicit in sharding.mesh.axis_types
-    return (jax.sharding.reshard if has_explicit_axes else jax.lax.with_sharding_constraint)(value, sharding)
 
 
 def result_shardings(axes: LayerAxes, leading: tuple[Any, ...], *, is_partial: bool, with_aux: bool) -> Any:

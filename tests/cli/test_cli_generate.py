@@ -23,7 +23,9 @@ from moe_jax.tokenization import Tokenizer
 VOCAB = 257
 NEW_TOKENS = 6
 LIMIT = ("--max-new-tokens", str(NEW_TOKENS))
-SPEED = re.compile(r"\d+ prompt tokens in .*\(.* tokens/s\); \d+ new tokens in .*; compiled in .* s\n")
+SPEED = re.compile(
+    r"\d+ prompt tokens in .*\(.* tokens/s\); (\d+) new tokens, (\d+) of them decoded in .*; compiled in .* s\n"
+)
 
 
 class Checkpoint:
@@ -31,6 +33,7 @@ class Checkpoint:
 
     def __init__(self, folder, table):
         self.folder, self.table = folder, table
+        self.decoder = FadingMemoryModel(table, max_positions=100).decoder
         self.loaded_with = []
         small_tokenizers.write(small_tokenizers.byte_level(), folder, eos_token=END_OF_TEXT, chat_template=CHATML)
         (folder / "config.json").write_text("{}")
@@ -40,7 +43,7 @@ class Checkpoint:
         assert folder == self.folder
         assert mesh is None
         self.loaded_with.append(dtype)
-        return FadingMemoryModel(self.table, max_positions=100)
+        return FadingMemoryModel(self.table, self.decoder.max_positions)
 
     def tokens(self, prompt):
         return expected_greedy(self.table, self.tokenizer.encode(prompt), NEW_TOKENS)
@@ -55,6 +58,7 @@ def checkpoint(tmp_path, rng, monkeypatch):
     table[:, 94:] -= 100  # ASCII only: the byte-level alphabet begins with it
     checkpoint = Checkpoint(tmp_path, table)
     monkeypatch.setattr("moe_jax.pretrained.from_pretrained", checkpoint.from_pretrained)
+    monkeypatch.setattr("moe_jax.checkpoints.describe", lambda config, where: (None, checkpoint.decoder))
     return checkpoint
 
 
@@ -147,12 +151,24 @@ def test_what_is_drawn_does_not_depend_on_the_size_of_batches(checkpoint, capsys
     assert len(set(last)) == 3
 
 
-def test_no_prompt_is_continued_if_one_is_too_long(checkpoint, capsys, monkeypatch):
+def test_the_model_is_not_loaded_if_one_of_the_prompts_is_too_long(checkpoint, capsys, monkeypatch):
     give_stdin(monkeypatch, "ab\n" + "x" * 99)
     run(checkpoint, "--batch", "1", "--max-new-tokens", "2", status=2)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "a prompt has 99 tokens" in captured.err
+    assert checkpoint.loaded_with == []
+
+
+def test_the_speed_counts_all_new_tokens_and_tells_how_many_were_decoded(checkpoint, capsys):
+    run(checkpoint, "--prompt", "one", "--prompt", "and another", "--prompt", "third", *LIMIT)
+    counts = SPEED.fullmatch(capsys.readouterr().err)
+    assert counts.groups() == (str(3 * NEW_TOKENS), str(3 * (NEW_TOKENS - 1)))
+
+
+def test_the_speed_of_single_tokens_says_nothing_of_decoding(checkpoint, capsys):
+    run(checkpoint, "--prompt", "one", "--prompt", "and another", "--max-new-tokens", "1")
+    assert re.search(r"tokens/s\); 2 new tokens; compiled in .* s\n$", capsys.readouterr().err)
 
 
 def test_more_new_tokens_than_fit_are_clipped_if_the_checkpoint_asks_for_them(checkpoint, capsys):
@@ -286,13 +302,12 @@ def test_stats_count_the_experts_of_prompts_and_new_tokens(checkpoint, ending, c
     assert f"expert load written to {file}" in capsys.readouterr().err
 
 
-def test_stats_of_a_model_without_experts_are_refused_before_anything_is_generated(checkpoint, capsys, monkeypatch):
-    dense = FadingMemoryModel(checkpoint.table)
-    dense.decoder = dataclasses.replace(dense.decoder, moe_layers=())
-    monkeypatch.setattr("moe_jax.pretrained.from_pretrained", lambda *arguments, **options: dense)
+def test_stats_of_a_model_without_experts_are_refused_before_it_is_loaded(checkpoint, capsys):
+    checkpoint.decoder = dataclasses.replace(checkpoint.decoder, moe_layers=())
     run(checkpoint, "--prompt", "abc", "--stats", str(checkpoint.folder / "load.json"), *LIMIT, status=2)
     captured = capsys.readouterr()
     assert (captured.out, "no layer of the model has any" in captured.err) == ("", True)
+    assert checkpoint.loaded_with == []
 
 
 @pytest.mark.parametrize(("ending", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])

@@ -14,6 +14,8 @@ from support.golden_models import QUICK_TO_COMPILE, TOLERANCE, relative_error
 
 from moe_jax import from_pretrained
 from moe_jax.generation import GenerationSettings, generate
+from moe_jax.models import CausalLM
+from moe_jax.models.parameter_sources import parameter_shardings
 
 CASE = golden_cases.golden_case("mixtral", "full_tied")  # 12 experts
 
@@ -50,6 +52,16 @@ def test_logits_are_those_of_transformers(current):
     with context:
         logits = jax.jit(function, compiler_options=QUICK_TO_COMPILE)(state, jnp.asarray(expected.input_ids))
     assert relative_error(logits, expected.logits) < TOLERANCE
+
+
+def test_it_may_be_created_and_loaded_while_the_mesh_with_explicit_axes_is_current():
+    with jax.set_mesh(explicit_mesh()):
+        loaded = from_pretrained(CASE.folder("fused"), dtype=np.float32, mesh=explicit_mesh())
+        created = CausalLM(loaded.decoder, rngs=nnx.Rngs(0), parallel=loaded.parallel, mesh=explicit_mesh())
+    shardings = parameter_shardings(model())
+    for each in (loaded, created):
+        for path, variable in nnx.to_flat_state(nnx.state(each)):
+            assert variable[...].sharding.is_equivalent_to(shardings[path], variable[...].ndim), path
 
 
 def test_greedy_tokens_are_those_of_transformers():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from support import golden_cases
 from support.golden_models import QUICK_TO_COMPILE, TOLERANCE, golden_model, relative_error
 from support.small_models import small_decoder
@@ -171,6 +171,32 @@ def test_a_model_created_on_a_mesh_is_split_like_a_loaded_one():
     experts = np.asarray(model.stacks[0].blocks[0].feed_forward.routed_experts.down_proj[...])
     assert len(np.unique(experts[:, :4])) == experts[:, :4].size
     np.testing.assert_array_equal(experts[:, 4:], experts[:, :2])
+
+
+def small_model_on(mesh):
+    """`f(rngs)`."""
+    return lambda rngs: CausalLM(small_decoder(num_hidden_layers=1), rngs=rngs, mesh=mesh, parallel=parallel_of(mesh))
+
+
+def test_a_model_created_in_a_traced_function_is_split_like_any_other():
+    create = small_model_on(create_mesh(ALL_AXES))
+    model = nnx.jit(create)(nnx.Rngs(0))
+    shardings = parameter_shardings(model)
+    assert PartitionSpec(("expert", "tensor")) in {sharding.spec for sharding in shardings.values()}
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        assert variable[...].sharding.is_equivalent_to(shardings[path], variable[...].ndim), path
+    abstract = nnx.eval_shape(lambda: create(nnx.Rngs(0)))
+    shapes = [{p: v.shape for p, v in nnx.to_flat_state(nnx.state(m))} for m in (abstract, model)]
+    assert shapes[0] == shapes[1]
+
+
+def test_models_created_by_a_vectorized_function_are_each_split_as_one_alone():
+    create = small_model_on(create_mesh({"expert": 4}))  # more ranks than models
+    shardings = parameter_shardings(create(nnx.Rngs(0)))
+    models = nnx.vmap(lambda key: create(nnx.Rngs(key)))(jax.random.split(jax.random.key(0), 3))
+    for path, variable in nnx.to_flat_state(nnx.state(models)):
+        expected = NamedSharding(shardings[path].mesh, PartitionSpec(None, *shardings[path].spec))
+        assert variable[...].sharding.is_equivalent_to(expected, variable[...].ndim), path
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from moe_jax.cli import arguments as shared
 from moe_jax.cli import exit_codes, processes
 
 if TYPE_CHECKING:
-    from moe_jax.generation import Generation, GenerationSettings, Timing
+    from moe_jax.generation import Generation, GenerationSettings
     from moe_jax.tokenization import Tokenizer
 
 SUMMARY = "continue prompts, or answer them"
@@ -130,8 +130,11 @@ def run(arguments: argparse.Namespace) -> int:
         write_stats = writer_for(arguments.stats)
 
     # What is slow to import, once the arguments are known to be right.
-    from moe_jax.checkpoints import resolve_source
+    from moe_jax.checkpoints import describe, resolve_source
+    from moe_jax.checkpoints.checkpoint_json import read_checkpoint_json
+    from moe_jax.checkpoints.file_names import CONFIG_NAME
     from moe_jax.generation import Generation, generate_batches, read_generation_settings
+    from moe_jax.generation.text_generation import check_prompts, unpadded
     from moe_jax.pretrained import from_pretrained
     from moe_jax.tokenization import Tokenizer
 
@@ -143,9 +146,12 @@ def run(arguments: argparse.Namespace) -> int:
     tokenizer = Tokenizer.from_folder(folder)
     prompt_ids = [encode(tokenizer, prompt, arguments) for prompt in prompts]
     processes.check_agreement(prompt_ids, settings, arguments.seed)
-    model = from_pretrained(folder, dtype=shared.dtype_named(arguments.dtype), mesh=mesh)
-    if write_stats is not None and not model.decoder.moe_layers:
+    # Weights may take minutes to load, so what `config.json` tells is checked before.
+    _, decoder = describe(read_checkpoint_json(folder / CONFIG_NAME), folder / CONFIG_NAME)
+    check_prompts(unpadded(prompt_ids, None), settings, decoder)
+    if write_stats is not None and not decoder.moe_layers:
         raise ValueError("--stats counts how often experts are chosen, and no layer of the model has any")
+    model = from_pretrained(folder, dtype=shared.dtype_named(arguments.dtype), mesh=mesh)
     prints = processes.is_first()
     if prints and mesh is not None:
         for remark in model.partitioning_remarks:
@@ -189,7 +195,7 @@ def run(arguments: argparse.Namespace) -> int:
         title = f"Expert load of {folder.resolve().name}, {tokens}"
         write_stats(arguments.stats, result.expert_load, model.decoder.moe_layers, title)
         print(f"expert load written to {arguments.stats}", file=sys.stderr)
-    print(speed_line(result.timing), file=sys.stderr)
+    print(speed_line(result), file=sys.stderr)
     return exit_codes.SUCCESS
 
 
@@ -328,20 +334,22 @@ def print_texts(prompts: Sequence[str], texts: Sequence[str], *, chat: bool, aft
     print("\n" * after_others + "\n\n".join(blocks), flush=True)
 
 
-def speed_line(timing: "Timing") -> str:
-    """One line that says how long everything took."""
+def speed_line(result: "Generation") -> str:
+    """One line that says how long everything took. The first new token of each prompt comes with the prompt, not by decoding."""
     from moe_jax.cli.output import format_seconds
 
-    parts = [
-        f"{timing.prompt_tokens} prompt tokens in {format_seconds(timing.prefill_seconds)} "
-        f"({timing.prefill_tokens_per_second:,.0f} tokens/s)"
-    ]
+    timing = result.timing
+    new_tokens = f"{result.lengths.sum()} new tokens"
     if timing.decoded_tokens:
-        parts.append(
-            f"{timing.decoded_tokens} new tokens in {format_seconds(timing.decode_seconds)} "
+        new_tokens += (
+            f", {timing.decoded_tokens} of them decoded in {format_seconds(timing.decode_seconds)} "
             f"({timing.decode_tokens_per_second:,.1f} tokens/s)"
         )
-    return "; ".join([*parts, f"compiled in {format_seconds(timing.compile_seconds)}"])
+    return (
+        f"{timing.prompt_tokens} prompt tokens in {format_seconds(timing.prefill_seconds)} "
+        f"({timing.prefill_tokens_per_second:,.0f} tokens/s); {new_tokens}; "
+        f"compiled in {format_seconds(timing.compile_seconds)}"
+    )
 
 
 def as_json(
