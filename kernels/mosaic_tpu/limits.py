@@ -17,6 +17,15 @@ STRIP = 256
 """Columns that the kernel on rows multiplies, activates and stores at once, as many as the widest matrix unit has; a panel's last
 strip may have half of them. The scheduler activates one strip while the next is multiplied, and holds no more than a strip's
 projections."""
+REREADING = ("v5e", "v5p", "v6e")
+"""Generations on which each product of a panel reads its rows of bfloat16 anew. There a tile of them that a kernel copies is half
+a register. The compiler would put two together once for all products, and spill the long rows that it got; so each product reads
+from where a scalar says that isn't known to be the same. A register of 7x is loaded at once, as is one of float32."""
+PAIRED_STRIPS = ("7x",)
+"""Generations whose matrix units multiply by a strip each at the same time. The results of both come together, and those of the
+second are spilled until the first are stored, so a panel of no more than two is one strip."""
+PIECE_ELEMENTS = 2**15
+"""Of rows that are multiplied at once where a strip is wider than a matrix unit: they take a quarter of the registers."""
 MOST_PANEL_ELEMENTS = 2**22
 """Of weights that the kernel on rows multiplies by code of their own; a tile with more is a loop over panels of its columns. So
 large that the ends of the loop's turns, at which nothing is multiplied, take a few per cent of the time, and so small that the
@@ -58,6 +67,30 @@ def panel_columns(columns: int, projections: int, depth: int) -> int:
         if columns % (panels * STRIP) == 0 or panels == 1:
             return columns // panels
     return round_up(ceil_div(columns, fewest), STRIP)
+
+
+def rereads_rows(itemsize: int, device: TpuDevice) -> bool:
+    """Whether each product of a panel reads its rows anew, see `REREADING`."""
+    return device.name in REREADING and itemsize == 2
+
+
+def strip_columns(panel: int, projections: int, device: TpuDevice) -> int:
+    """Columns of a strip of the kernel on rows; the last one of a panel may have fewer."""
+    if device.name in PAIRED_STRIPS and panel * projections <= 2 * STRIP:
+        return panel
+    return min(STRIP, panel)
+
+
+def contracted_at_once(size: int, depth: int, itemsize: int, device: TpuDevice) -> int:
+    """Of `depth` columns, how many of `size` rows the kernel on rows multiplies at once.
+
+    By a strip wider than a matrix unit rows are multiplied twice: by one half in one unit, by the other in another one. In pieces
+    that all units hold together, or a few times as much of few rows, they are read for both; otherwise they would be spilled.
+    """
+    if device.mxu_size >= STRIP or not rereads_rows(itemsize, device):
+        return depth
+    all_units = 2 * device.mxu_size
+    return max(1, PIECE_ELEMENTS // (size * all_units)) * all_units
 
 
 def rows_vmem_bytes(

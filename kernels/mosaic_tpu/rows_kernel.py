@@ -3,7 +3,7 @@
 A program walks over columns of the result, and for each over the visits (`schedule.py`). Weights arrive by the grid's own
 pipeline: while successive visits share a group they stay, so that every weight is read once. Rows are copied in, and results
 out, by hand, because both start at any multiple of 16 rows and are as many as the group still has; the rows of the next visit
-arrive, and the results of the last one leave, while this one is multiplied. The contracted dimension is never cut.
+arrive, and the results of the last one leave, while this one is multiplied. What is copied has the contracted dimension whole.
 
 Each pass over the visits reads all rows. Where that is much, a pass computes several tiles of columns, one after the other for
 each group (`RowTiles.column_tiles`): weights are still read once, and rows of a group that is one visit once for all of them.
@@ -13,9 +13,8 @@ NaN too: a row of a product depends on no other row. Only the first and the last
 groups, and only they are masked.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -27,8 +26,9 @@ from jaxtyping import Float
 from ..activations import Activation
 from ..device import TpuDevice
 from ..varying import shape_varying_like
-from .epilogue import activate, column_of
-from .limits import LANES, STRIP, check_row_tiles, compiler_vmem_limit_bytes, panel_columns, rows_vmem_bytes
+from .epilogue import column_of
+from .limits import LANES, check_row_tiles, compiler_vmem_limit_bytes, rereads_rows, rows_vmem_bytes
+from .panels import Operands, Problem, multiply_panel
 from .schedule import ROW_ALIGNMENT, VisitTable
 from .shared_rows import aligned, mask_ends, whole_rows
 from .steps import StepTable, Walk
@@ -96,7 +96,7 @@ def multiply_rows(
         raise ValueError(f"column_tiles={tiles.column_tiles} must divide the {all_tiles} tiles of {padded_out} columns")
     steps = StepTable.of(table, tiles.column_tiles) if tiles.column_tiles > 1 else None
     tables = (*table, *(steps or ()))
-    problem = _Problem(tiles, projections, contract, activation, depth, padded_out)
+    problem = Problem(tiles, projections, contract, activation, depth, padded_out, dtype.itemsize, device)
 
     def matrix_block(column: Array, step: Array, *tables: Ref) -> tuple[Any, ...]:
         walk = Walk.of(tables, tiles)
@@ -129,6 +129,8 @@ def multiply_rows(
         "fetched": pltpu.SemaphoreType.DMA((2,)),
         "stored": pltpu.SemaphoreType.DMA(()),
     }
+    if rereads_rows(dtype.itemsize, device):
+        scratch["zeros"] = pltpu.SMEM((problem.products,), jnp.int32)
     if row_scale is not None:
         scratch["scale_buffer"] = pltpu.VMEM((tiles.rows + LANES, 1), jnp.float32)
     names = (*operands, *outputs, *scratch)
@@ -155,30 +157,8 @@ def multiply_rows(
     return results[0], results[1] if keep_projected else None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Problem:
-    """What is static in the body of the kernel."""
-
-    tiles: RowTiles
-    projections: int
-    contract: Literal["in", "out"]
-    activation: Activation | None
-    depth: int
-    padded_out: int
-
-    @property
-    def panel(self) -> int:
-        """Columns of a panel; the last one of a tile may have fewer."""
-        return panel_columns(self.tiles.columns, self.projections, self.depth)
-
-    @property
-    def last_columns(self) -> int:
-        """Columns of the last tile."""
-        return self.padded_out - (pl.cdiv(self.padded_out, self.tiles.columns) - 1) * self.tiles.columns
-
-
 def _visit(
-    problem: _Problem,
+    problem: Problem,
     walk: Walk,
     *,
     rows: Ref,
@@ -192,6 +172,7 @@ def _visit(
     shared_rows: Ref,
     fetched: Ref,
     stored: Ref,
+    zeros: Ref | None = None,
     scale_buffer: Ref | None = None,
 ) -> None:
     """One step of the grid: one visit, for the columns of one tile."""
@@ -214,6 +195,9 @@ def _visit(
     def _():
         fetch(step, slot).start()
         shared_rows[...] = jnp.zeros_like(shared_rows)
+        if zeros is not None:
+            for product in range(problem.products):
+                zeros[product] = 0
 
     @pl.when(step + 1 < count)
     def _():
@@ -221,7 +205,7 @@ def _visit(
 
     fetch(step, slot).wait()
     scale = None if row_scale is None else _scale_of(row_scale, scale_buffer, table.row[visit], table.last[visit])
-    operands = _Operands(rows_buffer.at[slot], weights, bias, scale)
+    operands = Operands(rows_buffer.at[slot], weights, bias, scale, zeros)
     _multiply(problem, operands, result_buffer.at[result_slot], table.last[visit])
     shared = shared_rows
     if walk.steps is not None:
@@ -262,7 +246,7 @@ class _Copies:
 
 
 def _store_copies(
-    problem: _Problem, walk: Walk, step: Array, buffer: Ref, destinations: Sequence[Ref], semaphore: Ref
+    problem: Problem, walk: Walk, step: Array, buffer: Ref, destinations: Sequence[Ref], semaphore: Ref
 ) -> _Copies:
     """From the buffer of results to device memory; the last tile may have fewer columns than the others."""
     visit = walk.visit(step)
@@ -288,17 +272,7 @@ def _store_copies(
     )
 
 
-class _Operands(NamedTuple):
-    """What a visit computes with, in vector memory."""
-
-    rows: Ref
-    weights: Ref
-    bias: Ref | None
-    scale: Callable[[Array, int], Float[Array, "size 1"]] | None
-    """Factors of a number of rows, from a row of the visit on."""
-
-
-def _multiply(problem: _Problem, operands: _Operands, buffer: Ref, last: Array) -> None:
+def _multiply(problem: Problem, operands: Operands, buffer: Ref, last: Array) -> None:
     """Write the results of the rows before `last`, and of some after them; zeros for a visit without rows."""
     tiles = problem.tiles
     remainders = tiles.remainders
@@ -331,61 +305,20 @@ def _multiply(problem: _Problem, operands: _Operands, buffer: Ref, last: Array) 
             buffer[:, some] = jnp.zeros((buffer.shape[0], ROW_ALIGNMENT, tiles.columns), buffer.dtype)
 
 
-def _multiply_at_once(problem: _Problem, operands: _Operands, buffer: Ref, first_row: Array, size: int) -> None:
+def _multiply_at_once(problem: Problem, operands: Operands, buffer: Ref, first_row: Array, size: int) -> None:
     """The results of `size` rows from `first_row` on, panel by panel of columns."""
     columns, panel = problem.tiles.columns, problem.panel
     if panel >= columns:
-        _multiply_panel(problem, operands, buffer, first_row, size, 0, columns)
+        multiply_panel(problem, operands, buffer, first_row, size, 0, columns)
         return
 
     @pl.loop(0, columns // panel)
     def _(index):
         first_column = pl.multiple_of(index * panel, LANES)
-        _multiply_panel(problem, operands, buffer, first_row, size, first_column, panel)
+        multiply_panel(problem, operands, buffer, first_row, size, first_column, panel)
 
     if rest := columns % panel:
-        _multiply_panel(problem, operands, buffer, first_row, size, columns - rest, rest)
-
-
-def _multiply_panel(
-    problem: _Problem,
-    operands: _Operands,
-    buffer: Ref,
-    first_row: Array,
-    size: int,
-    first_column: Array | int,
-    columns: int,
-) -> None:
-    """The results of `size` rows and `columns` columns, strip by strip."""
-    own_rows = pl.ds(first_row, size)
-    rows = operands.rows[own_rows, : problem.depth]
-    scale = None if operands.scale is None else operands.scale(first_row, size)
-    # One pass of a matrix unit rounds float32 operands to bfloat16.
-    precision = lax.Precision.HIGHEST if rows.dtype == jnp.float32 else lax.Precision.DEFAULT
-    for start in range(0, columns, STRIP):
-        own_columns = _columns(first_column, start, min(STRIP, columns - start))
-        projected = []
-        for projection in range(problem.projections):
-            if problem.contract == "in":
-                matrix, contracted = operands.weights[projection, own_columns, :], 1
-            else:
-                matrix, contracted = operands.weights[projection, :, own_columns], 0
-            values = lax.dot_general(
-                rows,
-                matrix,
-                (((1,), (contracted,)), ((), ())),
-                precision=precision,
-                preferred_element_type=jnp.float32,
-            )
-            if operands.bias is not None:
-                values = values + operands.bias[projection, own_columns][None, :]
-            projected.append(values)
-            if buffer.shape[0] > 1:
-                buffer[1 + projection, own_rows, own_columns] = values.astype(buffer.dtype)
-        values = activate(problem.activation, projected)
-        if scale is not None:
-            values = values * scale
-        buffer[0, own_rows, own_columns] = values.astype(buffer.dtype)
+        multiply_panel(problem, operands, buffer, first_row, size, columns - rest, rest)
 
 
 def _along_lanes(row_scale: Float[Array, "M"], tiles: RowTiles) -> Float[Array, "tiles 128"]:
@@ -405,8 +338,3 @@ def _scale_of(row_scale: Ref, buffer: Ref, row: Array, last: Array) -> Callable[
         buffer[pl.ds(pl.multiple_of(line * LANES, LANES), LANES), :] = turned
 
     return lambda first_row, size: buffer[aligned(shift + first_row, size), :]
-
-
-def _columns(first: Array | int, start: int, size: int) -> Any:
-    """The slice of `size` columns, `start` after `first`, both multiples of 128."""
-    return pl.ds(first + start if isinstance(first, int) else pl.multiple_of(first + start, LANES), size)
