@@ -99,3 +99,6 @@ EXPERT_SHAPES: dict[str, ExpertShape] = {
     )
 }
 """By name. Source: `config.json` of each published checkpoint."""
+
+TPU_SHAPES = tuple(name for name in EXPERT_SHAPES if name not in ("deepseek-v3", "gpt-oss-20b"))
+"""Those whose kernels are compiled for TPUs: of DeepSeek-V3 one rank's, because no chip holds all, and the larger gpt-oss."""

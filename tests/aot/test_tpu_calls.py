@@ -10,21 +10,11 @@ import pytest
 
 from moe_jax.aot.tpu_calls import TpuKernelCall, tpu_kernel_calls
 from moe_jax.aot.tpu_traffic import rows_traffic
-from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES
+from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES, TPU_SHAPES
 from moe_jax.kernels import fused_moe, grouped_matmul
 from moe_jax.kernels.device import TPU_DEVICES, targeting
 
 TOKENS = 1024
-MODELS = (
-    "mixtral-8x7b",
-    "qwen3-30b-a3b",
-    "qwen3-235b-a22b",
-    "deepseek-v3-ep8",
-    "deepseek-v3-ep32",
-    "deepseek-v3-ep64",
-    "gpt-oss-120b",
-    "olmoe-1b-7b",
-)
 
 
 def calls_of(function, device, known, *arguments) -> list[TpuKernelCall]:
@@ -59,7 +49,7 @@ def experts_block(shape, device, ids) -> list[TpuKernelCall]:
     return calls_of(block, device, {0: jnp.asarray(ids, jnp.int32)}, arguments["topk_ids"], *leaves)
 
 
-EVERY_CASE = list(itertools.product(MODELS, TPU_DEVICES, (2048, 8192)))
+EVERY_CASE = list(itertools.product(TPU_SHAPES, TPU_DEVICES, (2048, 8192)))
 QUICK_CASES = [("qwen3-30b-a3b", "v6e", 2048), ("deepseek-v3-ep64", "v5p", 8192), ("deepseek-v3-ep64", "7x", 2048)]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES
+from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES, TPU_SHAPES
 from moe_jax.kernels.device import TPU_DEVICES
 
 
@@ -37,7 +37,7 @@ def test_a_token_chooses_an_expert_once_and_zipf_loads_the_busiest_expert_most(s
 
 def test_tilings_cut_the_product_evenly_with_the_contraction_whole_and_halved_where_halves_fit_registers(script):
     megablox = script("tpu_megablox")
-    for model in script("tpu_programs").MODELS:
+    for model in TPU_SHAPES:
         shape = EXPERT_SHAPES[model]
         listed = list(megablox.tilings(shape))
         halves = set() if model == "gpt-oss-120b" else {shape.hidden_size // 2}
@@ -183,7 +183,7 @@ def test_published_comparisons_are_of_all_cases_and_spill_more_than_megablox_onl
     published = json.loads((root / "benchmarks/results/tpu_static.json").read_text())["comparisons"]
     cases = {(row["tpu"], row["model"], row["tokens"], row["routing"]): row for row in published}
     programs, comparison = script("tpu_programs"), script("tpu_megablox")
-    assert cases.keys() == set(itertools.product(TPU_DEVICES, programs.MODELS, comparison.TOKENS, programs.ROUTINGS))
+    assert cases.keys() == set(itertools.product(TPU_DEVICES, TPU_SHAPES, comparison.TOKENS, programs.ROUTINGS))
     spills = "spills_per_billion_multiplies"
     more = {case for case, row in cases.items() if row["ours"][spills] > row["megablox"][spills]}
     assert more == {("v5e", "gpt-oss-120b", 8192, "uniform")}

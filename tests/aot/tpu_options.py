@@ -4,15 +4,16 @@ import argparse
 from collections.abc import Collection
 from pathlib import Path
 
-from tpu_programs import MODELS, PROGRAMS, TOKENS
+from tpu_programs import PROGRAMS, TOKENS
 
 from moe_jax.aot.targets import TPU_TOPOLOGIES
+from moe_jax.benchmarking.expert_shapes import TPU_SHAPES
 
 
 def add_selection_options(
     parser: argparse.ArgumentParser,
     *,
-    legal_models: Collection[str] = MODELS,
+    legal_models: Collection[str] = TPU_SHAPES,
     tokens: Collection[int] = TOKENS,
     programs: bool = True,
 ) -> None:
@@ -31,7 +32,7 @@ def add_selection_options(
         )
 
     add("tpus", "generations", TPU_TOPOLOGIES, TPU_TOPOLOGIES)
-    add("models", "models", legal_models, MODELS)
+    add("models", "models", legal_models, TPU_SHAPES)
     parser.add_argument(
         "--tokens",
         nargs="+",

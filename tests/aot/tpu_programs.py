@@ -16,16 +16,6 @@ from moe_jax.kernels import fused_moe, grouped_matmul
 from moe_jax.kernels.groups import Groups
 from moe_jax.kernels.mosaic_tpu.schedule import VisitTable
 
-MODELS = (
-    "mixtral-8x7b",
-    "qwen3-30b-a3b",
-    "qwen3-235b-a22b",
-    "deepseek-v3-ep8",
-    "deepseek-v3-ep32",
-    "deepseek-v3-ep64",
-    "gpt-oss-120b",
-    "olmoe-1b-7b",
-)
 TOKENS = (8, 128, 2048, 8192)
 PROGRAMS = ("forward", "gradient")
 ROUTINGS = ("uniform", "zipf")
