@@ -116,7 +116,7 @@ def test_models_of_different_depth_are_not_compared(tmp_path, source, rng):
         ({"norm_topk_prob": False}, "layers 0, 1: feed_forward.router.renormalize: True against False"),
         ({"rms_norm_eps": 1e-5}, "norm_epsilon: 1e-06 against 1e-05"),
         (
-            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "max_position_embeddings": 32},  # 64, scaled
             "attention.rope.scaling: None against LinearScaling",
         ),
         ({"max_position_embeddings": 32}, "max_positions: 64 against 32"),
