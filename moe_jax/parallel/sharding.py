@@ -4,10 +4,8 @@ import dataclasses
 from typing import Any
 
 import jax
-from flax import nnx
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 from moe_jax.experts.weights import ExpertWeights
 from moe_jax.parallel.axes import LayerAxes
@@ -45,11 +43,11 @@ def shared_expert_spec(axes: LayerAxes, path: tuple[Any, ...], *, is_fused: bool
     }.get(tuple(path), PartitionSpec())
 
 
-def placed(value: nnx.Variable[Array], sharding: NamedSharding) -> nnx.Variable[Array]:
-    """A parameter with this sharding, also in a traced function, where `jax.device_put` leaves its array where it is."""
-    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value)):
-        return jax.device_put(value, sharding)
-    if AxisType.Explicit in sharding.mesh.axis_types:
-        return jax.sharding.reshard(value, sharding)
+def placed(parameter: Any, sharding: Sharding) -> Any:
+    """An array or `nnx.Variable` with this sharding, also in a traced function, where `jax.device_put` would change nothing."""
+    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(parameter)):
+        return jax.device_put(parameter, sharding)
+    if isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types:
+        return jax.sharding.reshard(parameter, sharding)
     # `with_sharding_constraint` would refuse Auto axes while Explicit ones are current.
-    return jax.jit(lambda parameter: parameter, out_shardings=sharding)(value)
+    return jax.jit(lambda value: value, out_shardings=sharding)(parameter)
