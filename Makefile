@@ -68,8 +68,9 @@ check-transformers: $(VENV)/.installed-test $(GOLDEN_VENV)/.installed  ## Run th
 
 aot: aot-gpu aot-tpu aot-parallel aot-models  ## Compile kernels, layers and models for GPUs and TPUs you don't have, and check the code
 
-aot-gpu: $(AOT_VENV)/.installed  ## Of these, every kernel for GPUs (AOT_ARGS=... for options)
+aot-gpu: $(AOT_VENV)/.installed  ## Of these, every kernel for GPUs (AOT_ARGS=... for options), and how many a call launches
 	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/gpu_kernels.py --output build/aot $(AOT_ARGS)
+	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/gpu_launches.py
 
 aot-tpu: $(AOT_VENV)/.installed  ## Of these, some kernels for TPUs (AOT_TPU_ARGS= for a sample, AOT_TPU_ARGS=--all for all: hours), a layer and a model on 4 TPUs
 	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/tpu_kernels.py --output build/aot $(AOT_TPU_ARGS)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 import jax
 
@@ -13,6 +14,7 @@ from .selection import platform_of
 class GpuDevice:
     """What kernels and their tile sizes depend on. Hashable: part of the key of every compiled program."""
 
+    platform: ClassVar[str] = "gpu"
     name: str
     """As in file names of tuned entries: "h100", "h200", "b200" …"""
     compute_capability: tuple[int, int]
@@ -92,6 +94,7 @@ Peaks are those of the SXM boards (B200: of an HGX board), without sparsity. Sou
 class TpuDevice:
     """One device as JAX counts them: a chip, or one of the two halves of a 7x chip. Hashable, as `GpuDevice`."""
 
+    platform: ClassVar[str] = "tpu"
     name: str
     """As in file names of tuned entries: "v5e", "v5p", "v6e", "7x"."""
     vmem_bytes: int

@@ -12,8 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..groups import Groups
 
-ACCELERATORS_COMPARISONS = 2**20
-"""On accelerators so many comparisons of all with all, one kernel, take less time than a sort or a scatter, several each."""
+MOST_COMPARISONS = {"cpu": 0, "gpu": 2**24, "tpu": 2**20}
+"""By platform: so many comparisons of all with all take less time than a sort or a scatter. They are one kernel on a GPU, whose
+multiprocessors make 2**24 in the time of about two launches; a sort and a scatter are several."""
 
 
 class Assignment(NamedTuple):
@@ -38,7 +39,8 @@ class Assignment(NamedTuple):
         """
         num_pairs = topk_ids.size
         local = topk_ids.astype(jnp.int32) - jnp.asarray(expert_offset, jnp.int32)
-        expert = jnp.where((local >= 0) & (local < num_experts), local, num_experts)
+        # Negative numbers become large ones.
+        expert = jnp.minimum(local.astype(jnp.uint32), num_experts).astype(jnp.int32)
         order = expert.reshape(-1) * num_pairs + jnp.arange(num_pairs, dtype=jnp.int32)
         if num_pairs**2 <= most_comparisons and num_pairs * (num_experts + 1) < 2**31:
             position = jnp.sum(order[None, :] < order[:, None], axis=1, dtype=jnp.int32)
@@ -46,7 +48,7 @@ class Assignment(NamedTuple):
         else:
             pair = _sorted_pairs(expert.reshape(-1), num_experts)
             position = inverse_of(pair, num_pairs, most_comparisons)
-        sizes = jnp.sum(expert.reshape(-1, 1) == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
+        sizes = jnp.sum(expert.reshape(1, -1) == jnp.arange(num_experts)[:, None], axis=1, dtype=jnp.int32)
         return cls(pair, position.reshape(topk_ids.shape), expert, Groups.of(sizes, 0, num_experts))
 
     @property
@@ -63,9 +65,13 @@ def inverse_of(target: Int[Array, "N"], size: int, most_comparisons: int) -> Int
     """Which entry of `target` names each of 0, 1 … size - 1; -1 for those that none names. Entries beyond `size` don't count."""
     source = jnp.arange(target.shape[0], dtype=jnp.int32)
     if target.shape[0] * size <= most_comparisons:
-        named = target[None, :] == jnp.arange(size, dtype=jnp.int32)[:, None]
-        return jnp.max(jnp.where(named, source, -1), axis=1, initial=-1)
+        return jnp.max(jnp.where(names(target, size), source, -1), axis=1, initial=-1)
     return jnp.full(size, -1, jnp.int32).at[target].set(source, mode="drop", unique_indices=True)
+
+
+def names(target: Int[Array, "N"], size: int) -> Bool[Array, "size N"]:
+    """Whether an entry of `target` names each of 0, 1 … size - 1."""
+    return target[None, :] == jnp.arange(size, dtype=jnp.int32)[:, None]
 
 
 def _sorted_pairs(expert: Int[Array, "N"], num_experts: int) -> Int[Array, "N"]:

@@ -21,7 +21,7 @@ from ..activations import Activation
 from ..device import GpuDevice, TpuDevice
 from ..groups import Groups
 from ..selection import Formulation
-from .assignment import ACCELERATORS_COMPARISONS, Assignment, inverse_of
+from .assignment import MOST_COMPARISONS, Assignment, inverse_of, names
 from .expert_block import ExpertMatrices
 from .request import Request
 
@@ -38,6 +38,11 @@ class Computation(NamedTuple):
     expected_rows: int
     """What kernels and tiles are chosen for."""
 
+    @property
+    def most_comparisons(self) -> int:
+        """Up to which all are compared with all."""
+        return MOST_COMPARISONS[self.device.platform]
+
 
 class AlignedRows(NamedTuple):
     """Where the pairs of tokens and experts lie in the aligned layout of M rows."""
@@ -52,24 +57,31 @@ class AlignedRows(NamedTuple):
     """Rows of each local expert."""
 
     @classmethod
-    def of(cls, assignment: Assignment, num_experts: int, schedule: ModuleType) -> Self:
-        """Move the sorted rows so that each expert's begin where `schedule`, that of the kernels, wants them."""
+    def of(cls, assignment: Assignment, num_experts: int, schedule: ModuleType, most_comparisons: int) -> Self:
+        """Move the sorted rows so that each expert's begin where `schedule`, that of the kernels, wants them.
+
+        Rows find their pairs by comparing all with all, if that takes no more than `most_comparisons`.
+        """
         groups = schedule.aligned_groups(assignment.groups.sizes)
         is_local = assignment.is_local(num_experts)
         expert = jnp.minimum(assignment.expert, num_experts - 1)
         shift = (groups.starts - assignment.groups.starts)[expert]
         position = jnp.where(is_local, assignment.position + shift, 0)
         num_rows = schedule.aligned_num_rows(position.size, num_experts)
-        target = jnp.where(is_local, position, num_rows).reshape(-1)
-        return cls(inverse_of(target, num_rows, ACCELERATORS_COMPARISONS), position, is_local, groups)
+        pair = inverse_of(_target(position, is_local, num_rows), num_rows, most_comparisons)
+        return cls(pair, position, is_local, groups)
 
     @property
     def token(self) -> Int[Array, "M"]:
         """Token of each row; 0 for rows that are no pair's."""
         return jnp.maximum(self.pair, 0) // self.position.shape[1]
 
-    def spread(self, values: Float[Array, "T K"]) -> Float[Array, "M"]:
-        """Each row's value; zero for rows that are no pair's."""
+    def spread(self, values: Float[Array, "T K"], most_comparisons: int) -> Float[Array, "M"]:
+        """Each row's value; zero for rows that are no pair's. Found in the same way as `pair`, and in the same kernel."""
+        num_rows = self.pair.shape[0]
+        if num_rows * values.size <= most_comparisons:
+            named = names(_target(self.position, self.is_local, num_rows), num_rows)
+            return jnp.sum(jnp.where(named, values.reshape(-1), 0), axis=1)
         return jnp.where(self.pair >= 0, values.reshape(-1)[jnp.maximum(self.pair, 0)], 0)
 
     def collect(self, values: Float[Array, "M"]) -> Float[Array, "T K"]:
@@ -83,6 +95,11 @@ class AlignedRows(NamedTuple):
             row = rows[self.position[:, choice]].astype(jnp.float32)
             total = total + jnp.where(self.is_local[:, choice, None], row, 0)
         return total
+
+
+def _target(position: Int[Array, "T K"], is_local: Bool[Array, "T K"], num_rows: int) -> Int[Array, "T*K"]:
+    """Row of each pair; `num_rows` for pairs without a local expert."""
+    return jnp.where(is_local, position, num_rows).reshape(-1)
 
 
 def formulation(request: Request, matmuls: ModuleType, device: GpuDevice | TpuDevice) -> Formulation:
@@ -102,12 +119,6 @@ def run(request: Request, matmuls: ModuleType, device: GpuDevice | TpuDevice) ->
     """Compute a request with these kernels; differentiable in everything floating."""
     if request.x.size == 0:
         return jnp.zeros_like(request.x)
-    assignment = Assignment.of(
-        request.topk_ids, request.expert_offset, request.num_experts, most_comparisons=ACCELERATORS_COMPARISONS
-    )
-    aligned = AlignedRows.of(assignment, request.num_experts, matmuls.schedule)
-    topk_weights = jnp.where(aligned.is_local, request.topk_weights.astype(jnp.float32), 0)
-    weights = request.expert_weights()
     computation = Computation(
         matmuls,
         device,
@@ -116,6 +127,11 @@ def run(request: Request, matmuls: ModuleType, device: GpuDevice | TpuDevice) ->
         request.recompute_activation,
         request.expected_rows,
     )
+    num_experts, most_comparisons = request.num_experts, computation.most_comparisons
+    assignment = Assignment.of(request.topk_ids, request.expert_offset, num_experts, most_comparisons=most_comparisons)
+    aligned = AlignedRows.of(assignment, num_experts, matmuls.schedule, most_comparisons)
+    topk_weights = jnp.where(aligned.is_local, request.topk_weights.astype(jnp.float32), 0)
+    weights = request.expert_weights()
     return compute(computation, request.x, topk_weights, weights, aligned)
 
 
@@ -147,7 +163,7 @@ def compute(
 def _rows_of(computation, x, topk_weights, aligned) -> tuple[Float[Array, "M H"], Float[Array, "M"] | None]:
     """The rows that enter the experts, and the router weights that are still to be applied to their results."""
     rows = x[aligned.token]
-    router_weight = aligned.spread(topk_weights)
+    router_weight = aligned.spread(topk_weights, computation.most_comparisons)
     if not computation.apply_router_weight_on_input:
         return rows, router_weight
     return (rows.astype(jnp.float32) * router_weight[:, None]).astype(x.dtype), None
@@ -247,7 +263,7 @@ def _backward(computation, saved, cotangent):
         down_bias_gradient = down_bias_gradient.astype(weights.down_bias.dtype)
 
     if router_weight is None:
-        scale = aligned.spread(topk_weights)[:, None]
+        scale = aligned.spread(topk_weights, computation.most_comparisons)[:, None]
         per_row = jnp.sum(rows_gradient.astype(jnp.float32) * x[aligned.token].astype(jnp.float32), axis=1)
         rows_gradient = rows_gradient.astype(jnp.float32) * scale
     else:

@@ -27,7 +27,7 @@ from ..device import GpuDevice
 from .epilogue import activate, load_vector
 from .padding import pad_to_multiples
 from .ref import Ref
-from .schedule import ROW_ALIGNMENT, TileTable
+from .schedule import ROW_ALIGNMENT, TileTable, num_tiles
 from .stores import store_rows, swizzled
 from .tiles import RowTiles
 
@@ -289,9 +289,9 @@ class _Tile(NamedTuple):
     last: Array
 
 
-def _num_own_tiles(problem: _Problem, count: Ref) -> Array:
+def _num_own_tiles(problem: _Problem, ends: Ref) -> Array:
     """How many tiles this block computes: every `multiprocessors`-th."""
-    total = count[0] * pl.cdiv(problem.width_out, problem.tiles.columns)
+    total = num_tiles(ends) * pl.cdiv(problem.width_out, problem.tiles.columns)
     return lax.div(total - lax.axis_index("multiprocessor") + problem.multiprocessors - 1, problem.multiprocessors)
 
 
@@ -304,7 +304,7 @@ def _tile(problem: _Problem, index: Array, named: dict[str, Ref]) -> _Tile:
     position = lax.axis_index("multiprocessor") + index * problem.multiprocessors
     which = lax.div(position, panel * columns)
     within = position - which * (panel * columns)
-    height = jnp.minimum(named["count"][0] - which * panel, panel)
+    height = jnp.minimum(num_tiles(named["ends"]) - which * panel, panel)
     column = lax.div(within, height)
     entry = which * panel + within - column * height
     return _Tile(column, *(named[name][entry] for name in ("group", "row", "first", "last")))
@@ -332,7 +332,7 @@ def _for_each_multiplied_tile(
             pl.when(tile.group < 0)(lambda: store_zeros(tile))
         return multiplied + jnp.where(tile.group >= 0, 1, 0)
 
-    return lax.fori_loop(0, _num_own_tiles(problem, named["count"]), one_tile, jnp.int32(0))
+    return lax.fori_loop(0, _num_own_tiles(problem, named["ends"]), one_tile, jnp.int32(0))
 
 
 def _copy(problem: _Problem, named: dict[str, Ref]) -> None:

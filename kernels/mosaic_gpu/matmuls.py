@@ -101,7 +101,7 @@ def multiply(
     result = stream_kernel.stream_weights(
         rows,
         _side_by_side(weights),
-        TileTable.of(groups, rows.shape[0], chosen.tiles.rows, first_matrix=first_matrix),
+        TileTable.of(groups, rows.shape[0], chosen.tiles.rows, "aligned", first_matrix=first_matrix),
         tiles=chosen.tiles,
         projections=weights.shape[1],
         bias=None if bias is None else _side_by_side(bias),
@@ -143,7 +143,7 @@ def multiply_and_keep(
     result = _rows_kernel(device).multiply_rows(
         rows,
         _side_by_side(weights),
-        TileTable.of(groups, rows.shape[0], chosen.tiles.rows, first_matrix=first_matrix),
+        TileTable.of(groups, rows.shape[0], chosen.tiles.rows, "aligned", first_matrix=first_matrix),
         tiles=chosen.tiles,
         projections=projections,
         bias=None if bias is None else _side_by_side(bias),
@@ -199,7 +199,7 @@ def multiply_compact(
         output_dtype=output_dtype,
         device=device,
     )
-    table = TileTable.of(_with_surroundings(groups, num_rows), num_rows, chosen.tiles.rows)
+    table = TileTable.of(_with_surroundings(groups, num_rows), num_rows, chosen.tiles.rows, "compact")
     group = jnp.where(table.group > num_groups, 0, table.group) - 1
     result = _rows_kernel(device).multiply_rows(
         rows,
@@ -239,7 +239,7 @@ def rows_gradient(
     result = _rows_kernel(device).multiply_rows(
         cotangent,
         weights,
-        TileTable.of(groups, cotangent.shape[0], chosen.tiles.rows),
+        TileTable.of(groups, cotangent.shape[0], chosen.tiles.rows, "aligned"),
         tiles=chosen.tiles,
         contract="out",
         zero_groups=False,

@@ -28,7 +28,7 @@ from .limits import SWIZZLES, swizzle_bytes
 from .padding import pad_to_multiples
 from .ref import Ref
 from .row_tiles import WARPGROUP_ROWS, WARPGROUPS, check_row_tiles, column_parts_of
-from .schedule import ROW_ALIGNMENT, TileTable
+from .schedule import ROW_ALIGNMENT, TileTable, num_tiles
 from .stores import store_rows, swizzled
 from .tiles import RowTiles
 
@@ -204,7 +204,7 @@ def _for_own_tiles(problem: _Problem, named: dict[str, Ref], visit: Callable[[_T
     while the tile before it is computed.
     """
     block, num_columns = lax.axis_index("multiprocessor"), pl.cdiv(problem.width_out, problem.tiles.columns)
-    count = named["count"][0]
+    count = num_tiles(named["ends"])
     own = lax.div(count * num_columns - block + problem.multiprocessors - 1, problem.multiprocessors)
 
     def entry(index: Array) -> _Tile:

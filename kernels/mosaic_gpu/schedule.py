@@ -9,12 +9,13 @@ to shared memory can address; the rows of a tile that belong to its group are `f
   `fused_moe` gathers its rows, so it can place them like this at no cost, and stores need no single rows.
 """
 
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ..groups import Groups, keep_rows
+from ..groups import Groups, keep_rows, sums_until
 
 ROW_ALIGNMENT = 8
 
@@ -27,8 +28,8 @@ def aligned_num_rows(num_rows: int, num_groups: int) -> int:
 
 def aligned_groups(sizes: Int[Array, "G"]) -> Groups:
     """Where the groups lie in the aligned layout."""
-    spaces = -(-sizes // ROW_ALIGNMENT) * ROW_ALIGNMENT
-    return Groups(jnp.cumsum(spaces) - spaces, sizes)
+    spaces = (sizes + (ROW_ALIGNMENT - 1)) & -ROW_ALIGNMENT
+    return Groups(sums_until(spaces) - spaces, sizes)
 
 
 class Alignment(NamedTuple):
@@ -62,7 +63,7 @@ class Alignment(NamedTuple):
 
 
 class TileTable(NamedTuple):
-    """The tiles of rows that exist, in the order of the rows; entries from `count` on are zero and mean nothing."""
+    """The tiles of rows that exist, in the order of the rows; entries beyond these are zero and mean nothing."""
 
     group: Int[Array, "tiles"]
     """Group of the tile."""
@@ -72,33 +73,61 @@ class TileTable(NamedTuple):
     """First row that belongs to the group, relative to `row`: 0 to 7."""
     last: Int[Array, "tiles"]
     """End of the rows that belong to the group, relative to `row`: at most the tile's rows."""
-    count: Int[Array, "1"]  # pyright: ignore[reportIncompatibleMethodOverride] - tuple.count is of no use here
-    """How many tiles there are."""
+    ends: Int[Array, "G"]
+    """How many tiles there are up to the end of each group."""
     first_matrix: Int[Array, "1"]
     """Which of the weights' matrices (of P projections each) is the first group's; those of the other groups follow."""
 
     @classmethod
-    def of(cls, groups: Groups, num_rows: int, tile_rows: int, *, first_matrix: int | Int[Array, ""] = 0) -> Self:
+    def of(
+        cls,
+        groups: Groups,
+        num_rows: int,
+        tile_rows: int,
+        layout: Literal["aligned", "compact"],
+        *,
+        first_matrix: int | Int[Array, ""] = 0,
+    ) -> Self:
         """The tiles of `groups`, with `tile_rows` rows each, in a layout of `num_rows` rows.
 
         Groups without rows have no tile. The table's length depends on shapes alone.
         """
-        offset = groups.starts % ROW_ALIGNMENT
-        tiles_of_group = jnp.where(groups.sizes > 0, -(-(offset + groups.sizes) // tile_rows), 0)
-        ends = jnp.cumsum(tiles_of_group)
+        # Cheap operations, and one reduction with several results: XLA makes few kernels of it. With few rows, each of these
+        # takes as long as the products of an expert.
+        offset = groups.starts & (ROW_ALIGNMENT - 1) if layout == "compact" else jnp.zeros_like(groups.starts)
+        tiles_of_group = jnp.where(groups.sizes > 0, jax.lax.div(offset + groups.sizes + (tile_rows - 1), tile_rows), 0)
+        ends = sums_until(tiles_of_group)
+        begins = ends - tiles_of_group
         num_groups = groups.sizes.shape[0]
+        tile = jnp.arange(_most_tiles(num_groups, num_rows, tile_rows, layout), dtype=jnp.int32)[:, None]
+        columns = (
+            jnp.arange(num_groups, dtype=jnp.int32),
+            (groups.starts - offset - begins * tile_rows) + tile * tile_rows,
+            jnp.where(tile == begins, offset, 0),
+            jnp.minimum((offset + groups.sizes + begins * tile_rows) - tile * tile_rows, tile_rows),
+        )
+        is_of_group = (tile >= begins) & (tile < ends)
+        group, row, first, last = jax.lax.reduce(
+            [jnp.where(is_of_group, column, 0) for column in columns],
+            [jnp.int32(0)] * len(columns),
+            lambda some, more: [left + right for left, right in zip(some, more, strict=True)],
+            dimensions=(1,),
+        )
+        return cls(group, row, first, last, ends, jnp.asarray(first_matrix, jnp.int32)[None])
+
+
+def _most_tiles(num_groups: int, num_rows: int, tile_rows: int, layout: Literal["aligned", "compact"]) -> int:
+    """How many tiles there can be, whatever the groups' sizes; at least 1."""
+    if layout == "aligned":
+        # A group that takes up s rows, at least 8 and a multiple of 8, has at most (s + tile_rows - 8) / tile_rows tiles.
+        most_groups = min(num_groups, num_rows // ROW_ALIGNMENT)
+        most = (num_rows + (tile_rows - ROW_ALIGNMENT) * most_groups) // tile_rows
+    else:
         # A group of s rows has at most (s + 7 + tile_rows - 1) / tile_rows tiles.
         most = (num_rows + (ROW_ALIGNMENT + tile_rows - 2) * min(num_groups, num_rows)) // tile_rows
-        tile = jnp.arange(max(most, 1), dtype=jnp.int32)
-        group = jnp.sum(tile[:, None] >= ends[None, :], axis=1, dtype=jnp.int32)
-        exists = group < num_groups
-        group = jnp.where(exists, group, 0)
-        within = tile - (ends - tiles_of_group)[group]
-        row = groups.starts[group] - offset[group] + within * tile_rows
-        first = jnp.where(within == 0, offset[group], 0)
-        last = jnp.minimum(groups.starts[group] + groups.sizes[group] - row, tile_rows)
-        group, row, first, last = (
-            jnp.where(exists, column, 0).astype(jnp.int32) for column in (group, row, first, last)
-        )
-        first_matrix = jnp.asarray(first_matrix, jnp.int32)[None]
-        return cls(group, row, first, last, ends[-1:].astype(jnp.int32), first_matrix)
+    return max(most, 1)
+
+
+def num_tiles(ends: Int[Array, "G"]) -> Int[Array, ""]:
+    """How many tiles there are, from a table's `ends` or a kernel's reference to them."""
+    return ends[ends.shape[0] - 1]

@@ -27,7 +27,7 @@ from .compiler_params import OWN_BARRIERS
 from .epilogue import activate
 from .limits import swizzle_bytes
 from .ref import Ref
-from .schedule import ROW_ALIGNMENT, TileTable
+from .schedule import ROW_ALIGNMENT, TileTable, num_tiles
 from .stores import store_rows, swizzled
 from .stream_tiles import check_stream_tiles, multiplying_warpgroups
 from .tiles import StreamTiles
@@ -232,16 +232,16 @@ class _Unit(NamedTuple):
     last_step: Array | int
 
 
-def _num_own_units(problem: _Problem, count: Ref) -> Array:
+def _num_own_units(problem: _Problem, ends: Ref) -> Array:
     """How many units this block computes: every `multiprocessors`-th."""
-    total = count[0] * problem.column_tiles * problem.tiles.splits
+    total = num_tiles(ends) * problem.column_tiles * problem.tiles.splits
     return lax.div(total - lax.axis_index("multiprocessor") + problem.multiprocessors - 1, problem.multiprocessors)
 
 
 def _unit(problem: _Problem, index: Array, named: dict[str, Ref]) -> _Unit:
     """The `index`-th unit of this block. Of all units, those of one column tile are neighbours, in the order of the rows."""
     position = lax.axis_index("multiprocessor") + index * problem.multiprocessors
-    count = named["count"][0]
+    count = num_tiles(named["ends"])
     column_and_part = lax.div(position, count)
     entry = position - column_and_part * count
     part, first_step, last_step = 0, 0, problem.steps
@@ -292,7 +292,7 @@ def _copy(problem: _Problem, named: dict[str, Ref]) -> None:
 
         return lax.fori_loop(unit.first_step, unit.last_step, copy_step, step)
 
-    step = lax.fori_loop(0, _num_own_units(problem, named["count"]), copy_unit, jnp.int32(0))
+    step = lax.fori_loop(0, _num_own_units(problem, named["ends"]), copy_unit, jnp.int32(0))
 
     @pl.loop(jnp.maximum(step - tiles.stages, 0), step)
     def _(last_step):
@@ -333,7 +333,7 @@ def _multiply(problem: _Problem, named: dict[str, Ref]) -> None:
         _finish(problem, accumulated, unit, warpgroup, named)
         return step + unit.last_step - unit.first_step
 
-    lax.fori_loop(0, _num_own_units(problem, named["count"]), multiply_unit, jnp.int32(0))
+    lax.fori_loop(0, _num_own_units(problem, named["ends"]), multiply_unit, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
 
 

@@ -82,7 +82,7 @@ class StreamedProduct:
 
     def table(self, sizes: Array) -> TileTable:
         """The tiles for groups of these sizes."""
-        return TileTable.of(aligned_groups(sizes), self.problem.layout_rows, self.tiles.rows)
+        return TileTable.of(aligned_groups(sizes), self.problem.layout_rows, self.tiles.rows, "aligned")
 
     def arguments(self, weights: Weights, sizes: Sequence[np.ndarray], key: Array) -> list[tuple[Any, ...]]:
         """Random rows with these weights, one set for the groups of each of these sizes."""

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from moe_jax.config import ParallelConfig
 from moe_jax.experts.routed import ExpertComputation
 from moe_jax.experts.weights import ExpertWeights
-from moe_jax.kernels.fused_moe.assignment import ACCELERATORS_COMPARISONS
+from moe_jax.kernels.fused_moe.assignment import MOST_COMPARISONS
 from moe_jax.parallel.axes import LayerAxes
 
 DEFAULT_BUFFER_FACTOR = 1.25
@@ -79,7 +79,7 @@ class DispatchSettings:
     @property
     def comparisons(self) -> int:
         """So many comparisons of all pairs with all take less time than a sort."""
-        return 0 if self.axes.platform == "cpu" else ACCELERATORS_COMPARISONS
+        return MOST_COMPARISONS[self.axes.platform]
 
     def share_of(self, num_choices: int) -> int:
         """How many of all ranks' choices name an expert of one rank, if every expert is as likely as any."""

@@ -100,10 +100,10 @@ class RowsProblem:
         """The tiles; in the compact layout also those of group -1, for the rows before and after the groups."""
         num_rows = len(self.group_of_row)
         if not self.is_compact:
-            return TileTable.of(self.groups, num_rows, tile_rows)
+            return TileTable.of(self.groups, num_rows, tile_rows, "aligned")
         end = num_rows - AFTER
         starts, sizes = ([*surrounding[:1], *own, *surrounding[1:]] for surrounding, own in self._surroundings(end))
-        table = TileTable.of(Groups(jnp.array(starts), jnp.array(sizes)), num_rows, tile_rows)
+        table = TileTable.of(Groups(jnp.array(starts), jnp.array(sizes)), num_rows, tile_rows, "compact")
         last = len(sizes) - 1
         return table._replace(group=jnp.where(table.group == last, 0, table.group) - 1)
 

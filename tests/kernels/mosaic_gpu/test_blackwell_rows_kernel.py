@@ -92,7 +92,7 @@ def draw(
 def multiply(problem, table=None, *, tiles=TILES, blocks=2, **options):
     """The kernel's result on a device of two multiprocessors, so that each block computes several tiles."""
     rows = problem.operands["rows"]
-    table = TileTable.of(problem.groups, rows.shape[0], tiles.rows) if table is None else table
+    table = TileTable.of(problem.groups, rows.shape[0], tiles.rows, "compact") if table is None else table
     options = dict(zero_groups=False, exact_rows=True, output_dtype=jnp.float32) | options
     device = dataclasses.replace(B200, multiprocessors=blocks)
     with interpreting(blocks, "b200"):
@@ -126,7 +126,7 @@ def test_gradient_of_rows_contracts_the_outputs_and_rows_of_a_zero_group_become_
     problem = draw(rng, groups, num_rows, contract="out")
     poisoned = problem.operands["rows"].at[problem.rows_of(2)].set(jnp.nan)
     problem = dataclasses.replace(problem, operands=problem.operands | {"rows": poisoned})
-    table = TileTable.of(groups, num_rows, TILES.rows)
+    table = TileTable.of(groups, num_rows, TILES.rows, "aligned")
     table = table._replace(group=jnp.where(table.group == 2, -1, table.group))
     result = multiply(problem, table, zero_groups=True, exact_rows=False, output_dtype=jnp.bfloat16)
     for group in (0, 1, 3):

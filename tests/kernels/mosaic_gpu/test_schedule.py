@@ -36,24 +36,24 @@ def starts_of(sizes, before=0):
     return [before + sum(sizes[:group]) for group in range(len(sizes))]
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def table_of(groups, num_rows, tile_rows):
-    return TileTable.of(groups, num_rows, tile_rows)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def table_of(groups, num_rows, tile_rows, layout):
+    return TileTable.of(groups, num_rows, tile_rows, layout)
 
 
 def covered_rows(table, num_groups):
     """For each group, the rows that its tiles cover, in their order."""
     rows = [[] for _ in range(num_groups)]
-    for tile in range(int(table.count[0])):
+    for tile in range(int(table.ends[-1])):
         group, row, first, last = (int(column[tile]) for column in table[:4])
         assert row % ROW_ALIGNMENT == 0
         rows[group].extend(range(row + first, row + last))
     return rows
 
 
-def check_table(groups, num_rows, tile_rows):
-    table = jax.tree.map(np.asarray, table_of(groups, num_rows, tile_rows))
-    count, length = int(table.count[0]), len(table.group)
+def check_table(groups, num_rows, tile_rows, layout):
+    table = jax.tree.map(np.asarray, table_of(groups, num_rows, tile_rows, layout))
+    count, length = int(table.ends[-1]), len(table.group)
     assert count <= length
     for column in table[:4]:
         assert column.shape == (length,)
@@ -71,7 +71,7 @@ def check_table(groups, num_rows, tile_rows):
 def test_each_row_of_compact_groups_is_in_exactly_one_tile(num_groups, num_rows, tile_rows, data):
     before, sizes = data.draw(split(num_groups, num_rows))
     groups = Groups(np.array(starts_of(sizes, before), np.int32), np.array(sizes, np.int32))
-    check_table(groups, num_rows, tile_rows)
+    check_table(groups, num_rows, tile_rows, "compact")
 
 
 @each_layout
@@ -81,7 +81,7 @@ def test_each_row_of_aligned_groups_is_in_exactly_one_tile(num_groups, num_rows,
     _, sizes = data.draw(split(num_groups, num_rows))
     groups = jax.tree.map(np.asarray, jax.jit(aligned_groups)(np.array(sizes, np.int32)))
     length = aligned_num_rows(num_rows, num_groups)
-    table = check_table(groups, length, tile_rows)
+    table = check_table(groups, length, tile_rows, "aligned")
     np.testing.assert_array_equal(table.first, 0)
     assert length % ROW_ALIGNMENT == 0
     np.testing.assert_array_equal(groups.starts % ROW_ALIGNMENT, 0)
@@ -93,7 +93,15 @@ def test_each_row_of_aligned_groups_is_in_exactly_one_tile(num_groups, num_rows,
 @pytest.mark.parametrize("tile_rows", [8, 128])
 def test_as_many_groups_of_one_row_as_there_are_rows_have_a_tile_each(tile_rows):
     groups = Groups(np.arange(40, dtype=np.int32), np.ones(40, np.int32))
-    assert check_table(groups, 40, tile_rows).count == 40
+    assert check_table(groups, 40, tile_rows, "compact").ends[-1] == 40
+
+
+@pytest.mark.parametrize("tile_rows", [8, 64])
+@pytest.mark.parametrize(("num_groups", "num_rows"), [(5, 5), (300, 40)])
+def test_the_aligned_tables_length_is_what_groups_of_one_row_need(num_groups, num_rows, tile_rows):
+    groups = jax.jit(aligned_groups)(np.arange(num_groups) < num_rows)
+    table = check_table(jax.tree.map(np.int32, groups), aligned_num_rows(num_rows, num_groups), tile_rows, "aligned")
+    assert table.ends[-1] == len(table.group) == num_rows
 
 
 @each_layout

@@ -120,7 +120,7 @@ def draw(
 
 def stream(problem, tiles=SMALL, *, blocks=2, output_dtype="float32"):
     """The kernel's result on a device of so few multiprocessors that each block computes several units."""
-    table = TileTable.of(problem.groups, problem.operands["rows"].shape[0], tiles.rows)
+    table = TileTable.of(problem.groups, problem.operands["rows"].shape[0], tiles.rows, "aligned")
     device = dataclasses.replace(H200, multiprocessors=blocks)
     with interpreting(blocks):
         return stream_weights(**problem.operands, table=table, tiles=tiles, output_dtype=output_dtype, device=device)
