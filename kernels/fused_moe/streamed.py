@@ -41,10 +41,12 @@ def multiply_row(row: Float[Array, "D"], weights: Float[Array, "G N D"], group: 
     _, height, depth = weights.shape
     wide = jnp.promote_types(row.dtype, jnp.float32)
     chunk = min(depth, _chunk_of(depth, weights.dtype.itemsize))
+    # Finished before the pass: XLA would convert, or activate, the row anew for every row of the matrix.
+    row = jax.lax.optimization_barrier(row.astype(wide))
     total = jnp.zeros((height, chunk), wide)
     for first in range(0, depth, chunk):
         start = min(first, depth - chunk)  # the last chunk may overlap the one before it, whose numbers count once
-        numbers = jax.lax.slice_in_dim(row, start, start + chunk).astype(wide)
+        numbers = jax.lax.slice_in_dim(row, start, start + chunk)
         numbers = jnp.where(jnp.arange(start, start + chunk) >= first, numbers, 0)
         columns = jax.lax.dynamic_slice(weights, slice_starts(group, 0, start), (1, height, chunk))[0]
         total += columns.astype(wide) * numbers
