@@ -7,6 +7,7 @@ from ..mosaic_tpu.limits import unsupported_device, unsupported_operands
 from ..selection import Formulation
 from . import sorted_rows_block
 from .request import Request
+from .rounds import rows_per_round
 
 NAME = "pallas_tpu"
 
@@ -18,6 +19,7 @@ def unsupported(request: Request) -> str | None:
         return reason
     # The gradients contract gate and up together.
     projections = request.projections
+    num_rows = rows_per_round(request, request.tpu.platform) or request.topk_ids.size
     sizes = {
         "gate/up": (request.hidden_size, request.intermediate_size, projections),
         "down": (request.intermediate_size, request.hidden_size, 1),
@@ -32,7 +34,7 @@ def unsupported(request: Request) -> str | None:
             width_out=width_out,
             projections=projections,
             kept=name == "gate/up",
-            scaled_rows=request.topk_ids.size if name == "down" else 0,
+            scaled_rows=num_rows if name == "down" else 0,
             itemsize=itemsize,
             output_itemsize=itemsize,
         )

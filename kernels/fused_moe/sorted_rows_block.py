@@ -3,27 +3,31 @@
 Rows are gathered, sorted by expert, into a layout in which each expert's rows begin where the kernels can address them. One
 kernel multiplies them by gate and up and applies the activation, one multiplies by down and applies the router's weight, and
 each token's results are summed in the order of its choices. With few rows per expert, kernels may stream weights instead; see
-`choice.py` beside the kernels.
+`choice.py` beside the kernels. Where most choices are other ranks', rows come in rounds; see `rounds.py`.
 
 The gradient recomputes the gathered rows. What enters the activation is kept for it, or computed again if asked for.
 """
 
+import dataclasses
 import functools
 from types import ModuleType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from ..activations import Activation
 from ..device import GpuDevice, TpuDevice
 from ..groups import Groups
 from ..selection import Formulation
-from .assignment import MOST_COMPARISONS, Assignment, inverse_of, names
+from ..sum_of_rounds import sum_of_rounds
+from .aligned_rows import AlignedRows
+from .assignment import MOST_COMPARISONS, Assignment
 from .expert_block import ExpertMatrices
 from .request import Request
+from .rounds import rows_per_round
 
 
 class Computation(NamedTuple):
@@ -44,64 +48,6 @@ class Computation(NamedTuple):
         return MOST_COMPARISONS[self.device.platform]
 
 
-class AlignedRows(NamedTuple):
-    """Where the pairs of tokens and experts lie in the aligned layout of M rows."""
-
-    pair: Int[Array, "M"]
-    """Pair (token * K + choice) of each row; -1 for padding and for rows of no expert."""
-    position: Int[Array, "T K"]
-    """Row of each pair; 0 for pairs without a local expert."""
-    is_local: Bool[Array, "T K"]
-    """Whether a pair's expert is here."""
-    groups: Groups
-    """Rows of each local expert."""
-
-    @classmethod
-    def of(cls, assignment: Assignment, num_experts: int, schedule: ModuleType, most_comparisons: int) -> Self:
-        """Move the sorted rows so that each expert's begin where `schedule`, that of the kernels, wants them.
-
-        Rows find their pairs by comparing all with all, if that takes no more than `most_comparisons`.
-        """
-        groups = schedule.aligned_groups(assignment.groups.sizes)
-        is_local = assignment.is_local(num_experts)
-        expert = jnp.minimum(assignment.expert, num_experts - 1)
-        shift = (groups.starts - assignment.groups.starts)[expert]
-        position = jnp.where(is_local, assignment.position + shift, 0)
-        num_rows = schedule.aligned_num_rows(position.size, num_experts)
-        pair = inverse_of(_target(position, is_local, num_rows), num_rows, most_comparisons)
-        return cls(pair, position, is_local, groups)
-
-    @property
-    def token(self) -> Int[Array, "M"]:
-        """Token of each row; 0 for rows that are no pair's."""
-        return jnp.maximum(self.pair, 0) // self.position.shape[1]
-
-    def spread(self, values: Float[Array, "T K"], most_comparisons: int) -> Float[Array, "M"]:
-        """Each row's value; zero for rows that are no pair's. Found in the same way as `pair`, and in the same kernel."""
-        num_rows = self.pair.shape[0]
-        if num_rows * values.size <= most_comparisons:
-            named = names(_target(self.position, self.is_local, num_rows), num_rows)
-            return jnp.sum(jnp.where(named, values.reshape(-1), 0), axis=1)
-        return jnp.where(self.pair >= 0, values.reshape(-1)[jnp.maximum(self.pair, 0)], 0)
-
-    def collect(self, values: Float[Array, "M"]) -> Float[Array, "T K"]:
-        """Each pair's value; zero for pairs without a local expert."""
-        return jnp.where(self.is_local, values[self.position], 0)
-
-    def combine(self, rows: Float[Array, "M H"]) -> Float[Array, "T H"]:
-        """Sum of each token's rows in float32, in the order of its choices."""
-        total = jnp.zeros((), jnp.float32)
-        for choice in range(self.position.shape[1]):
-            row = rows[self.position[:, choice]].astype(jnp.float32)
-            total = total + jnp.where(self.is_local[:, choice, None], row, 0)
-        return total
-
-
-def _target(position: Int[Array, "T K"], is_local: Bool[Array, "T K"], num_rows: int) -> Int[Array, "T*K"]:
-    """Row of each pair; `num_rows` for pairs without a local expert."""
-    return jnp.where(is_local, position, num_rows).reshape(-1)
-
-
 def formulation(request: Request, matmuls: ModuleType, device: GpuDevice | TpuDevice) -> Formulation:
     """Kernels and tiles of the forward pass."""
     expected_rows, dtype = request.expected_rows, request.x.dtype
@@ -109,8 +55,10 @@ def formulation(request: Request, matmuls: ModuleType, device: GpuDevice | TpuDe
     down_shape = (request.num_experts, 1, request.hidden_size, request.intermediate_size)
     kernel, gate_up = matmuls.chosen_for_forward(expected_rows, gate_up_shape, dtype, dtype, device)
     _, down = matmuls.chosen_for_forward(expected_rows, down_shape, dtype, dtype, device)
+    num_rows = rows_per_round(request, device.platform)
+    rounds = "" if num_rows is None else f", in rounds of {num_rows} rows"
     return Formulation(
-        f"{kernel} kernel, gate/up {gate_up.tiles}, down {down.tiles}",
+        f"{kernel} kernel, gate/up {gate_up.tiles}, down {down.tiles}{rounds}",
         f"gate/up: {gate_up.reason}; down: {down.reason}",
     )
 
@@ -127,12 +75,50 @@ def run(request: Request, matmuls: ModuleType, device: GpuDevice | TpuDevice) ->
         request.recompute_activation,
         request.expected_rows,
     )
-    num_experts, most_comparisons = request.num_experts, computation.most_comparisons
-    assignment = Assignment.of(request.topk_ids, request.expert_offset, num_experts, most_comparisons=most_comparisons)
-    aligned = AlignedRows.of(assignment, num_experts, matmuls.schedule, most_comparisons)
-    topk_weights = jnp.where(aligned.is_local, request.topk_weights.astype(jnp.float32), 0)
+    num_experts = request.num_experts
+    assignment = Assignment.of(
+        request.topk_ids, request.expert_offset, num_experts, most_comparisons=computation.most_comparisons
+    )
+    is_local = assignment.is_local(num_experts)
+    topk_weights = jnp.where(is_local, request.topk_weights.astype(jnp.float32), 0)
     weights = request.expert_weights()
-    return compute(computation, request.x, topk_weights, weights, aligned)
+    num_rows = rows_per_round(request, device.platform)
+    if num_rows is None:
+        aligned = AlignedRows.of(assignment, num_experts, matmuls.schedule, computation.most_comparisons)
+        return compute(computation, request.x, topk_weights, weights, aligned).astype(request.x.dtype)
+    one_round = Round(computation, num_rows)
+    constants = assignment, weights.first_matrix
+    variables = request.x, topk_weights, weights._replace(first_matrix=None)
+    num_rounds = -(-jnp.sum(assignment.groups.sizes) // num_rows)
+    first = one_round(jnp.int32(0), constants, variables)
+    return sum_of_rounds(one_round, num_rounds, constants, variables, first).astype(request.x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """A term of `sum_of_rounds`: the results of so many of the sorted rows."""
+
+    computation: Computation
+    num_rows: int
+
+    def __call__(
+        self,
+        number: Int[Array, ""],
+        constants: tuple[Assignment, Int[Array, ""] | None],
+        variables: tuple[Float[Array, "T H"], Float[Array, "T K"], ExpertMatrices],
+    ) -> Float[Array, "T H"]:
+        """Compute the rows of this round: those from `number * num_rows` on."""
+        assignment, first_matrix = constants
+        x, topk_weights, weights = variables
+        computation = self.computation
+        aligned = AlignedRows.of(
+            assignment,
+            assignment.groups.sizes.shape[0],
+            computation.matmuls.schedule,
+            computation.most_comparisons,
+            window=(number * self.num_rows, self.num_rows),
+        )
+        return compute(computation, x, topk_weights, weights._replace(first_matrix=first_matrix), aligned)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -143,7 +129,7 @@ def compute(
     weights: ExpertMatrices,
     aligned: AlignedRows,
 ) -> Float[Array, "T H"]:
-    """`topk_weights` are zero for pairs without a local expert."""
+    """The results of these rows, in float32. `topk_weights` are zero for pairs without a local expert."""
     rows, router_weight = _rows_of(computation, x, topk_weights, aligned)
     matrices = weights.matrices_as(x.dtype)
     activated = computation.matmuls.multiply(
@@ -182,7 +168,7 @@ def _down(computation, activated, router_weight, matrices, aligned) -> Float[Arr
         device=computation.device,
     )
     hidden = matrices.down_proj.shape[1]
-    return aligned.combine(results)[:, :hidden].astype(activated.dtype)  # kernels may pad columns
+    return aligned.combine(results)[:, :hidden]  # kernels may pad columns
 
 
 def _project(computation, rows, matrices, aligned) -> tuple[Float[Array, "M I"], Float[Array, "M P I"]]:

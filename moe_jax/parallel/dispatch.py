@@ -16,13 +16,8 @@ from moe_jax.config import ParallelConfig
 from moe_jax.experts.routed import ExpertComputation
 from moe_jax.experts.weights import ExpertWeights
 from moe_jax.kernels.fused_moe.assignment import MOST_COMPARISONS
+from moe_jax.kernels.fused_moe.rounds import rows_worth_a_round
 from moe_jax.parallel.axes import LayerAxes
-
-DEFAULT_BUFFER_FACTOR = 1.25
-"""Room for what evenly spread choices bring, and for chance."""
-ROWS_WORTH_A_ROUND = 512
-"""Rows of each expert for which there is room in any case. Reading an expert's weights takes as long as multiplying 150 to 560 rows
-in bfloat16, by published peaks (A100, v6e): with fewer, another round costs as much as the one before."""
 
 
 @jax.tree_util.register_dataclass
@@ -101,7 +96,7 @@ class DispatchSettings:
         most = self.num_ranks * self.most_rows(num_tokens, top_k)
         even = self.even_rows(num_tokens, top_k)
         if self.buffer_factor is None:
-            rows = max(DEFAULT_BUFFER_FACTOR * even, ROWS_WORTH_A_ROUND * self.local_experts)
+            rows = rows_worth_a_round(even, self.local_experts)
         else:
             rows = self.buffer_factor * even
         return max(1, min(most, math.ceil(rows)))

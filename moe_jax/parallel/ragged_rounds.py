@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.experts.routed import ExpertComputation
 from moe_jax.experts.weights import ExpertWeights
+from moe_jax.kernels.sum_of_rounds import sum_of_rounds
 from moe_jax.parallel.dispatch import DispatchSettings, LocalExperts, ReceivedRows, no_rows
 from moe_jax.parallel.ragged_exchange import exchange, forth_and_back
-from moe_jax.parallel.sum_of_rounds import sum_of_rounds
 
 
 class TravellingRows(NamedTuple):

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
+from .varying import varying_like
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def sum_of_rounds(
@@ -43,8 +45,10 @@ def _backward(term, saved, cotangent):
         _, pull_back = jax.vjp(lambda variables: term(number, constants, variables), variables)
         return jax.tree.map(lambda total, part: total + part.astype(total.dtype), totals, *pull_back(cotangent))
 
-    wide = jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.promote_types(array.dtype, jnp.float32)), variables)
-    totals = jax.lax.fori_loop(1, num_rounds, add_gradient, wide)
+    def nothing(array):
+        return varying_like(jnp.zeros(array.shape, jnp.promote_types(array.dtype, jnp.float32)), array)
+
+    totals = jax.lax.fori_loop(1, num_rounds, add_gradient, jax.tree.map(nothing, variables))
     return None, None, jax.tree.map(lambda total, array: total.astype(array.dtype), totals, variables), cotangent
 
 
