@@ -31,11 +31,16 @@ class Groups(NamedTuple):
         return (row >= self.starts[0]) & (row < self.starts[-1] + self.sizes[-1])
 
 
+_FEW_GROUPS = 1024
+
+
 def sums_until(values: Int[Array, "G"]) -> Int[Array, "G"]:
-    """Sums of the values up to each, its own included: `jnp.cumsum` by comparing all with all.
+    """Sums of the values up to each, its own included: `jnp.cumsum`, for few groups by comparing all with all.
 
     That is one kernel on a GPU, or part of one, where a cumulative sum is two to four.
     """
+    if values.shape[0] > _FEW_GROUPS:
+        return jnp.cumsum(values, dtype=values.dtype)
     index = jnp.arange(values.shape[0])
     return jnp.sum(jnp.where(index[None, :] <= index[:, None], values[None, :], 0), axis=1, dtype=values.dtype)
 

@@ -61,8 +61,8 @@ def fused_moe(
         apply_router_weight_on_input: multiply the expert's input instead of its output by the router weight (Llama 4).
         recompute_activation: keep less for the gradient, and compute what enters the activation again (half a forward pass).
         expected_rows: about how many of the T * K choices name one of these experts, if not all of them do: where a device has
-            the experts of one rank of R, T * K / R. Kernels, formulations and tile sizes are chosen for so many; the result is
-            right for any number. None: all of them do.
+            the experts of one rank of R, T * K / R. Kernels, formulations and tile sizes are chosen for so many, and memory is
+            bounded by it where that saves much (see `rounds.py`); the result is right for any number. None: all of them do.
         implementation: "pallas_gpu", "pallas_tpu", "xla" or "reference"; None chooses by device and shape, see `explain_fused_moe`.
 
     Raises:

@@ -45,6 +45,21 @@ def test_rows_beyond_the_expected_ones_are_computed_in_further_rounds(implementa
     rank.assert_close(result, rank.expected(expert_offset=3))
 
 
+@pytest.mark.slow
+@each_kernel
+@pytest.mark.usefixtures("in_small_rounds")
+def test_rounds_read_the_weights_of_a_layer_in_a_stack(implementation, rng):
+    rank = one_rank(rng, implementation)
+    weights = ("gate_up_proj", "down_proj")
+    others = {name: jnp.full_like(rank.arrays[name], jnp.nan) for name in weights}
+    stacked = rank.with_arrays(**{name: jnp.stack([others[name], rank.arrays[name]]) for name in weights})
+    with implementation.running():
+        result = jax.jit(
+            lambda arrays, layer: fused_moe(**arrays, layer=layer, expert_offset=3, expected_rows=8, **rank.options)
+        )(stacked.arrays, 1)
+    rank.assert_close(result, rank.expected(expert_offset=3))
+
+
 @each_kernel
 @pytest.mark.usefixtures("in_small_rounds")
 def test_tokens_without_a_local_expert_become_zero_without_a_round(implementation, rng):
