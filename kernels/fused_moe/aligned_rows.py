@@ -3,10 +3,12 @@
 from types import ModuleType
 from typing import NamedTuple, Self
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ..groups import Groups
+from ..varying import varying_like
 from .assignment import Assignment, inverse_of, names
 
 
@@ -59,6 +61,17 @@ class AlignedRows(NamedTuple):
     def token(self) -> Int[Array, "M"]:
         """Token of each row; 0 for rows that are no pair's."""
         return jnp.maximum(self.pair, 0) // self.position.shape[1]
+
+    def gather(self, x: Float[Array, "T H"]) -> Float[Array, "M H"]:
+        """Each row's token; rows that are no pair's are token 0."""
+        return x[self.token]
+
+    def scatter(self, x: Float[Array, "T H"]) -> Float[Array, "M H"]:
+        """Each row's token; rows that are no pair's are not written and hold anything, NaN too."""
+        num_rows, top_k = self.pair.shape[0], self.position.shape[1]
+        nothing = varying_like(jax.lax.empty((num_rows, x.shape[1]), x.dtype), x)
+        target = _target(self.position, self.is_local, num_rows)
+        return nothing.at[target].set(jnp.repeat(x, top_k, axis=0), mode="drop", unique_indices=True)
 
     def spread(self, values: Float[Array, "T K"], most_comparisons: int) -> Float[Array, "M"]:
         """Each row's value; zero for rows that are no pair's. Found in the same way as `pair`, and in the same kernel."""

@@ -148,11 +148,20 @@ def compute(
 
 def _rows_of(computation, x, topk_weights, aligned) -> tuple[Float[Array, "M H"], Float[Array, "M"] | None]:
     """The rows that enter the experts, and the router weights that are still to be applied to their results."""
-    rows = x[aligned.token]
+    rows = _tokens_of(computation, x, aligned)
     router_weight = aligned.spread(topk_weights, computation.most_comparisons)
     if not computation.apply_router_weight_on_input:
         return rows, router_weight
     return (rows.astype(jnp.float32) * router_weight[:, None]).astype(x.dtype), None
+
+
+def _tokens_of(computation, x, aligned) -> Float[Array, "M H"]:
+    """Each row's token; anything for padding.
+
+    On a GPU, where most choices are other ranks', rows are scattered: it leaves out the others, which a gather would write too.
+    """
+    most_are_elsewhere = 2 * computation.expected_rows <= aligned.position.size
+    return aligned.scatter(x) if most_are_elsewhere and computation.device.platform == "gpu" else aligned.gather(x)
 
 
 def _down(computation, activated, router_weight, matrices, aligned) -> Float[Array, "T H"]:
@@ -206,7 +215,7 @@ def _backward(computation, saved, cotangent):
         _, projected = _project(computation, rows, matrices, aligned)
 
     # Without router weights: the gradient with respect to a router weight is the product of both sides of the down projection.
-    result_gradient = cotangent.astype(x.dtype)[aligned.token]
+    result_gradient = _tokens_of(computation, cotangent.astype(x.dtype), aligned)
     activated_gradient = matmuls.rows_gradient(
         result_gradient, matrices.down_proj, groups, expected_rows=expected_rows, output_dtype=x.dtype, device=device
     ).astype(jnp.float32)
@@ -250,7 +259,9 @@ def _backward(computation, saved, cotangent):
 
     if router_weight is None:
         scale = aligned.spread(topk_weights, computation.most_comparisons)[:, None]
-        per_row = jnp.sum(rows_gradient.astype(jnp.float32) * x[aligned.token].astype(jnp.float32), axis=1)
+        per_row = jnp.sum(
+            rows_gradient.astype(jnp.float32) * _tokens_of(computation, x, aligned).astype(jnp.float32), axis=1
+        )
         rows_gradient = rows_gradient.astype(jnp.float32) * scale
     else:
         per_row = jnp.sum(activated_gradient * activated, axis=1)

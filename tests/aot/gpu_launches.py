@@ -24,6 +24,9 @@ splits of a contraction are added up."""
 MODELS = ("mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3", "deepseek-v3-ep8")
 _NO_KERNEL = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcast"})
 
+_NO_LAUNCH = 'custom_call_target="AllocateBuffer"'
+"""Memory that is not initialized."""
+
 
 def launched_kernels(target: GpuTarget, model: str, tokens: int) -> list[str]:
     """Names of the kernels of one call, in their order."""
@@ -34,7 +37,11 @@ def launched_kernels(target: GpuTarget, model: str, tokens: int) -> list[str]:
         lowered = jax.jit(program).lower(*arguments)
     computations = read_computations(lowered.compile().as_text())
     (entry,) = (computation for computation in computations.values() if computation.is_entry)
-    return [instruction.name for instruction in entry.instructions if instruction.opcode not in _NO_KERNEL]
+    return [
+        instruction.name
+        for instruction in entry.instructions
+        if instruction.opcode not in _NO_KERNEL and _NO_LAUNCH not in instruction.attributes
+    ]
 
 
 def main() -> int:

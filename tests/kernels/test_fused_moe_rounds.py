@@ -1,5 +1,7 @@
 """Kernels that are given the tokens of many ranks make room for the rows that are expected, and compute all that there are."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +79,24 @@ def test_gradients_are_those_of_all_rounds(implementation, recompute_activation,
     cotangent = rank.draw_cotangent(rng)
     options = dict(expert_offset=3, expected_rows=8, recompute_activation=recompute_activation)
     rank.assert_gradients_right(rank.gradients(cotangent, **options), cotangent, expert_offset=3)
+
+
+@pytest.mark.parametrize("on_the_input", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_rows_that_a_gpu_does_not_write_may_hold_nan(on_the_input, rng, monkeypatch):
+    """Where most choices are other ranks', rows are scattered into memory that holds anything."""
+    written = []
+
+    def poisoned(shape, dtype):
+        written.append(shape)
+        return jnp.full(shape, jnp.nan, dtype)
+
+    monkeypatch.setattr(jax.lax, "empty", poisoned)
+    rank = one_rank(rng, UNDER_TEST["pallas_gpu"])
+    rank = dataclasses.replace(rank, apply_router_weight_on_input=on_the_input)
+    cotangent = rank.draw_cotangent(rng)
+    gradients = rank.gradients(cotangent, expert_offset=3, expected_rows=34)
+    assert written
+    rank.assert_gradients_right(gradients, cotangent, expert_offset=3)
 
 
 @each_kernel
