@@ -78,8 +78,9 @@ def _sorted_pairs(expert: Int[Array, "N"], num_experts: int) -> Int[Array, "N"]:
     num_pairs = expert.shape[0]
     pair = jnp.arange(num_pairs, dtype=jnp.int32)
     if num_pairs * (num_experts + 1) < 2**31:
-        # One sort of plain integers that carry both: on CPUs several times faster than a sort of two operands.
-        return jnp.sort(expert * num_pairs + pair) % num_pairs
+        # One sort of plain integers that carry both: on CPUs several times faster than a sort of two operands. No two are equal;
+        # for a stable sort XLA would add an operand on GPUs.
+        return jnp.sort(expert * num_pairs + pair, stable=False) % num_pairs
     return jax.lax.sort((expert, pair), num_keys=1, is_stable=True)[1]
 
 
