@@ -31,7 +31,7 @@ class Groups(NamedTuple):
         return (row >= self.starts[0]) & (row < self.starts[-1] + self.sizes[-1])
 
 
-_FEW_GROUPS = 1024
+_FEW_GROUPS = 512
 
 
 def sums_until(values: Int[Array, "G"]) -> Int[Array, "G"]:

@@ -34,6 +34,7 @@ from ..fused_moe.expert_block import ExpertMatrices
 from ..groups import Groups
 from ..mosaic_tpu.epilogue import activate
 from ..mosaic_tpu.schedule import VisitTable
+from ..short_integers import in_32_bits
 from .exchange import BLOCK_ALIGNMENT, Exchange
 from .request import Axis
 from .tiles import ExpertParallelTiles
@@ -52,6 +53,7 @@ class _Problem:
     tiles: ExpertParallelTiles
 
 
+@in_32_bits
 def exchange_and_compute(
     rows: Float[Array, "sent H"],
     weights: ExpertMatrices,

@@ -89,7 +89,7 @@ def run(request: Request, matmuls: ModuleType, device: GpuDevice | TpuDevice) ->
     one_round = Round(computation, num_rows)
     constants = assignment, weights.first_matrix
     variables = request.x, topk_weights, weights._replace(first_matrix=None)
-    num_rounds = -(-jnp.sum(assignment.groups.sizes) // num_rows)
+    num_rounds = -(-jnp.sum(assignment.groups.sizes, dtype=jnp.int32) // num_rows)
     first = one_round(jnp.int32(0), constants, variables)
     return sum_of_rounds(one_round, num_rounds, constants, variables, first).astype(request.x.dtype)
 
@@ -116,7 +116,7 @@ class Round:
             assignment.groups.sizes.shape[0],
             computation.matmuls.schedule,
             computation.most_comparisons,
-            window=(number * self.num_rows, self.num_rows),
+            window=(number.astype(jnp.int32) * self.num_rows, self.num_rows),
         )
         return compute(computation, x, topk_weights, weights._replace(first_matrix=first_matrix), aligned)
 

@@ -15,6 +15,7 @@ from ..activations import Activation
 from ..device import GpuDevice
 from ..groups import Groups
 from ..groups import sum_groups as bias_gradient
+from ..short_integers import in_32_bits
 from ..varying import varying_like
 from . import (
     blackwell_rows_kernel,
@@ -63,6 +64,7 @@ def chosen_for_forward(
     )
 
 
+@in_32_bits
 def multiply(
     rows: Float[Array, "M D"],
     weights: Float[Array, "S P N D"],
@@ -113,6 +115,7 @@ def multiply(
     return varying_like(result, rows)
 
 
+@in_32_bits
 def multiply_and_keep(
     rows: Float[Array, "M D"],
     weights: Float[Array, "S P N D"],
@@ -161,6 +164,7 @@ def multiply_and_keep(
     return varying_like(result, rows), varying_like(projected, rows)
 
 
+@in_32_bits
 def multiply_compact(
     rows: Float[Array, "M D"],
     weights: Float[Array, "G N D"] | Float[Array, "G D N"],
@@ -216,6 +220,7 @@ def multiply_compact(
     return varying_like(result, rows)
 
 
+@in_32_bits
 def rows_gradient(
     cotangent: Float[Array, "M N"],
     weights: Float[Array, "G N D"],
@@ -250,6 +255,7 @@ def rows_gradient(
     return varying_like(result, cotangent)
 
 
+@in_32_bits
 def weights_gradient(
     cotangent: Float[Array, "M N"],
     rows: Float[Array, "M D"],

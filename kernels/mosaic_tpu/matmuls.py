@@ -17,6 +17,7 @@ from ..activations import Activation
 from ..device import TpuDevice
 from ..groups import Groups, keep_rows
 from ..groups import sum_groups as bias_gradient
+from ..short_integers import in_32_bits
 from . import schedule, weights_gradient_kernel
 from .choice import ChosenTiles, RowsProblem, choose_row_tiles, choose_stream_tiles, streams_weights
 from .rows_kernel import multiply_rows
@@ -50,6 +51,7 @@ def chosen_for_forward(
     return "rows", choose_row_tiles(problem, device)
 
 
+@in_32_bits
 def multiply(
     rows: Float[Array, "M Dpadded"],
     weights: Float[Array, "S P N D"],
@@ -104,6 +106,7 @@ def multiply(
     )[0]
 
 
+@in_32_bits
 def multiply_and_keep(
     rows: Float[Array, "M Dpadded"],
     weights: Float[Array, "S P N D"],
@@ -144,6 +147,7 @@ def multiply_and_keep(
     return result, None if projected is None else projected.swapaxes(0, 1)[:, :, : weights.shape[2]]
 
 
+@in_32_bits
 def multiply_compact(
     rows: Float[Array, "M D"],
     weights: Float[Array, "G N D"] | Float[Array, "G D N"],
@@ -176,6 +180,7 @@ def multiply_compact(
     return _multiply_plainly(rows, weights, groups, contract, bias, output_dtype, device, zero_outside=True)
 
 
+@in_32_bits
 def rows_gradient(
     cotangent: Float[Array, "M N"],
     weights: Float[Array, "G N D"],
@@ -191,6 +196,7 @@ def rows_gradient(
     )
 
 
+@in_32_bits
 def weights_gradient(
     cotangent: Float[Array, "M N"],
     rows: Float[Array, "M D"],

@@ -74,7 +74,7 @@ class DispatchSettings:
     @property
     def comparisons(self) -> int:
         """So many comparisons of all pairs with all take less time than a sort."""
-        return MOST_COMPARISONS[self.axes.platform]
+        return MOST_COMPARISONS.get(self.axes.platform, 0)
 
     def share_of(self, num_choices: int) -> int:
         """How many of all ranks' choices name an expert of one rank, if every expert is as likely as any."""

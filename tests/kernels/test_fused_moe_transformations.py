@@ -207,3 +207,13 @@ def test_float64_is_computed_in_float64_where_integers_have_64_bits_too(tokens, 
         result = jax.jit(lambda arrays: fused_moe(**arrays, implementation="xla"))(block.arrays)
         assert result.dtype == jnp.float64
         np.testing.assert_allclose(result, block.expected(), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("tokens", [pytest.param(9, marks=pytest.mark.slow), 60])
+def test_tpu_kernels_compute_the_same_where_integers_have_64_bits(tokens, rng):
+    with jax.enable_x64(True):
+        block = Block.draw(rng, UNDER_TEST["pallas_tpu"], tokens=tokens, experts=4, top_k=2, bias=True)
+        block = block.with_arrays(topk_ids=block.arrays["topk_ids"].astype(jnp.int64))
+        block.assert_right()
+        cotangent = block.draw_cotangent(rng)
+        block.assert_gradients_right(block.gradients(cotangent), cotangent)

@@ -7,7 +7,7 @@ import pytest
 from moe_jax.kernels.groups import Groups, sums_until
 
 
-@pytest.mark.parametrize("num_groups", [1, 7, 1024, 1025])
+@pytest.mark.parametrize("num_groups", [1, 7, 512, 513])
 def test_sums_of_few_groups_and_of_many_are_cumulative_sums(num_groups, rng):
     sizes = rng.integers(0, 1000, num_groups, dtype=np.int32)
     sums = jax.jit(sums_until)(sizes)

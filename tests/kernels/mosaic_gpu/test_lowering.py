@@ -81,3 +81,14 @@ def test_a_fused_moe_of_any_multiples_of_16_and_its_gradients_can_be_lowered(hid
         return fused_moe(x, topk_weights, topk_ids, gate_up_proj, down_proj, implementation="pallas_gpu")
 
     assert count_kernels(lower(block, x, topk_weights, gate_up_proj, down_proj)) == 6
+
+
+@pytest.mark.parametrize("num_rows", [20, 1004])
+def test_kernels_can_be_lowered_where_integers_have_64_bits(num_rows):
+    """Their interpreter does not work there."""
+    rows = jax.ShapeDtypeStruct((num_rows, 128), jnp.bfloat16)
+    weights = jax.ShapeDtypeStruct((4, 256, 128), jnp.bfloat16)
+    multiply = functools.partial(grouped_matmul, implementation="pallas_gpu")
+
+    with jax.enable_x64(True):
+        assert count_kernels(lower(multiply, rows, weights, jax.ShapeDtypeStruct((4,), jnp.int64))) == 3
