@@ -15,6 +15,7 @@ class GpuDevice:
     """What kernels and their tile sizes depend on. Hashable: part of the key of every compiled program."""
 
     platform: ClassVar[str] = "gpu"
+    """As JAX calls it."""
     name: str
     """As in file names of tuned entries: "h100", "h200", "b200" …"""
     compute_capability: tuple[int, int]
@@ -95,6 +96,7 @@ class TpuDevice:
     """One device as JAX counts them: a chip, or one of the two halves of a 7x chip. Hashable, as `GpuDevice`."""
 
     platform: ClassVar[str] = "tpu"
+    """As JAX calls it."""
     name: str
     """As in file names of tuned entries: "v5e", "v5p", "v6e", "7x"."""
     vmem_bytes: int

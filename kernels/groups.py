@@ -32,6 +32,7 @@ class Groups(NamedTuple):
 
 
 _FEW_GROUPS = 512
+"""As many as published models have experts; comparisons grow with their square."""
 
 
 def sums_until(values: Int[Array, "G"]) -> Int[Array, "G"]:

@@ -32,9 +32,9 @@ from jaxtyping import Array, Float
 from ..activations import Activation
 from ..fused_moe.expert_block import ExpertMatrices
 from ..groups import Groups
+from ..integers import in_32_bits
 from ..mosaic_tpu.epilogue import activate
 from ..mosaic_tpu.schedule import VisitTable
-from ..short_integers import in_32_bits
 from .exchange import BLOCK_ALIGNMENT, Exchange
 from .request import Axis
 from .tiles import ExpertParallelTiles

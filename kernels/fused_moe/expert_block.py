@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from ..activations import Activation
-from ..indices import slice_starts
+from ..integers import slice_starts
 from ..varying import varying_like
 
 _MOST_ROWS_LAST = 64

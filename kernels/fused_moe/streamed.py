@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from ..activations import Activation
-from ..indices import slice_starts
+from ..integers import slice_starts
 from .expert_block import ExpertMatrices
 
 _CACHE_LINE_BYTES = 64

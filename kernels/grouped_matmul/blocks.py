@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..groups import Groups
-from ..indices import slice_starts
+from ..integers import slice_starts
 from ..varying import varying_like
 
 

@@ -15,7 +15,7 @@ from ..activations import Activation
 from ..device import GpuDevice
 from ..groups import Groups
 from ..groups import sum_groups as bias_gradient
-from ..short_integers import in_32_bits
+from ..integers import in_32_bits
 from ..varying import varying_like
 from . import (
     blackwell_rows_kernel,

@@ -17,7 +17,7 @@ from ..activations import Activation
 from ..device import TpuDevice
 from ..groups import Groups, keep_rows
 from ..groups import sum_groups as bias_gradient
-from ..short_integers import in_32_bits
+from ..integers import in_32_bits
 from . import schedule, weights_gradient_kernel
 from .choice import ChosenTiles, RowsProblem, choose_row_tiles, choose_stream_tiles, streams_weights
 from .rows_kernel import multiply_rows

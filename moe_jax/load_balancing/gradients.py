@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moe_jax.experts.replicas import ReplicaMap
-from moe_jax.kernels.indices import slice_starts
+from moe_jax.kernels.integers import slice_starts
 from moe_jax.load_balancing.exchange import ExpertSharding, on_every_rank
 from moe_jax.load_balancing.layers import BalancedLayers, find_expert_arrays, partition_of, stacked_rows
 
