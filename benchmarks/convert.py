@@ -54,12 +54,14 @@ def convert_here(source: str, output: str) -> None:
 
     sampler = threading.Thread(target=sample)
     sampler.start()
-    started = time.perf_counter()
-    report = convert(source, output)
-    os.sync()
-    seconds = time.perf_counter() - started
-    finished.set()
-    sampler.join()
+    try:
+        started = time.perf_counter()
+        report = convert(source, output)
+        os.sync()
+        seconds = time.perf_counter() - started
+    finally:
+        finished.set()
+        sampler.join()
     print(
         json.dumps(
             {

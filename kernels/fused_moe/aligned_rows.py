@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..groups import Groups
 from ..varying import varying_like
-from .assignment import Assignment, inverse_of, names
+from .assignment import Assignment, inverse_of, names, sorted_by
 
 
 class AlignedRows(NamedTuple):
@@ -54,7 +54,7 @@ class AlignedRows(NamedTuple):
         position = jnp.where(is_local, assignment.position + shift, 0)
         num_rows = schedule.aligned_num_rows(most_rows, num_experts)
         pair = inverse_of(_target(position, is_local, num_rows), num_rows, most_comparisons)
-        tokens_at_hand = None if window is None else TokensAtHand.of(is_local, most_rows, most_comparisons)
+        tokens_at_hand = None if window is None else TokensAtHand.of(position, is_local, most_rows, most_comparisons)
         return cls(pair, position, is_local, groups, tokens_at_hand)
 
     @property
@@ -87,45 +87,55 @@ class AlignedRows(NamedTuple):
 
     def combine(self, rows: Float[Array, "M H"]) -> Float[Array, "T H"]:
         """Sum of each token's rows in float32, in the order of its choices."""
-        if self.tokens_at_hand is None:
-            return _sum_of_choices(rows, self.position, self.is_local)
-        token = self.tokens_at_hand.token
-        return self.tokens_at_hand.spread(_sum_of_choices(rows, self.position[token], self.is_local[token]))
+        if self.tokens_at_hand is not None:
+            return self.tokens_at_hand.combine(rows)
+        total = jnp.zeros((), jnp.float32)
+        for choice in range(self.position.shape[1]):
+            row = rows[self.position[:, choice]].astype(jnp.float32)
+            total = total + jnp.where(self.is_local[:, choice, None], row, 0)
+        return total
 
 
 class TokensAtHand(NamedTuple):
-    """The at most U tokens that have a row, one after the other, so that nothing is summed for the others."""
+    """The tokens that have a row, those with most rows first, so that nothing is read for the others.
 
-    token: Int[Array, "U"]
-    """Each of them, then any."""
+    Of U rows, at most U belong to the first local choices of tokens, U / 2 to the second ones, U / 3 to the third ones.
+    """
+
+    position: tuple[Int[Array, "U_k"], ...]
+    """For each of K local choices: the rows of as many of these tokens as can have that many."""
+    num_choices: Int[Array, "U"]
+    """Local choices of each of these tokens; 0 for those at the end that have none."""
     place: Int[Array, "T"]
-    """Where each token stands among them; any for the others."""
-    is_there: Bool[Array, "T"]
-    """Whether a token is one of them."""
+    """Where each token stands among them; U if it has no row."""
 
     @classmethod
-    def of(cls, is_local: Bool[Array, "T K"], most_tokens: int, most_comparisons: int) -> Self:
-        """The tokens with a local choice, of which there are at most `most_tokens`."""
-        most_tokens = min(most_tokens, is_local.shape[0])
-        is_there = jnp.any(is_local, axis=1)
-        place = jnp.cumsum(is_there, dtype=jnp.int32) - 1
-        token = inverse_of(jnp.where(is_there, place, most_tokens), most_tokens, most_comparisons)
-        return cls(jnp.maximum(token, 0), jnp.maximum(place, 0), is_there)
+    def of(
+        cls, position: Int[Array, "T K"], is_local: Bool[Array, "T K"], most_rows: int, most_comparisons: int
+    ) -> Self:
+        """Sort the tokens, which have at most `most_rows` local choices together."""
+        num_tokens, top_k = position.shape
+        most_tokens = min(num_tokens, most_rows)
+        num_choices = jnp.sum(is_local, axis=1, dtype=jnp.int32)
+        token = sorted_by(top_k - num_choices, top_k)
+        place = jnp.where(num_choices > 0, inverse_of(token, num_tokens, most_comparisons), most_tokens)
+        number = jnp.cumsum(is_local, axis=1, dtype=jnp.int32)
+        positions = []
+        for choice in range(1, top_k + 1):
+            row = jnp.sum(jnp.where(is_local & (number == choice), position, 0), axis=1)
+            positions.append(row[token[: min(num_tokens, most_rows // choice)]])
+        return cls(tuple(positions), num_choices[token[:most_tokens]], place)
 
-    def spread(self, values: Float[Array, "U H"]) -> Float[Array, "T H"]:
-        """Each token's value; zero for the others."""
-        return jnp.where(self.is_there[:, None], values[self.place], 0)
-
-
-def _sum_of_choices(
-    rows: Float[Array, "M H"], position: Int[Array, "T K"], counts: Bool[Array, "T K"]
-) -> Float[Array, "T H"]:
-    """Sum in float32 of the rows at these positions, as far as they count, in the order of the choices."""
-    total = jnp.zeros((), jnp.float32)
-    for choice in range(position.shape[1]):
-        row = rows[position[:, choice]].astype(jnp.float32)
-        total = total + jnp.where(counts[:, choice, None], row, 0)
-    return total
+    def combine(self, rows: Float[Array, "M H"]) -> Float[Array, "T H"]:
+        """Sum of each token's rows in float32, in the order of its choices."""
+        # One row more stays zero, for tokens that have none.
+        num_choices = jnp.pad(self.num_choices, (0, 1))
+        total = jnp.zeros((), jnp.float32)
+        for choice, position in enumerate(self.position):
+            # Padded before it is converted and masked: XLA reads it in the same pass as the others then.
+            row = jnp.pad(rows[position], ((0, num_choices.shape[0] - position.shape[0]), (0, 0)))
+            total = total + jnp.where(num_choices[:, None] > choice, row.astype(jnp.float32), 0)
+        return total[self.place]
 
 
 def _target(position: Int[Array, "T K"], is_local: Bool[Array, "T K"], num_rows: int) -> Int[Array, "T*K"]:

@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from ..activations import Activation
 from ..selection import Choice, Implementation, choose
 from . import pallas_gpu, pallas_tpu, reference, xla
-from .in_place import run_in_place
+from .inference import run_for_inference
 from .request import Request
 
 IMPLEMENTATIONS: tuple[Implementation[Request], ...] = (pallas_gpu, pallas_tpu, xla, reference)
@@ -90,7 +90,7 @@ def fused_moe(
     )
     chosen, _ = choose("fused_moe", IMPLEMENTATIONS, request, implementation)
     request = request.equally_varying()
-    return chosen.run(request) if layer is None else run_in_place(chosen.run, request)
+    return chosen.run(request) if layer is None else run_for_inference(chosen.run, request)
 
 
 def explain_fused_moe(

@@ -46,7 +46,7 @@ class Assignment(NamedTuple):
             position = jnp.sum(order[None, :] < order[:, None], axis=1, dtype=jnp.int32)
             pair = inverse_of(position, num_pairs, most_comparisons)
         else:
-            pair = _sorted_pairs(expert.reshape(-1), num_experts)
+            pair = sorted_by(expert.reshape(-1), num_experts)
             position = inverse_of(pair, num_pairs, most_comparisons)
         sizes = jnp.sum(expert.reshape(1, -1) == jnp.arange(num_experts)[:, None], axis=1, dtype=jnp.int32)
         return cls(pair, position.reshape(topk_ids.shape), expert, Groups.of(sizes, 0, num_experts))
@@ -74,14 +74,15 @@ def names(target: Int[Array, "N"], size: int) -> Bool[Array, "size N"]:
     return target[None, :] == jnp.arange(size, dtype=jnp.int32)[:, None]
 
 
-def _sorted_pairs(expert: Int[Array, "N"], num_experts: int) -> Int[Array, "N"]:
-    num_pairs = expert.shape[0]
-    pair = jnp.arange(num_pairs, dtype=jnp.int32)
-    if num_pairs * (num_experts + 1) < 2**31:
+def sorted_by(key: Int[Array, "N"], largest: int) -> Int[Array, "N"]:
+    """0, 1 … N - 1 in the order of their keys, equal ones as they are; keys are in [0, largest]."""
+    size = key.shape[0]
+    index = jnp.arange(size, dtype=jnp.int32)
+    if size * (largest + 1) < 2**31:
         # One sort of plain integers that carry both: on CPUs several times faster than a sort of two operands. No two are equal;
         # for a stable sort XLA would add an operand on GPUs.
-        return jnp.sort(expert * num_pairs + pair, stable=False) % num_pairs
-    return jax.lax.sort((expert, pair), num_keys=1, is_stable=True)[1]
+        return jnp.sort(key * size + index, stable=False) % size
+    return jax.lax.sort((key, index), num_keys=1, is_stable=True)[1]
 
 
 @jax.custom_vjp

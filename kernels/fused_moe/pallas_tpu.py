@@ -7,7 +7,7 @@ from ..mosaic_tpu.limits import unsupported_device, unsupported_operands
 from ..selection import Formulation
 from . import sorted_rows_block
 from .request import Request
-from .rounds import rows_per_round
+from .rounds import RowsPerRound
 
 NAME = "pallas_tpu"
 
@@ -19,7 +19,7 @@ def unsupported(request: Request) -> str | None:
         return reason
     # The gradients contract gate and up together.
     projections = request.projections
-    num_rows = rows_per_round(request, request.tpu.platform) or request.topk_ids.size
+    num_rows = RowsPerRound.of(request, request.tpu.platform).with_gradient or request.topk_ids.size
     sizes = {
         "gate/up": (request.hidden_size, request.intermediate_size, projections),
         "down": (request.intermediate_size, request.hidden_size, 1),

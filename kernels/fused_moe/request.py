@@ -38,6 +38,8 @@ class Request:
     """The `GpuDevice` that computes, or None."""
     tpu: Any
     """The `TpuDevice` that computes, or None."""
+    takes_gradient: bool = False
+    """Whether it is computed as for a gradient; see `inference.py`."""
 
     @property
     def num_tokens(self) -> int:
@@ -180,6 +182,10 @@ class Request:
             for stack in (self.gate_up_proj, self.down_proj)
         )
         return dataclasses.replace(self, layer=None, gate_up_proj=gate_up_proj, down_proj=down_proj)
+
+    def for_gradient(self) -> Self:
+        """The same, to be computed in the way that a gradient is taken of."""
+        return dataclasses.replace(self.of_own_layer(), takes_gradient=True)
 
     def _layer_in_stack(self) -> Array:
         """`layer`, or the nearest that there is: kernels would read beyond the stack."""

@@ -6,27 +6,51 @@ as many as are expected, what doesn't fit is computed in further rounds, a loop 
 """
 
 import math
+from typing import NamedTuple, Self
 
 from .request import Request
 
 _USUAL_FACTOR = 1.25
 """Room for what evenly spread choices bring, and for chance."""
 _ROWS_WORTH_A_ROUND = 512
-"""Rows of each expert for which there is room in any case. Reading an expert's weights takes as long as multiplying 150 to 560 rows
-in bfloat16, by published peaks (A100, v6e): with fewer, another round costs as much as the one before."""
-LEAST_BYTES_SAVED = {"gpu": 2**32, "tpu": 2**30}
-"""By platform: so much less memory for gathered rows is worth a loop, for which kernels are compiled twice, and whose gradient adds
-up those of weights in float32. On a GPU the host waits for the number of rounds, so there it is for calls that might not fit."""
+"""Rows for which there is room in any case: of each expert, where every round reads the weights of all of them. That takes as long
+as multiplying 150 to 560 rows in bfloat16, by published peaks (A100, v6e): with fewer, another round costs as much."""
+LEAST_BYTES_SAVED = {"gpu": 2**32, "tpu": 2**26}
+"""By platform: so much less memory for gathered rows is worth a loop, for which kernels are compiled twice. On a GPU the host waits
+for the number of rounds, so there it is for calls that might not fit."""
+LEAST_BYTES_SAVED_WITH_GRADIENT = {"gpu": 2**32, "tpu": 2**30}
+"""The same with a gradient, which adds up those of weights in float32, all of them in each round."""
 
 
 def rows_worth_a_round(expected_rows: float, num_experts: int) -> float:
-    """Rows for which a round had better have room, if so many are expected for the experts of a rank."""
+    """Rows for which a round had better have room, if so many are expected, and it reads the weights of so many experts anew."""
     return max(_USUAL_FACTOR * expected_rows, _ROWS_WORTH_A_ROUND * num_experts)
 
 
-def rows_per_round(request: Request, platform: str) -> int | None:
+class RowsPerRound(NamedTuple):
     """How many rows are computed at once, from static shapes alone; None: all, without a loop."""
-    num_pairs = request.topk_ids.size
-    num_rows = math.ceil(rows_worth_a_round(request.expected_rows, request.num_experts))
-    saved_bytes = (num_pairs - num_rows) * request.hidden_size * request.x.dtype.itemsize
-    return num_rows if saved_bytes >= LEAST_BYTES_SAVED[platform] else None
+
+    without_gradient: int | None
+    """Rows are sorted by expert: a round begins with the last one's expert, and reads no other weights anew."""
+    with_gradient: int | None
+    """Each round adds the gradients of all weights, so there had better be few."""
+
+    @classmethod
+    def of(cls, request: Request, platform: str) -> Self:
+        """For a request, on "gpu" or "tpu"."""
+
+        def rows(num_experts: int, least_bytes: int) -> int | None:
+            num_rows = math.ceil(rows_worth_a_round(request.expected_rows, num_experts))
+            saved_bytes = (request.topk_ids.size - num_rows) * request.hidden_size * request.x.dtype.itemsize
+            return num_rows if saved_bytes >= least_bytes else None
+
+        return cls(
+            rows(1, LEAST_BYTES_SAVED[platform]), rows(request.num_experts, LEAST_BYTES_SAVED_WITH_GRADIENT[platform])
+        )
+
+    def __str__(self) -> str:
+        """As in "in rounds of 1280 rows, for a gradient of all"; empty if there are none."""
+        if self == (None, None):
+            return ""
+        without, with_gradient = ("all rows" if rows is None else f"{rows} rows" for rows in self)
+        return f"in rounds of {without}" + ("" if without == with_gradient else f", for a gradient of {with_gradient}")

@@ -26,8 +26,9 @@ from ..sum_of_rounds import sum_of_rounds
 from .aligned_rows import AlignedRows
 from .assignment import MOST_COMPARISONS, Assignment
 from .expert_block import ExpertMatrices
+from .inference import run_for_inference
 from .request import Request
-from .rounds import rows_per_round
+from .rounds import RowsPerRound
 
 
 class Computation(NamedTuple):
@@ -55,10 +56,10 @@ def formulation(request: Request, matmuls: ModuleType, device: GpuDevice | TpuDe
     down_shape = (request.num_experts, 1, request.hidden_size, request.intermediate_size)
     kernel, gate_up = matmuls.chosen_for_forward(expected_rows, gate_up_shape, dtype, dtype, device)
     _, down = matmuls.chosen_for_forward(expected_rows, down_shape, dtype, dtype, device)
-    num_rows = rows_per_round(request, device.platform)
-    rounds = "" if num_rows is None else f", in rounds of {num_rows} rows"
+    rounds = str(RowsPerRound.of(request, device.platform))
+    parts = [f"{kernel} kernel", f"gate/up {gate_up.tiles}", f"down {down.tiles}", *([rounds] if rounds else [])]
     return Formulation(
-        f"{kernel} kernel, gate/up {gate_up.tiles}, down {down.tiles}{rounds}",
+        ", ".join(parts),
         f"gate/up: {gate_up.reason}; down: {down.reason}",
     )
 
@@ -67,6 +68,13 @@ def run(request: Request, matmuls: ModuleType, device: GpuDevice | TpuDevice) ->
     """Compute a request with these kernels; differentiable in everything floating."""
     if request.x.size == 0:
         return jnp.zeros_like(request.x)
+    without_gradient, with_gradient = RowsPerRound.of(request, device.platform)
+    if without_gradient == with_gradient:
+        return _run(request, matmuls, device)
+    return run_for_inference(functools.partial(_run, matmuls=matmuls, device=device), request)
+
+
+def _run(request: Request, matmuls: ModuleType, device: GpuDevice | TpuDevice) -> Array:
     computation = Computation(
         matmuls,
         device,
@@ -82,7 +90,8 @@ def run(request: Request, matmuls: ModuleType, device: GpuDevice | TpuDevice) ->
     is_local = assignment.is_local(num_experts)
     topk_weights = jnp.where(is_local, request.topk_weights.astype(jnp.float32), 0)
     weights = request.expert_weights()
-    num_rows = rows_per_round(request, device.platform)
+    rows_per_round = RowsPerRound.of(request, device.platform)
+    num_rows = rows_per_round.with_gradient if request.takes_gradient else rows_per_round.without_gradient
     if num_rows is None:
         aligned = AlignedRows.of(assignment, num_experts, matmuls.schedule, computation.most_comparisons)
         return compute(computation, request.x, topk_weights, weights, aligned).astype(request.x.dtype)

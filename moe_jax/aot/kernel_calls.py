@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun  # pyright: ignore[reportPrivateImportUsage]
 from jax.sharding import NamedSharding
 
+from moe_jax.aot.jaxprs import equations
 from moe_jax.aot.ptxas import KernelReport, dumping_to
 from moe_jax.aot.targets import GpuTarget
 
@@ -47,7 +47,7 @@ class KernelCall:
     def buffers(self) -> tuple[str, ...]:
         """Its buffers in shared memory, with the sizes that tiles and stages give them, as in "bfloat16[4,128,64]"."""
         found = []
-        for equation in _equations(self.equation.params["jaxprs"]):
+        for equation in equations(self.equation.params["jaxprs"]):
             if equation.primitive.name != "run_scoped":
                 continue
             transforms = equation.params["ref_transforms"]
@@ -103,21 +103,9 @@ def kernel_calls(program: ClosedJaxpr) -> tuple[KernelCall, ...]:
     """Every call of a Mosaic GPU kernel in a traced program, also inside loops and conditions, in the order of the text."""
     return tuple(
         KernelCall(equation)
-        for equation in _equations(program, into_kernels=False)
+        for equation in equations(program, not_inside=(_KERNEL_PRIMITIVE,))
         if equation.primitive.name == _KERNEL_PRIMITIVE
     )
-
-
-def _equations(value: Any, *, into_kernels: bool = True) -> Iterator[JaxprEqn]:
-    """The equations of a jaxpr and of all jaxprs in their parameters; of any other value, none."""
-    if isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _equations(item, into_kernels=into_kernels)
-    elif isinstance(value, (Jaxpr, ClosedJaxpr)):
-        for equation in value.eqns:
-            yield equation
-            if into_kernels or equation.primitive.name != _KERNEL_PRIMITIVE:
-                yield from _equations(tuple(equation.params.values()), into_kernels=into_kernels)
 
 
 def _array(variable: Any, sharding: NamedSharding | None = None) -> jax.ShapeDtypeStruct:

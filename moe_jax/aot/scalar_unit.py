@@ -37,6 +37,15 @@ class Execution:
     written_bytes: Mapping[int, int]
     """What was copied to device memory, by the position of the operand or result."""
 
+    def __add__(self, other: "Execution") -> "Execution":
+        """This one, then another one of the same kernel."""
+        return Execution(
+            self.schedule,
+            self.times + other.times,
+            collections.Counter(self.read_bytes) + collections.Counter(other.read_bytes),
+            collections.Counter(self.written_bytes) + collections.Counter(other.written_bytes),
+        )
+
     @property
     def bundles(self) -> int:
         """How many were executed."""

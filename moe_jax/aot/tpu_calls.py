@@ -12,6 +12,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun  # pyright: ignore[reportPrivateImportUsage]
 
 from moe_jax.aot.bundles import DELAY_SLOTS, Schedule
+from moe_jax.aot.jaxprs import equations
 from moe_jax.aot.scalar_unit import Execution, execute
 from moe_jax.aot.targets import TpuTarget
 
@@ -119,68 +120,73 @@ class TpuKernelCall:
 def tpu_kernel_calls(program: ClosedJaxpr, known: Mapping[int, Any]) -> tuple[TpuKernelCall, ...]:
     """The calls of Pallas TPU kernels in a program, in their order, and the scalars that they get.
 
-    Whatever depends on known arguments alone is computed; the rest of the program is not.
+    Whatever depends on known arguments alone is computed; the rest of the program is not. What a loop calls is listed once for
+    each of its turns.
 
     Args:
         program: a traced function.
         known: values of some of its arguments, by position: group sizes, or ids of chosen experts.
 
     Raises:
-        ValueError: a kernel is called in a loop or a condition.
+        ValueError: a kernel is called in a condition, or in a loop of which the number of turns is not known.
     """
-    equations: list[JaxprEqn] = []
-
-    @jax.jit
-    def tables(known: Mapping[int, Any]) -> list[dict[int, Any]]:
-        calls: list[tuple[JaxprEqn, dict[int, Any]]] = []
-        _walk(program, [known.get(position) for position in range(len(program.jaxpr.invars))], calls)
-        equations.extend(equation for equation, _ in calls)
-        return [scalars for _, scalars in calls]
-
-    found = jax.device_get(tables(dict(known)))
-    return tuple(
-        TpuKernelCall(equation, {position: _scalar(value) for position, value in scalars.items()})
-        for equation, scalars in zip(equations, found, strict=True)
-    )
+    calls: list[TpuKernelCall] = []
+    _walk(program, [known.get(position) for position in range(len(program.jaxpr.invars))], calls)
+    return tuple(calls)
 
 
-def _walk(program: ClosedJaxpr, arguments: list[Any], calls: list[tuple[JaxprEqn, dict[int, Any]]]) -> list[Any]:
+def tpu_kernels(program: ClosedJaxpr) -> tuple[TpuKernelCall, ...]:
+    """Every call of a Pallas TPU kernel in the text of a program, inside loops and conditions too; nothing is known of scalars."""
+    found = equations(program, not_inside=(_KERNEL_PRIMITIVE,))
+    return tuple(TpuKernelCall(equation, {}) for equation in found if equation.primitive.name == _KERNEL_PRIMITIVE)
+
+
+def _walk(program: ClosedJaxpr, arguments: list[Any], calls: list[TpuKernelCall]) -> list[Any]:
     """Values of the results, None if not known."""
     jaxpr = program.jaxpr
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, program.consts, strict=True))
     values.update(zip(jaxpr.invars, arguments, strict=True))
-
-    def value_of(variable: Any) -> Any:
-        return variable.val if isinstance(variable, Literal) else values.get(variable)
-
     for equation in jaxpr.eqns:
-        inputs = [value_of(variable) for variable in equation.invars]
-        name = equation.primitive.name
-        if name == _KERNEL_PRIMITIVE:
-            calls.append((equation, {i: value for i, value in enumerate(inputs) if _is_table(value)}))
-            outputs = [None] * len(equation.outvars)
-        elif name in _INLINED:
-            inner = next(v for v in equation.params.values() if isinstance(v, (ClosedJaxpr, Jaxpr)))
-            outputs = _walk(inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ()), inputs, calls)
-        elif any(value is None for value in inputs):
-            if _calls_kernel(equation):
-                raise ValueError(f"a kernel is called in {name}, of which not all operands are known")
-            outputs = [None] * len(equation.outvars)
-        else:
-            outputs = equation.primitive.bind(*inputs, **equation.params)
-            outputs = outputs if equation.primitive.multiple_results else [outputs]
-        values.update(zip(equation.outvars, outputs, strict=True))
-    return [value_of(variable) for variable in jaxpr.outvars]
+        inputs = [_value_of(variable, values) for variable in equation.invars]
+        values.update(zip(equation.outvars, _results(equation, inputs, calls), strict=True))
+    return [_value_of(variable, values) for variable in jaxpr.outvars]
 
 
-def _calls_kernel(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return any(map(_calls_kernel, value))
-    if isinstance(value, (Jaxpr, ClosedJaxpr)):
-        return any(map(_calls_kernel, value.eqns))
-    if isinstance(value, JaxprEqn):
-        return value.primitive.name == _KERNEL_PRIMITIVE or any(map(_calls_kernel, value.params.values()))
-    return False
+def _value_of(variable: Any, values: Mapping[Any, Any]) -> Any:
+    return variable.val if isinstance(variable, Literal) else values.get(variable)
+
+
+def _results(equation: JaxprEqn, inputs: list[Any], calls: list[TpuKernelCall]) -> list[Any]:
+    name = equation.primitive.name
+    if name == _KERNEL_PRIMITIVE:
+        scalars = {position: _scalar(value) for position, value in enumerate(inputs) if _is_table(value)}
+        calls.append(TpuKernelCall(equation, scalars))
+        return [None] * len(equation.outvars)
+    calls_kernel = any(inner.primitive.name == _KERNEL_PRIMITIVE for inner in equations(list(equation.params.values())))
+    if not calls_kernel and all(value is not None for value in inputs):
+        outputs = equation.primitive.bind(*inputs, **equation.params)
+        return outputs if equation.primitive.multiple_results else [outputs]
+    if name in _INLINED:
+        inner = next(v for v in equation.params.values() if isinstance(v, (ClosedJaxpr, Jaxpr)))
+        return _walk(inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ()), inputs, calls)
+    if not calls_kernel:
+        return [None] * len(equation.outvars)
+    if name != "while":
+        raise ValueError(f"a kernel is called in {name}")
+    return _results_of_loop(equation.params, inputs, calls)
+
+
+def _results_of_loop(params: Mapping[str, Any], inputs: list[Any], calls: list[TpuKernelCall]) -> list[Any]:
+    num_condition, num_body = params["cond_nconsts"], params["body_nconsts"]
+    for_condition, for_body = inputs[:num_condition], inputs[num_condition : num_condition + num_body]
+    carried = inputs[num_condition + num_body :]
+    while True:
+        (goes_on,) = _walk(params["cond_jaxpr"], [*for_condition, *carried], [])
+        if goes_on is None:
+            raise ValueError("a kernel is called in a loop of which the number of turns is not known")
+        if not goes_on:
+            return carried
+        carried = _walk(params["body_jaxpr"], [*for_body, *carried], calls)
 
 
 def _is_table(value: Any) -> bool:

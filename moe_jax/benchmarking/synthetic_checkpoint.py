@@ -98,12 +98,17 @@ def write_synthetic_checkpoint(folder: Path, config: Mapping[str, Any], shard_by
         if shards[-1] and sum(nbytes for *_, nbytes in shards[-1]) + description[3] > shard_bytes:
             shards.append([])
         shards[-1].append(description)
-    pool = np.random.default_rng(seed).integers(0, 0x7F, _POOL_BYTES, np.uint8)
+    rng = np.random.default_rng(seed)
+    bits = rng.integers(0, 0x7F, _POOL_BYTES, np.uint8)
+    scales = rng.uniform(2**-13, 2**-9, _POOL_BYTES // 4).astype(
+        np.float32
+    )  # any bits could be far out of bfloat16's range
+    pools = {"F8_E4M3": bits, "BF16": bits, "F32": scales.view(np.uint8)}
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= {tensor: name for tensor, *_ in shard}
-        _write_shard(folder / name, shard, pool)
+        _write_shard(folder / name, shard, pools)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return sum(nbytes for shard in shards for *_, nbytes in shard)
 
@@ -123,7 +128,7 @@ def _descriptions(config: Mapping[str, Any]) -> Iterator[Description]:
             yield tensor.name, "BF16", tensor.shape, 2 * size
 
 
-def _write_shard(file: Path, tensors: list[Description], pool: np.ndarray) -> None:
+def _write_shard(file: Path, tensors: list[Description], pools: Mapping[str, np.ndarray]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, dtype, shape, nbytes in tensors:
@@ -132,7 +137,8 @@ def _write_shard(file: Path, tensors: list[Description], pool: np.ndarray) -> No
     text = json.dumps(header).encode()
     with open(file, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for number, (*_, nbytes) in enumerate(tensors):
+        for number, (_, dtype, _, nbytes) in enumerate(tensors):
+            pool = pools[dtype]
             offset = number * 4096 % len(pool)  # neighbouring tensors differ
             while nbytes:
                 count = min(nbytes, len(pool) - offset)

@@ -52,6 +52,14 @@ def test_what_a_loop_executes_follows_from_the_tables_that_it_reads():
     assert execution.written_bytes == {}
 
 
+def test_what_two_calls_execute_is_added_up():
+    schedule = dump(LOOP, {0xB: "2 1 0", 0xC: "1 0 0"})
+    two = execute(schedule, {0: 4, 1: [3, 0, 5, -1]}) + execute(schedule, {0: 2, 1: [0, 7, 0, 0]})
+    assert two.bundles == (6 + 4 * 9 + 2 * 2 + 1) + (6 + 2 * 9 + 2 + 1)
+    assert two.slots("MATMUL") == 2 * 3 + 3
+    assert two.read_bytes == {2: 2 * 32 * (3 + 5 + 7)}
+
+
 def test_an_empty_bundle_may_stand_for_several_so_a_branch_is_taken_where_control_can_come_from_elsewhere_at_the_latest():
     schedule = dump(LOOP, delay_slots=3)
     assert [schedule.after_branch(address) for address in (0x9, 0xF)] == [0xD, 0x11]

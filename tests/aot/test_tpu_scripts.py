@@ -144,9 +144,13 @@ def test_published_are_different_kernels_each_with_the_programs_that_have_it(scr
 
     published, later = tmp_path / "published.json", tmp_path / "tpu_compiles_2.json"
     published.write_text(json.dumps(result))
-    later.write_text(json.dumps({"versions": {}, "rows": [found(2048, **kernel)]}))
-    (compiled,) = script("tpu_publish").merged([later], published)["compiled"]
-    assert compiled["programs"] == ["olmoe-1b-7b 8 forward", "olmoe-1b-7b 128 forward", "olmoe-1b-7b 2048 forward"]
+    later.write_text(
+        json.dumps({"versions": {}, "rows": [found(2048, **kernel), found(8, **kernel | {"digest": "b"})]})
+    )
+    compiled = {row["digest"]: row for row in script("tpu_publish").merged([later], published)["compiled"]}
+    assert compiled["a"]["programs"] == ["olmoe-1b-7b 128 forward", "olmoe-1b-7b 2048 forward"]
+    assert compiled["b"]["programs"] == ["olmoe-1b-7b 8 forward"]  # which has another kernel now
+    assert len(compiled) == 2
     with pytest.raises(ValueError, match="must begin with one of tpu_megablox, .*, got other.json"):
         script("tpu_publish").merged([file.rename(tmp_path / "other.json")])
 

@@ -24,7 +24,7 @@ from tpu_options import add_run_options, add_selection_options
 from tpu_programs import traced_experts
 
 from moe_jax.aot.targets import TpuTarget
-from moe_jax.aot.tpu_calls import TpuKernelCall, tpu_kernel_calls
+from moe_jax.aot.tpu_calls import TpuKernelCall, tpu_kernels
 
 
 def compiled(target: TpuTarget, call: TpuKernelCall, *, kept: Path, deadline: float) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def rows_of(job: Job, _dumps: Path, deadline: float) -> Iterator[Row]:
     """A row for each kernel of a program: what was compiled, why it was not, or that there was no time."""
     target = TpuTarget.named(job["tpu"])
     traced = traced_experts(target, job["model"], job["tokens"], job["program"])
-    calls = {digest("", call): call for call in tpu_kernel_calls(traced, {})}
+    calls = {digest("", call): call for call in tpu_kernels(traced)}
     for call in calls.values():
         described = {"kernel": call.name, "arrays": call.arrays()}
         try:

@@ -1,12 +1,14 @@
 """Compile a TPU kernel, and count what it executes and copies; what was counted once is kept in a folder."""
 
+import functools
 import hashlib
 import itertools
 import json
 import math
+import operator
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ def versions() -> dict[str, str]:
 
 def counted(
     target: TpuTarget,
-    calls: Mapping[str, TpuKernelCall],
+    calls: Mapping[str, Sequence[TpuKernelCall]],
     useful: Mapping[str, float],
     *,
     dumps: Path,
@@ -39,21 +41,21 @@ def counted(
 
     Args:
         target: what to compile for.
-        calls: of the same kernel, with scalars that differ; the first is compiled.
-        useful: multiplications of numbers that rows of experts need, for each of `calls`.
+        calls: of the same kernel, with scalars that differ; the first is compiled. Those of one name are counted together.
+        useful: multiplications of numbers that rows of experts need, for each name.
         dumps: see `TpuKernelCall.schedule_alone`.
         kept: folder of figures; those of the same kernel, scalars and versions are not counted again.
         deadline: time from which on nothing more is compiled.
 
     Returns:
-        "code_bundles", "vmem_bytes", "seconds" to compile, and for each of `calls` its figures: of the slower core, but bytes
-        of all cores. Instead of these "not_counted", if what is executed depends on more than scalars.
+        "code_bundles", "vmem_bytes", "seconds" to compile, and for each name its figures: of the slower core, but bytes of all
+        cores. Instead of these "not_counted", if what is executed depends on more than scalars.
 
     Raises:
         TimeoutError: the kernel would have to be compiled, and the deadline is over.
     """
-    call = next(iter(calls.values()))
-    scalars = [sorted(each.scalars.items()) for each in calls.values()]
+    call = next(iter(calls.values()))[0]
+    scalars = [[sorted(call.scalars.items()) for call in named] for named in calls.values()]
     described = f"{target} {versions()} {_without_addresses(call.sameness())} {list(calls)} {scalars} {useful}"
     file = kept / f"{hashlib.sha256(described.encode() + _READERS).hexdigest()}.json"
     if file.exists():
@@ -70,7 +72,7 @@ def counted(
     try:
         # A kernel may ask for its core where there is one alone.
         cores = min(schedule.cores, target.device.cores)
-        found |= {name: _figures(schedule, each, useful[name], cores) for name, each in calls.items()}
+        found |= {name: _figures(schedule, named, useful[name], cores) for name, named in calls.items()}
     except ValueError as error:
         found["not_counted"] = str(error)[:300]
     kept.mkdir(parents=True, exist_ok=True)
@@ -83,16 +85,18 @@ def digest(described: str, call: TpuKernelCall) -> str:
     return hashlib.sha256(f"{described} {_without_addresses(call.sameness())}".encode()).hexdigest()
 
 
-def _figures(schedule: Schedule, call: TpuKernelCall, useful_multiplies: float, cores: int) -> Figures:
+def _figures(schedule: Schedule, calls: Sequence[TpuKernelCall], useful_multiplies: float, cores: int) -> Figures:
     """Raises ValueError if one core writes more than the results hold: then instructions were not carried out as a TPU does.
 
     Of two cores that share an odd number of tiles, one computes a tile again.
     """
-    executions = [call.execute(schedule, core=core) for core in range(cores)]
+    executions = [
+        functools.reduce(operator.add, (call.execute(schedule, core=core) for call in calls)) for core in range(cores)
+    ]
     slowest: Execution = max(executions, key=lambda execution: execution.bundles)
     spills = sum(execution.slots("VSTORE:SPILL") for execution in executions)
     written_bytes = sum(sum(execution.written_bytes.values()) for execution in executions)
-    result_bytes = sum(_padded_size(result.shape) * result.dtype.itemsize for result in call.results)
+    result_bytes = sum(_padded_size(result.shape) * result.dtype.itemsize for call in calls for result in call.results)
     if cores == 1 and written_bytes > result_bytes:
         raise ValueError(f"{written_bytes} bytes are written, but the results have {result_bytes}")
     return {

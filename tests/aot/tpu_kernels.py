@@ -27,21 +27,21 @@ from tpu_options import add_run_options, add_selection_options
 from tpu_programs import ROUTINGS, experts_calls, useful_multiplies
 
 from moe_jax.aot.targets import TpuTarget
+from moe_jax.aot.tpu_calls import TpuKernelCall
 
 
 def rows_of(job: Job, dumps: Path, deadline: float) -> Iterator[dict[str, Any]]:
     """A row for each kernel of a program."""
     target, model, tokens = TpuTarget.named(job["tpu"]), job["model"], job["tokens"]
-    by_routing = experts_calls(target, model, tokens, job["program"])
-    seen = set()
-    for calls in zip(*by_routing.values(), strict=True):
-        if calls[0].sameness() in seen:
-            continue
-        seen.add(calls[0].sameness())
-        named = dict(zip(by_routing, calls, strict=True))
-        useful = {routing: useful_multiplies(model, tokens, routing, call) for routing, call in named.items()}
+    kernels: dict[str, dict[str, list[TpuKernelCall]]] = {}
+    for routing, calls in experts_calls(target, model, tokens, job["program"]).items():
+        for call in calls:
+            kernels.setdefault(call.sameness(), {}).setdefault(routing, []).append(call)
+    for named in kernels.values():
+        call = next(iter(named.values()))[0]
+        useful = {routing: useful_multiplies(model, tokens, routing, call) for routing in named}
         found = counted(target, named, useful, dumps=dumps, kept=Path(job["kept"]), deadline=deadline)
-        yield {"kernel": calls[0].name, "arrays": calls[0].arrays(), **found}
+        yield {"kernel": call.name, "arrays": call.arrays(), **found}
 
 
 def jobs(arguments: argparse.Namespace) -> Iterator[Job]:

@@ -70,7 +70,8 @@ def rows_of(job: Job, dumps: Path, deadline: float) -> Iterator[dict[str, Any]]:
         limit = vmem_limit_bytes(target.device)
         calls = {name: call.with_vmem_limit(limit) for name, call in calls.items()}
     useful = {name: useful_multiplies(model, int(name.split()[1]), name.split()[0], calls[name]) for name in calls}
-    yield counted(target, calls, useful, dumps=dumps, kept=Path(job["kept"]), deadline=deadline)
+    alone = {name: [call] for name, call in calls.items()}
+    yield counted(target, alone, useful, dumps=dumps, kept=Path(job["kept"]), deadline=deadline)
 
 
 def jobs(arguments: argparse.Namespace) -> Iterator[Job]:

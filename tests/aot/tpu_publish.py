@@ -65,18 +65,29 @@ def merged(files: Iterable[Path], published: Path | None = None) -> dict[str, An
 
 
 def different_kernels(rows: Iterable[Row]) -> Iterator[Row]:
-    """A row for each kernel that compiled, and the programs that have it; failures as they are."""
+    """A row for each kernel that compiled, and the programs that have it; failures as they are.
+
+    Rows with "programs" were published before. Of programs that were compiled again, only the new rows count.
+    """
+    rows = list(rows)
+    compiled_again = {(row["tpu"], _program(row)) for row in rows if "programs" not in row}
     kernels: dict[tuple[str, str], Row] = {}
     for row in rows:
         if "failure" in row:
             yield row
             continue
-        kept = {key: row[key] for key in ("tpu", "kernel", "arrays", "vmem_bytes", "seconds")}
-        digest = row["digest"][:DIGEST_LETTERS]
-        kernel = kernels.setdefault((row["tpu"], digest), kept | {"digest": digest, "programs": []})
-        programs = row["programs"] if "programs" in row else [f"{row['model']} {row['tokens']} {row['program']}"]
-        kernel["programs"] = list(dict.fromkeys([*kernel["programs"], *programs]))
+        published = [name for name in row.get("programs", []) if (row["tpu"], name) not in compiled_again]
+        programs = published if "programs" in row else [_program(row)]
+        if programs:
+            kept = {key: row[key] for key in ("tpu", "kernel", "arrays", "vmem_bytes", "seconds")}
+            digest = row["digest"][:DIGEST_LETTERS]
+            kernel = kernels.setdefault((row["tpu"], digest), kept | {"digest": digest, "programs": []})
+            kernel["programs"] = list(dict.fromkeys([*kernel["programs"], *programs]))
     yield from kernels.values()
+
+
+def _program(row: Row) -> str:
+    return f"{row['model']} {row['tokens']} {row['program']}"
 
 
 def comparison_table(rows: Iterable[Row]) -> Iterator[str]:
