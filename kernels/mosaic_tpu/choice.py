@@ -181,7 +181,10 @@ def _tiles(chunk: int, rows: int, columns: int, problem: RowsProblem, device: Tp
     else:
         # Each size of a remainder is code of its own; large groups hardly gain from fine ones.
         remainder, least = chunk // 4 if mean_rows < 4 * chunk else chunk // 2, device.mxu_size
-    return RowTiles(rows=rows, columns=columns, chunk=chunk, remainder=remainder, least=least)
+    # Sums of more than a chunk leave few registers; where the contraction ends with part of a matrix unit, that is too few.
+    fills_units = problem.width_in % device.mxu_size == 0
+    most = chunk if chunk == device.mxu_size == LANES and not fills_units else 2 * chunk - remainder
+    return RowTiles(rows=rows, columns=columns, chunk=chunk, remainder=remainder, least=least, most=most)
 
 
 def _estimated_seconds(tiles: RowTiles, problem: RowsProblem, device: TpuDevice) -> float:

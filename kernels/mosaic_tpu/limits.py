@@ -140,6 +140,10 @@ def check_row_tiles(tiles: RowTiles, device: TpuDevice, needed_bytes: int) -> No
         raise ValueError(
             f"least must be a multiple of remainder={tiles.remainder} up to chunk={tiles.chunk}, got {tiles.least}"
         )
+    if tiles.most < tiles.chunk or tiles.most % tiles.remainder:
+        raise ValueError(
+            f"most must be a multiple of remainder={tiles.remainder} from chunk={tiles.chunk} on, got {tiles.most}"
+        )
     if tiles.column_tiles < 1:
         raise ValueError(f"column_tiles must be at least 1, got {tiles.column_tiles}")
     if needed_bytes > vmem_limit_bytes(device):

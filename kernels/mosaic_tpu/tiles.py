@@ -19,15 +19,14 @@ class RowTiles:
     least: int
     """Fewest rows that are multiplied at once, a multiple of `remainder` up to `chunk`. Below the rows of a matrix unit its
     weights take longer to load than to use, and fewer rows gain little."""
+    most: int
+    """Most rows that are multiplied at once, so that few rows of a group need not be multiplied alone: at least `chunk`."""
     column_tiles: int = 1
     """Tiles of columns that one pass over the groups computes, each group's one after the other: its weights arrive as they do in
     passes of their own, but rows that one visit takes stay for all of them. Divides the number of tiles."""
 
     @property
     def remainders(self) -> tuple[int, ...]:
-        """Numbers of rows, other than a chunk, that are multiplied at once at the end of a group, each by code of its own.
-
-        They go beyond a chunk, so that few rows need not be multiplied alone.
-        """
-        sizes = range(self.least, min(2 * self.chunk, self.rows + 1), self.remainder)
+        """Numbers of rows, other than a chunk, that are multiplied at once at the end of a group, each by code of its own."""
+        sizes = range(self.least, min(self.most, self.rows) + 1, self.remainder)
         return tuple(size for size in sizes if size != self.chunk)

@@ -182,13 +182,17 @@ def test_copies_of_weights_are_counted_where_they_are_made_and_small_arrays_and_
     assert script("tpu_weight_copies").copied_bytes(PROGRAM_WITH_COPIES, 1000) == 5 * 8 * 128 * 2
 
 
-def test_published_comparisons_are_of_all_cases_and_spill_more_than_megablox_only_where_documented(script):
+def test_published_comparisons_are_of_all_cases_and_their_results_are_those_of_the_documentation(script):
     root = Path(__file__).parents[2]
     published = json.loads((root / "benchmarks/results/tpu_static.json").read_text())["comparisons"]
     cases = {(row["tpu"], row["model"], row["tokens"], row["routing"]): row for row in published}
     programs, comparison = script("tpu_programs"), script("tpu_megablox")
     assert cases.keys() == set(itertools.product(TPU_DEVICES, TPU_SHAPES, comparison.TOKENS, programs.ROUTINGS))
     spills = "spills_per_billion_multiplies"
-    more = {case for case, row in cases.items() if row["ours"][spills] > row["megablox"][spills]}
-    assert more == {("v5e", "gpt-oss-120b", 8192, "uniform")}
-    assert "met in 127 of 128 cases" in (root / "docs/performance.md").read_text()
+    assert all(row["ours"][spills] <= row["megablox"][spills] for row in published)
+    few_bundles = sum(row["ratio"] <= 0.95 for row in published)
+    occupied = sum(row["ours"]["occupancy"] >= 0.98 for row in published)
+    documented = (root / "docs/performance.md").read_text()
+    assert f"0.39 to 0.95 in {few_bundles} of {len(published)} cases" in documented
+    assert f"0.993 to 1.00 in {occupied} of {len(published)} cases" in documented
+    assert "\n".join(script("tpu_publish").comparison_table(published)) in documented

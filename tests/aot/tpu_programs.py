@@ -126,7 +126,8 @@ def _multiplication(
     if contracted < rows.shape[1]:
         raise ValueError("the contracted dimension is never cut")
     chunk = min(tile_rows, max(128, target.device.mxu_size))
-    tiles = RowTiles(rows=tile_rows, columns=columns, chunk=chunk, remainder=64, least=min(chunk, 128))
+    least = min(chunk, 128)
+    tiles = RowTiles(rows=tile_rows, columns=columns, chunk=chunk, remainder=64, least=least, most=2 * chunk - 64)
     table = VisitTable.of(Groups(jnp.cumsum(sizes) - sizes, sizes), rows.shape[0], tile_rows)
     return multiply_rows(rows, weights[:, None], table, tiles=tiles, output_dtype=rows.dtype, device=target.device)[0]
 

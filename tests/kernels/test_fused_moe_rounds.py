@@ -66,6 +66,21 @@ def test_rounds_read_the_weights_of_a_layer_in_a_stack(implementation, rng):
 
 @each_kernel
 @pytest.mark.usefixtures("in_small_rounds")
+def test_rounds_trace_under_vmap_over_calls_that_need_different_numbers_of_them(implementation, rng):
+    rank = one_rank(rng, implementation)
+    ids = rank.arrays.pop("topk_ids")
+
+    def call(ids):
+        return fused_moe(**rank.arrays, topk_ids=ids, expert_offset=3, expected_rows=8, **rank.options)
+
+    with targeting(DEVICES[implementation.name]):
+        program = jax.make_jaxpr(jax.vmap(call))(jnp.stack([ids, jnp.zeros_like(ids)]))
+    assert num_loops(program) >= 1
+    assert [result.shape for result in program.out_avals] == [(2, *rank.arrays["x"].shape)]
+
+
+@each_kernel
+@pytest.mark.usefixtures("in_small_rounds")
 def test_tokens_without_a_local_expert_become_zero_without_a_round(implementation, rng):
     rank = one_rank(rng, implementation)
     rank = rank.with_arrays(topk_ids=jnp.full_like(rank.arrays["topk_ids"], 11))

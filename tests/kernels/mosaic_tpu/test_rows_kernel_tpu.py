@@ -21,7 +21,7 @@ from moe_jax.kernels.mosaic_tpu.limits import check_row_tiles, vmem_limit_bytes
 from moe_jax.kernels.mosaic_tpu.schedule import VisitTable
 from moe_jax.kernels.mosaic_tpu.tiles import RowTiles
 
-TILES = RowTiles(rows=256, columns=128, chunk=128, remainder=64, least=64)
+TILES = RowTiles(rows=256, columns=128, chunk=128, remainder=64, least=64, most=192)
 HOT_EMPTY_AND_SMALL = (130, 0, 17, 1, 300)
 
 
@@ -141,7 +141,8 @@ def test_no_rows_in_any_group_give_zeros_and_read_nothing(rng):
 @pytest.mark.parametrize("sizes", [(5,), (16, 16), (127, 1), (64, 65, 63), (129, 0, 191, 193, 7), (255, 257)], ids=str)
 def test_every_remainder_of_a_group_is_multiplied(sizes, rng):
     problem = draw(rng, sizes, start=0, width_in=16, width_out=24)
-    assert_close(multiply(problem)[0], problem.result)
+    tiles = dataclasses.replace(TILES, most=int(rng.choice([TILES.chunk, TILES.most])))
+    assert_close(multiply(problem, tiles=tiles)[0], problem.result)
 
 
 @pytest.mark.parametrize("dma", DMA_MODES)
@@ -282,7 +283,8 @@ def test_each_product_of_a_panel_reads_its_rows_anew_where_a_tile_is_half_a_regi
 def test_every_number_of_rows_is_multiplied_with_every_kind_of_tiles(chunks, chunk, least, rng):
     if least > chunk:
         pytest.skip("least is at most a chunk")
-    tiles = RowTiles(rows=chunks * chunk, columns=128, chunk=chunk, remainder=64, least=least)
+    most = int(rng.integers(chunk // 64, 2 * chunk // 64)) * 64
+    tiles = RowTiles(rows=chunks * chunk, columns=128, chunk=chunk, remainder=64, least=least, most=most)
     sizes = rng.permutation([*range(1, 560, 37), 0, 64, 128, 192, 256, 320, 512, 3 * chunk])
     problem = draw(rng, sizes, start=0, width_in=8, width_out=8)
     assert_close(multiply(problem, tiles=tiles)[0], problem.result)
@@ -393,6 +395,17 @@ def test_where_loading_matrix_units_takes_long_more_rows_are_multiplied_at_once(
     assert sorted((*tiles.remainders, tiles.chunk)) == list(range(64, tiles.rows + 1, 64))
 
 
+@pytest.mark.parametrize("device", TPU_DEVICES)
+@pytest.mark.parametrize(("width_in", "fills_matrix_units"), [(4096, True), (2880, False)])
+def test_more_rows_than_a_chunk_are_multiplied_at_once_unless_registers_would_be_spilled(
+    device, width_in, fills_matrix_units
+):
+    tiles = choose_row_tiles(gate_and_up(16384, 8, width_in, 2880), TPU_DEVICES[device]).tiles
+    is_narrow = TPU_DEVICES[device].mxu_size == 128
+    beyond = tiles.rows > tiles.chunk and (fills_matrix_units or not is_narrow)
+    assert (max(tiles.remainders) > tiles.chunk) == beyond
+
+
 @pytest.mark.parametrize("device", ["v5p", "7x"])
 @pytest.mark.parametrize("num_rows", [2048, 8192])
 def test_rows_are_read_once_by_each_core_where_gate_and_up_do_not_fit_vector_memory_and_copies_matter(device, num_rows):
@@ -419,6 +432,8 @@ def test_rows_that_are_too_long_for_vector_memory_are_refused_by_the_limit():
         (dict(rows=192), 0, "rows of a tile must be a multiple of chunk=128, got 192"),
         (dict(remainder=24), 0, "remainder must be a multiple of 16 that divides chunk=128, got 24"),
         (dict(least=96), 0, "least must be a multiple of remainder=64 up to chunk=128, got 96"),
+        (dict(most=64), 0, "most must be a multiple of remainder=64 from chunk=128 on, got 64"),
+        (dict(most=200), 0, "most must be a multiple of remainder=64 from chunk=128 on, got 200"),
         (dict(column_tiles=0), 0, "column_tiles must be at least 1, got 0"),
         (dict(), 2**40, "take 1099511627776 bytes of vector memory, v5e has"),
     ],
@@ -434,9 +449,8 @@ def test_tiles_that_do_not_fit_are_refused_by_the_limit_they_hit(change, needed,
 def test_tiles_that_the_compiler_had_no_room_for_are_not_chosen(device, width_in, scaled_rows, used_mib):
     """Down projection and gradient of Mixtral 8x7B with 8192 tokens; what the compiler said that the tiles take."""
     columns, rows, chunk = (256, 256, 128) if device == "v5p" else (1408, 512, 256)
-    refused = RowTiles(
-        rows=rows, columns=columns, chunk=chunk, remainder=chunk // 2, least=chunk // (2 if chunk == 128 else 1)
-    )
+    least = chunk // (2 if chunk == 128 else 1)
+    refused = RowTiles(rows=rows, columns=columns, chunk=chunk, remainder=chunk // 2, least=least, most=3 * chunk // 2)
     sizes = dict(width_in=width_in, projections=1, itemsize=2, output_itemsize=2)
     needed = limits.rows_vmem_bytes(refused, kept=False, scaled_rows=scaled_rows, **sizes)
     assert needed > vmem_limit_bytes(TPU_DEVICES[device])
