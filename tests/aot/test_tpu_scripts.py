@@ -171,6 +171,7 @@ ENTRY %main (weights: bf16[4,8,128], i: s32[], x: bf16[2,128]) -> bf16[8,128] {
   %x = bf16[2,128]{1,0} parameter(2)
   %rows = bf16[4,8,128]{2,1,0} copy(%weights)
   %few = bf16[2,128]{1,0} copy(%x)
+  %sent = (bf16[4,8,128]{2,1,0}, bf16[2,128]{1,0}) custom-call-update(%few)
   %one = bf16[8,128]{1,0} fusion(%rows, %i), kind=kLoop, calls=%fused
   ROOT %kernel = bf16[8,128]{1,0} custom-call(%one, %few), custom_call_target="tpu_custom_call"
 }

@@ -38,6 +38,8 @@ _IN_PLACE = frozenset(
     {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "custom-call", "conditional", "constant"}
 )
 """Instructions that copy nothing, or are the kernels."""
+_UNFINISHED = ("-start", "-update")
+"""Ends of the names of instructions whose type is that of their operands and results together; the results come with "-done"."""
 
 
 def copied_bytes(program: str, least: int) -> int:
@@ -60,7 +62,7 @@ def copied_bytes(program: str, least: int) -> int:
         for name, computation in computations.items()
         if name not in fused
         for instruction in computation.instructions
-        if instruction.opcode not in _IN_PLACE and not instruction.opcode.endswith("-start")
+        if instruction.opcode not in _IN_PLACE and not instruction.opcode.endswith(_UNFINISHED)
     )
     return sum(size for size in sizes if size >= least)
 
