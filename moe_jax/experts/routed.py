@@ -149,7 +149,8 @@ class RoutedExperts(nnx.Module):
             # Copies of an expert start equal: each expert is drawn once.
             drawn = kernel_init(rngs.params(), (config.num_experts, *shape), config.param_dtype)
             logical = initial_physical_to_logical(config.num_experts, config.num_redundant_experts)
-            return nnx.Param(drawn[logical if expert_map_manager is None else logical[_held_by(expert_map_manager)]])
+            held = slice(None) if expert_map_manager is None else expert_map_manager.get_local_expert_ids()
+            return nnx.Param(drawn[logical[held]])
 
         self.gate_up_proj = projection(halves, intermediate, hidden)
         self.down_proj = projection(hidden, intermediate)
@@ -187,7 +188,7 @@ class RoutedExperts(nnx.Module):
             return self.computation(x, topk_weights, topk_ids, self.weights())
         if not placement.local_num_experts:
             return jnp.zeros_like(x)  # more ranks than experts: this one adds nothing to the sum
-        local_share = min(1.0, placement.local_num_experts / placement.global_num_experts)
+        local_share = placement.local_num_experts / placement.global_num_experts
         return self.computation(
             x,
             topk_weights,
@@ -213,14 +214,6 @@ def _check_manager(manager: "ExpertMapManager", config: MoEConfig) -> None:
             f"expert_map_manager must have num_fused_shared_experts=0, got {manager.num_fused_shared_experts}: "
             "shared experts are held by the layer"
         )
-
-
-def _held_by(manager: "ExpertMapManager") -> Int[np.ndarray, "E"]:
-    """The physical experts of the manager's rank, in the order of its slots."""
-    if manager.expert_map is None:
-        return np.arange(manager.global_num_experts)
-    held = np.flatnonzero(manager.expert_map >= 0)
-    return held[np.argsort(manager.expert_map[held])]
 
 
 def _map_to_local(topk_ids: Int[Array, "T K"], expert_map: np.ndarray | None) -> Int[Array, "T K"]:

@@ -34,11 +34,6 @@ class ExpertWeights(NamedTuple):
 
     def as_dtype(self, dtype: DTypeLike) -> Self:
         """The same in `dtype`; of stacked layers, all but one would be converted in vain."""
-        if all(array.dtype == dtype for array in (self.gate_up_proj, self.down_proj)):
-            gate_up_bias, down_bias = (
-                None if bias is None else bias.astype(dtype) for bias in (self.gate_up_bias, self.down_bias)
-            )
-            return self._replace(gate_up_bias=gate_up_bias, down_bias=down_bias)
         return jax.tree.map(lambda array: array.astype(dtype), self.of_own_layer())
 
     def followed_by(self, wide: "ExpertWeights") -> Self:

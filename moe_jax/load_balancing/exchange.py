@@ -91,7 +91,7 @@ def move_experts(
             wanted_rank, wanted_slot = source_rank[layer, :, slot], source_slot[layer, :, slot]  # of every receiver
             row = jax.lax.dynamic_slice_in_dim(old, wanted_slot[rank], 1)
             if ranks > 1:
-                fetch = functools.partial(_fetch_row, axes=axes, platform=platform)
+                fetch = functools.partial(fetch_row, axes=axes, platform=platform)
                 # The tables are the same on all ranks, so all of them take part in a collective, or none.
                 is_fetched = (wanted_rank != jnp.arange(ranks)).any()
                 row = jax.lax.cond(is_fetched, fetch, _keep_row, old, row, wanted_rank, wanted_slot, rank)
@@ -108,11 +108,11 @@ def move_experts(
 
 
 def _keep_row(_old: Array, row: Array, *_tables: Array) -> Array:
-    """What `_fetch_row` does where no rank wants a row of another one."""
+    """What `fetch_row` does where no rank wants a row of another one."""
     return row
 
 
-def _fetch_row(
+def fetch_row(
     old: Shaped[Array, "S ..."],
     row: Shaped[Array, "1 ..."],
     wanted_rank: Int[Array, "D"],

@@ -89,7 +89,7 @@ class DispatchSettings:
         most = self.most_rows(num_tokens, top_k)
         if self.capacity_factor is None:
             return most
-        return max(1, min(most, math.ceil(self.capacity_factor * self.even_rows(num_tokens, top_k) / self.num_ranks)))
+        return min(most, math.ceil(self.capacity_factor * self.even_rows(num_tokens, top_k) / self.num_ranks))
 
     def buffer_rows(self, num_tokens: int, top_k: int) -> int:
         """Rows that a rank receives in one round from all ranks, each with `num_tokens` tokens."""

@@ -22,7 +22,7 @@ class Choices:
     owner: Int[Array, "T K"]
     """Rank that owns the expert; the number of ranks for ids that name none."""
     key: Int[Array, "T K"]
-    """Choices of one token with the same key travel in one row: expert or owner."""
+    """Choices of one token with the same key travel in one row: expert or owner. Of ids that name no expert, any."""
     carries: Bool[Array, "T K"]
     """Whether the row is this choice's: the first one of its key."""
 
@@ -31,7 +31,7 @@ class Choices:
         """Ids outside `[0, num_experts)` carry nothing."""
         is_expert = (topk_ids >= 0) & (topk_ids < settings.num_experts)
         owner = jnp.where(is_expert, topk_ids // settings.local_experts, settings.num_ranks)
-        key = owner if settings.one_row_per_rank else jnp.where(is_expert, topk_ids, settings.num_experts)
+        key = owner if settings.one_row_per_rank else topk_ids
         return cls(topk_weights, topk_ids, owner, key, first_choices(key) & is_expert)
 
     def weights_at_home(self, dtype: DTypeLike) -> Float[Array, "T K"]:

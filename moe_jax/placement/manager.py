@@ -152,9 +152,8 @@ class ExpertMapManager:
         """Global ids of this rank's routed experts, in the order of their local indices."""
         if self.expert_map is None:
             return list(range(self.global_num_experts))
-        routed = self.expert_map[: self.global_num_experts]
-        local = np.flatnonzero(routed >= 0)
-        return local[np.argsort(routed[local])].tolist()
+        # Whatever the strategy, local indices follow the order of the ids.
+        return np.flatnonzero(self.expert_map[: self.global_num_experts] >= 0).tolist()
 
     def get_compressed_map_string(self) -> str:
         """The map for logs: `"0->1, 1->5"` (local to global), or `"[0..7]"` where all experts are local."""

@@ -17,5 +17,5 @@ def look_up_experts(hash_table: Int[Array, "V K"], input_ids: Int[Array, "T"]) -
 
 def default_hash_table(vocabulary: int, num_experts: int, top_k: int) -> Int[Array, "V K"]:
     """A legal table to start from: `top_k` distinct experts per token id, every expert equally often (nearly)."""
-    first = jnp.arange(vocabulary, dtype=jnp.int32)[:, None] * (top_k % num_experts)
+    first = jnp.arange(vocabulary, dtype=jnp.int32)[:, None] * top_k
     return (first + jnp.arange(top_k, dtype=jnp.int32)) % num_experts

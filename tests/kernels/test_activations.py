@@ -71,13 +71,30 @@ def test_no_activation_is_left_out_of_these_tests():
     assert {activation.name for activation in PARAMETERS} == set(ACTIVATIONS)
 
 
-def test_computes_in_float32_and_returns_the_input_dtype(rng):
+def exactly(activation, gate, up):
+    """What the oracle says of these numbers, in float64."""
+    parameters = {name: getattr(activation, name) for name in ("limit", "alpha", "beta")}
+    return oracle.activate(
+        activation.name, np.float64(gate), np.float64(up) if activation.is_gated else None, **parameters
+    )
+
+
+@pytest.mark.parametrize("activation", [*PARAMETERS, Activation("swiglustep", limit=0.7)], ids=str)
+def test_computes_in_float32_and_returns_the_input_dtype(activation, rng):
     gate, up = (jnp.array(rng.normal(size=300), jnp.bfloat16) for _ in range(2))
-    result = Activation("silu")(gate, up)
+    result = apply(activation, gate, up)
     assert result.dtype == jnp.bfloat16
-    exact = oracle.activate("silu", gate.astype(jnp.float32), up.astype(jnp.float32))
     # One rounding to the 8 significant bits of bfloat16: at most half a unit in the last place.
-    np.testing.assert_allclose(result.astype(jnp.float32), exact, rtol=1.01 * 2**-8, atol=1e-6)
+    np.testing.assert_allclose(np.float64(result), exactly(activation, gate, up), rtol=1.01 * 2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", PARAMETERS, ids=str)
+def test_computes_in_float64_where_the_input_is(activation, rng):
+    with jax.enable_x64(True):
+        gate, up = (jnp.array(rng.normal(size=300)) for _ in range(2))
+        result = apply(activation, gate, up)
+    assert result.dtype == jnp.float64
+    np.testing.assert_allclose(result, exactly(activation, gate, up), rtol=1e-12, atol=1e-13)
 
 
 def test_alias_is_the_name_it_stands_for():
@@ -152,14 +169,14 @@ def test_gradients_agree_with_finite_differences(activation, rng):
     points = rng.uniform(0.2, 1.2, size=(2, 50)) * rng.choice([-1, 1], size=(2, 50))
     gate, up = (jnp.array(row, jnp.float32) for row in points)
 
-    def exact(gate, up):
-        parameters = {name: getattr(activation, name) for name in ("limit", "alpha", "beta")}
-        return oracle.activate(activation.name, gate, up if activation.is_gated else None, **parameters)
-
     gradient = jax.grad(lambda gate, up: jnp.sum(apply(activation, gate, up)), argnums=(0, 1))(gate, up)
     step = 1e-5
     expected = [
-        (exact(gate64 + step * d, up64 + step * e) - exact(gate64 - step * d, up64 - step * e)) / (2 * step)
+        (
+            exactly(activation, gate64 + step * d, up64 + step * e)
+            - exactly(activation, gate64 - step * d, up64 - step * e)
+        )
+        / (2 * step)
         for gate64, up64 in [(np.float64(gate), np.float64(up))]
         for d, e in [(1, 0), (0, 1)]
     ]

@@ -19,13 +19,14 @@ from moe_jax.placement import logical_load
 EXPERTS, REDUNDANT = 4, 2
 
 
-def alternating_model(rng, mesh):
-    """gpt-oss with four layers of two alternating kinds, so that a stack scans groups of two."""
+def small_model(rng, mesh=None, *, layer_types, redundant):
+    """gpt-oss with layers of these two kinds."""
     sizes = {"hidden_size": 8, "vocab_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 4}
     experts = {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": 4}
-    hf_config = {**CONFIGS["gpt_oss"], **sizes, **experts, "num_hidden_layers": 4, "layer_types": None}
+    hf_config = {**CONFIGS["gpt_oss"], **sizes, **experts, "num_hidden_layers": len(layer_types)}
+    hf_config["layer_types"] = layer_types
     decoder = get_family(hf_config).build_decoder(hf_config)
-    parallel = ParallelConfig(expert_axis="expert")
+    parallel = None if mesh is None else ParallelConfig(expert_axis="expert")
 
     def create():
         return CausalLM(
@@ -33,13 +34,13 @@ def alternating_model(rng, mesh):
             rngs=nnx.Rngs(0),
             parallel=parallel,
             mesh=mesh,
-            num_redundant_experts=REDUNDANT,
+            num_redundant_experts=redundant,
             implementation="reference",
         )
 
     model = nnx.eval_shape(create)
     shardings = parameter_shardings(model)
-    slots = np.array([0, 1, 2, 3, 0, 1])
+    slots = np.array([0, 1, 2, 3, 0, 1])[: EXPERTS + redundant]
 
     def value(path, leaf):
         if path[-2] == "replicas":
@@ -55,9 +56,27 @@ def alternating_model(rng, mesh):
     return model
 
 
+def test_layers_of_all_stacks_are_balanced_in_their_order_and_need_no_redundant_experts(rng):
+    model = small_model(rng, layer_types=["full_attention", *["full_attention", "sliding_attention"] * 2], redundant=0)
+    balancer = ExpertLoadBalancer(model)
+    assert [layers.rows for layers in balancer.layers] == [(0,), (1, 3), (2, 4)]
+    first, second = model.stacks
+    in_groups = [first.blocks[0], second.blocks[0], second.blocks[1]]
+
+    def down_proj():
+        of_layers = np.concatenate([block.feed_forward.routed_experts.down_proj[...] for block in in_groups])
+        return of_layers[[0, 1, 3, 2, 4]]
+
+    before = down_proj()
+    placement = rng.permuted(np.tile(np.arange(EXPERTS), (5, 1)), axis=1)
+    balancer.place(model, placement)
+    np.testing.assert_array_equal(balancer.physical_to_logical(model), placement)
+    np.testing.assert_array_equal(down_proj(), before[np.arange(5)[:, None], placement])
+
+
 @pytest.mark.slow
 def test_scanned_layers_are_rearranged_each_for_its_own_load(rng):
-    model = alternating_model(rng, make_mesh(2))
+    model = small_model(rng, make_mesh(2), layer_types=["sliding_attention", "full_attention"] * 2, redundant=REDUNDANT)
     balancer = ExpertLoadBalancer(model, EplbConfig(window_size=2))
     assert [layers.rows for layers in balancer.layers] == [(0, 2), (1, 3)]
     assert (balancer.num_layers, balancer.num_physical, balancer.num_ranks) == (4, EXPERTS + REDUNDANT, 2)

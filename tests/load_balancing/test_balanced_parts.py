@@ -79,6 +79,22 @@ def test_nothing_moves_if_an_optimizer_state_cannot_move(rng):
     assert_same_state(layer, before)
 
 
+def test_numbers_in_place_of_arrays_of_experts_stay(rng):
+    """What adafactor keeps of an array that it doesn't factor."""
+    layer = random_layer(rng, LAYER)
+    make_copies_equal(layer)
+    state = optax.adafactor(1e-2).init(nnx.to_pure_dict(nnx.state(layer, nnx.Param)))
+    state = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), state)
+    before = jax.tree.map(np.asarray, state)
+    balancer = ExpertLoadBalancer(layer)
+    moves, after = balancer.place(layer, np.roll(balancer.physical_to_logical(layer), 5, axis=1), state)
+    is_moved = []
+    for (path, new), old in zip(jax.tree.leaves_with_path(after), jax.tree.leaves(before), strict=True):
+        is_moved.append("routed_experts" in jax.tree_util.keystr(path) and new.size > 1)
+        np.testing.assert_array_equal(new, old[moves.source[0]] if is_moved[-1] else old)
+    assert sum(is_moved) == 4
+
+
 def assert_same_state(layer, before):
     """The layer holds `before`, which `nnx.to_pure_dict` has made of its state."""
     after = nnx.to_pure_dict(nnx.state(layer))
@@ -160,6 +176,7 @@ def test_a_copy_of_the_model_moves_with_its_tables(rng):
     assert same is other
     for copy in (other, nnx.merge(graph, state)):
         np.testing.assert_array_equal(copy.replicas.physical_to_logical[...], new[0])
+        assert not copy.replicas.physical_to_logical[...].committed, "it may still go to other devices, as before"
         np.testing.assert_allclose(copy(x), expected, rtol=0, atol=1e-6)
 
 

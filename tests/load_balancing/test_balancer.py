@@ -8,10 +8,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from oracles.layers_under_test import random_layer
 from support.balanced_layers import config, logical_experts, make_mesh, plain_and_balanced
 
-from moe_jax import MoEConfig, MoERunner, ParallelConfig, RoutedExperts
+from moe_jax import GroupLimit, MoEConfig, MoERunner, ParallelConfig, RoutedExperts, RouterConfig
 from moe_jax.load_balancing import EplbConfig, ExpertLoadBalancer, write_balance_picture
 from moe_jax.placement import load_statistics, rank_load
 
@@ -197,6 +198,39 @@ def test_balance_is_drawn(rng, tmp_path):
     assert str(report).startswith(f"balancedness {before.balancedness:.3f} -> {report.after.balancedness:.3f}")
     write_balance_picture(tmp_path / "balance.png", report)
     assert (tmp_path / "balance.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_recorded_is_on_every_device_of_the_layer(rng):
+    mesh = make_mesh(4)
+    _, layer = plain_and_balanced(rng, mesh)
+    for leaf in jax.tree.leaves(ExpertLoadBalancer(layer).init()):
+        assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec()), leaf.ndim)
+
+
+def test_experts_of_a_group_share_a_machine_and_those_that_stay_on_their_rank_keep_their_slot(rng):
+    groups, machines, ranks = 4, 2, 4
+    settings = config(
+        num_experts=16,
+        num_redundant_experts=4,
+        router=RouterConfig(scoring="sigmoid", group_limit=GroupLimit(num_groups=groups, groups_kept=2)),
+        parallel=REPLICATED,
+    )
+    layer = random_layer(rng, settings, mesh=make_mesh(ranks))
+    balancer = ExpertLoadBalancer(layer, EplbConfig(window_size=1, num_nodes=machines))
+    for _ in range(2):
+        before = balancer.physical_to_logical(layer).reshape(ranks, 5)
+        load = rng.permutation(np.arange(1, 21) ** 2)[None]
+        _, report = balancer.rearrange(layer, balancer.record(balancer.init(), jnp.asarray(load, jnp.int32)))
+        after = report.new_physical_to_logical.reshape(ranks, 5)
+        machine_of = np.arange(20) // 10
+        for group in range(groups):
+            assert len(set(machine_of[after.ravel() // 4 == group])) == 1
+        for old, new in zip(before, after, strict=True):
+            for expert in set(old) & set(new):
+                assert np.sum((old == expert) & (new == expert)) == min(np.sum(old == expert), np.sum(new == expert))
+        expected = np.bincount(before.ravel(), load[0]) / np.bincount(after.ravel())  # of each copy
+        np.testing.assert_allclose(report.rank_load_before[0], load.reshape(ranks, 5).sum(axis=1))
+        np.testing.assert_allclose(report.rank_load_after[0], expected[after].sum(axis=1))
 
 
 def test_machines_that_do_not_divide_the_ranks_are_taken_for_one():

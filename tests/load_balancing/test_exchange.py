@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from moe_jax.load_balancing.exchange import ExpertSharding, jitted_move, move_experts, move_in_place
+from moe_jax.load_balancing.exchange import ExpertSharding, fetch_row, jitted_move, move_experts, move_in_place
+from moe_jax.parallel.ragged_exchange import emulated_ragged_all_to_all
 
 
 def make_mesh(**sizes):
@@ -67,6 +68,31 @@ def check_every_bit(dtype, rng):
     source = rng.permutation(8)[None]
     result = np.asarray(move(placed(values, make_mesh(expert=4), "expert"), source, is_stacked=False))
     np.testing.assert_array_equal(result.view(np.uint8), bits[source[0]])
+
+
+def test_what_accelerators_are_told_fetches_the_same_rows(rng, monkeypatch):
+    """The offsets and sizes of the collective that CPUs lack: executed by its emulation, and checked to agree between ranks."""
+    ranks, slots = 4, 3
+
+    def checked(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+        agreed = (jax.lax.all_to_all(send_sizes, axis_name, 0, 0, tiled=True) == recv_sizes).all()
+        blocks = (input_offsets, send_sizes, output_offsets, recv_sizes)
+        result = emulated_ragged_all_to_all(operand, output, *blocks, axis_name=axis_name)
+        return jnp.where(agreed, result, jnp.nan)
+
+    def fetch(local, wanted):
+        rank = jax.lax.axis_index("expert")
+        row = jax.lax.dynamic_slice_in_dim(local, wanted[rank] % slots, 1)
+        tables = jnp.divmod(wanted, slots)
+        return fetch_row(local, row, *tables, rank, axes=("expert",), platform="tpu")
+
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", checked)
+    specs = (PartitionSpec("expert"), PartitionSpec())
+    on_ranks = jax.shard_map(fetch, mesh=make_mesh(expert=ranks), in_specs=specs, out_specs=specs[0], check_vma=False)
+    values = jnp.asarray(rng.normal(size=(ranks * slots, 2)), jnp.float32)
+    own = np.arange(ranks) * slots  # a row of each rank itself
+    for wanted in (rng.integers(ranks * slots, size=ranks), np.full(ranks, slots + 1), own):
+        np.testing.assert_array_equal(jax.jit(on_ranks)(values, jnp.asarray(wanted, jnp.int32)), values[wanted])
 
 
 def test_experts_move_on_one_device(rng):

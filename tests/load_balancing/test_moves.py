@@ -55,6 +55,7 @@ def test_ranks_that_hold_copies_take_turns_in_sending():
     [
         ([[0, 1]], [[0, 1, 1]], 1, r"the old one's shape \(1, 2\), got \(1, 3\)"),
         ([[0, 1, 1]], [[0, 1, 0]], 2, "divide the 3 physical slots, got 2"),
+        ([[0, 1, 1]], [[0, 1, 0]], 0, "divide the 3 physical slots, got 0"),
         ([[0, 0]], [[0, 1]], 2, "no slot held expert 1 of layer 0 before"),
     ],
 )

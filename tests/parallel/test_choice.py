@@ -11,7 +11,7 @@ from support.sharded_layers import SHARED, make_mesh, small_config
 
 from moe_jax import MoERunner, ParallelConfig
 from moe_jax.parallel import LayerAxes
-from moe_jax.parallel.choice import choose_strategy
+from moe_jax.parallel.choice import STRATEGIES, choose_strategy
 from moe_jax.parallel.dispatch import DispatchRequest
 
 VLLM_TABLE = [
@@ -72,11 +72,14 @@ def fake_mesh(platform="tpu", hosts=1, **sizes):
     return types.SimpleNamespace(axis_names=tuple(sizes), shape=sizes, devices=np.array(devices, object))
 
 
-def choice(mesh, num_tokens=4096, top_k=8, **parallel):
+def request_for(mesh, num_tokens=4096, top_k=8, **parallel):
     config = ParallelConfig(**parallel)
     axes = LayerAxes.resolve(config, mesh)
-    request = DispatchRequest(axes=axes, parallel=config, num_tokens=num_tokens, top_k=top_k, num_experts=256)
-    return choose_strategy(request)[1]
+    return DispatchRequest(axes=axes, parallel=config, num_tokens=num_tokens, top_k=top_k, num_experts=256)
+
+
+def choice(mesh, **given):
+    return choose_strategy(request_for(mesh, **given))[1]
 
 
 EP = dict(expert_axis="ep", data_axis="ep")
@@ -100,11 +103,62 @@ EP = dict(expert_axis="ep", data_axis="ep")
         (fake_mesh("cpu", ep=16), EP, "allgather_reducescatter"),
         (fake_mesh("cuda", ep=16), EP, "ragged_all_to_all"),
         (fake_mesh("cuda", hosts=2, ep=16), EP, "allgather_reducescatter"),
+        (fake_mesh("rocm", hosts=2, ep=16), EP, "allgather_reducescatter"),
         (fake_mesh(dp=2), dict(tensor_axis="dp", data_axis="dp"), "allgather_reducescatter"),
     ],
 )
 def test_tokens_stay_or_move_as_few_rows_as_possible(mesh, parallel, chosen):
     assert choice(mesh, **parallel).implementation == chosen
+
+
+@pytest.mark.parametrize(
+    ("mesh", "axes", "num_tokens", "rows"),
+    [
+        # Everyone has the 100 tokens, and 1/8 of their results. All-to-all strategies divide them among the 4 expert ranks: of 25
+        # tokens 3/4 of 8 rows there and back (or room for 25 tokens on each of 3 ranks), sums over 2 ranks, and 3 other slices.
+        (
+            fake_mesh(ep=4, tp=2),
+            dict(expert_axis="ep", tensor_axis="tp"),
+            100,
+            dict(
+                replicated=2 * 100 * 7 / 8,
+                allgather_reducescatter=2 * 100 * 7 / 8,
+                ragged_all_to_all=2 * 25 * 6 + 2 * 25 / 2 + 3 * 25,
+                padded_all_to_all=2 * 25 * 8 * 3 + 2 * 25 / 2 + 3 * 25,
+            ),
+        ),
+        # 26 tokens per rank at most: 3 other ranks get them. All-to-all strategies first swap them between 2 tensor ranks.
+        (
+            fake_mesh(ep=2, tp=2),
+            dict(expert_axis="ep", tensor_axis="tp", data_axis=("ep", "tp")),
+            101,
+            dict(
+                allgather_reducescatter=2 * 26 * 3,
+                ragged_all_to_all=2 * 52 * 4 + 2 * 26,
+                padded_all_to_all=2 * 52 * 8 + 2 * 26,
+            ),
+        ),
+        # 51 tokens per data position at most, 13 of them for each of 4 expert ranks.
+        (
+            fake_mesh(dp=2, ep=4),
+            dict(expert_axis="ep", data_axis="dp"),
+            101,
+            dict(replicated=2 * 51 * 3 / 4, ragged_all_to_all=2 * 13 * 6 + 3 * 13),
+        ),
+        # Room for all rows that 8 tokens can have goes to the other host, and to 3 of the 4 ranks there.
+        (fake_mesh("cuda", hosts=2, ep=8), EP, 64, dict(ragged_all_to_all=2 * 64 * (1 + 3 / 4))),
+        (
+            fake_mesh("cuda", hosts=2, ep=8),
+            EP | dict(buffer_factor=0.5),
+            64,
+            dict(ragged_all_to_all=2 * 2 * 64 * (1 + 3 / 4)),  # in two rounds
+        ),
+    ],
+)
+def test_strategies_expect_to_send_what_their_collectives_move(mesh, axes, num_tokens, rows):
+    request = request_for(mesh, num_tokens=num_tokens, **axes)
+    given = {strategy.NAME: strategy.rows_moved(request) for strategy in STRATEGIES if strategy.NAME in rows}
+    assert given == pytest.approx(rows)
 
 
 def test_the_choice_says_what_each_strategy_would_send_or_why_it_cannot_run():

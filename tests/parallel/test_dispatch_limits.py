@@ -17,6 +17,7 @@ from moe_jax.aot.collectives import read_collectives
 from moe_jax.parallel import LayerAxes
 from moe_jax.runner.elastic import move_layer
 from moe_jax.runner.physical_experts import initial_placement
+from moe_jax.runner.token_order import TokenOrder
 
 STRATEGIES = ("allgather_reducescatter", "padded_all_to_all", "ragged_all_to_all")
 SLOW = pytest.mark.slow
@@ -113,6 +114,17 @@ def test_weight_on_the_input_travels_with_its_row(one_row_per_rank, rng):
     np.testing.assert_allclose(call(sharded, x), call(single, x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("strategy", ["padded_all_to_all", pytest.param("ragged_all_to_all", marks=SLOW)])
+def test_tokens_of_16_bits_are_rounded_once_when_multiplied_by_their_weight(strategy, rng):
+    router = RouterConfig(renormalize=False)
+    settings = small_config(num_experts=12, top_k=1, apply_router_weight_on_input=True, router=router)
+    single, sharded = layer_pair(rng, settings, make_mesh(1, 4, 1), ParallelConfig(strategy=strategy, **SPLIT))
+    x = jnp.asarray(rng.normal(size=(64, 6)), jnp.bfloat16)
+    # Equal logits: every weight is 1/12, which bfloat16 would round.
+    given = dict(router_logits=jnp.zeros((64, 12)), forced_ids=forced(rng.integers(12, size=(64, 1))))
+    np.testing.assert_array_equal(call(sharded, x, **given), call(single, x, **given))
+
+
 @nnx.jit
 def value_and_gradient(layer, x, given):
     return jax.value_and_grad(lambda x: (layer(x, **given) ** 2).sum())(x)
@@ -183,15 +195,39 @@ def test_sequences_split_over_devices_stay_there(rng):
     program = jax.jit(lambda x: sharded(x), in_shardings=spread, out_shardings=spread).lower(x).compile()
     np.testing.assert_allclose(program(jax.device_put(x, spread)), call(single, x), rtol=1e-5, atol=1e-5)
     bytes_of_tokens = x.nbytes // mesh.size
-    moved = {c.kind for c in read_collectives(program.as_text()) if c.operand_bytes >= bytes_of_tokens}
-    assert moved == {"all-to-all"}
+    moved = [c.kind for c in read_collectives(program.as_text()) if c.operand_bytes >= bytes_of_tokens]
+    assert moved == ["all-to-all"] * 2  # to the experts and back
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("replicated", marks=SLOW), "padded_all_to_all"])
-def test_round_robin_placement_puts_experts_of_every_group_on_every_rank(strategy, rng):
-    router = RouterConfig(scoring="sigmoid", group_limit=GroupLimit(num_groups=2, groups_kept=1))
-    single = random_layer(rng, small_config(router=router))
-    tokens = SPLIT | (dict(sequence_axis=None) if strategy == "replicated" else {})
+@pytest.mark.parametrize("shape", [(3, 4), (4, 3), (4, 4)], ids=str)
+def test_tokens_keep_their_order_whether_or_not_devices_divide_rows_and_sequences_evenly(shape, rng):
+    axes = LayerAxes.resolve(ParallelConfig(data_axis="data", sequence_axis="expert"), make_mesh(2, 2, 1))
+    order = TokenOrder.of(shape, axes)
+    tokens = jnp.asarray(rng.normal(size=(*shape, 2)), jnp.float32)
+    flat = order.flatten("tokens", tokens, 1)
+    np.testing.assert_array_equal(order.unflatten(flat), tokens)
+    np.testing.assert_array_equal(order.unflatten(jnp.stack([flat, -flat]))[1], -tokens)
+    whole = [tokens[row, part] for row in (slice(0, 2), slice(2, 4)) for part in (slice(0, 2), slice(2, 4))]
+    expected = whole if shape == (4, 4) else [tokens]  # device by device, or row by row
+    np.testing.assert_array_equal(flat, jnp.concatenate([block.reshape(-1, 2) for block in expected]))
+
+
+TWO_GROUPS = RouterConfig(scoring="sigmoid", group_limit=GroupLimit(num_groups=2, groups_kept=1))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sequence_axis"),
+    [
+        ("padded_all_to_all", "expert"),
+        *(
+            pytest.param(*case, marks=SLOW)
+            for case in [("padded_all_to_all", None), (None, "expert"), ("replicated", None)]
+        ),
+    ],
+)
+def test_round_robin_placement_puts_experts_of_every_group_on_every_rank(strategy, sequence_axis, rng):
+    single = random_layer(rng, small_config(router=TWO_GROUPS))
+    tokens = SPLIT | dict(sequence_axis=sequence_axis)
     parallel = ParallelConfig(strategy=strategy, placement_strategy="round_robin", **tokens)
     sharded = move_layer(single, make_mesh(1, 4, 1), parallel)
     slots = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # of four ranks with two experts each; spec 3.5
@@ -208,8 +244,9 @@ def test_round_robin_placement_puts_experts_of_every_group_on_every_rank(strateg
     ("changes", "tokens", "message"),
     [
         (dict(), {}, "num_expert_group > 1"),
+        (dict(router=TWO_GROUPS, num_redundant_experts=8), {}, "num_redundant_experts = 0, got 8"),
         (
-            dict(router=RouterConfig(scoring="sigmoid", group_limit=GroupLimit(num_groups=2, groups_kept=1))),
+            dict(router=TWO_GROUPS),
             dict(strategy="allgather_reducescatter", data_axis="expert"),
             "all2all_backend in .* got 'allgather_reducescatter'",
         ),

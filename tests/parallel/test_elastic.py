@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 from oracles.layers_under_test import call, random_layer
 from support.sharded_layers import SHARED, make_mesh, sharded_like, small_config
 
@@ -39,6 +40,14 @@ def test_outputs_and_weights_keep_their_bits_through_any_number_of_ranks(sizes, 
     assert back.axes is None
     assert_same_bits(back, single)
     np.testing.assert_array_equal(call(back, x), call(single, x))
+
+
+def test_a_layer_that_leaves_its_mesh_goes_to_the_first_device_of_it(rng):
+    devices = jax.devices()[4:6]
+    mesh = jax.make_mesh((2, 1), ("expert", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    back = move_layer(move_layer(random_layer(rng, small_config()), mesh, PARALLEL), None)
+    for leaf in jax.tree.leaves(nnx.state(back)):
+        assert leaf.devices() == {devices[0]}
 
 
 def test_slots_are_filled_anew_where_their_number_or_order_changes():

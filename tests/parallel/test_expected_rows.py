@@ -66,6 +66,13 @@ def test_ranks_expect_an_even_share_of_the_choices_whatever_the_strategy(case, f
     assert all(expected <= choices for expected, choices in seen)
 
 
+def test_a_share_that_is_no_integer_is_rounded_up(seen, rng):
+    parallel = ParallelConfig(strategy="replicated", **SAME_TOKENS)
+    sharded = sharded_like(random_layer(rng, small_config()), make_mesh(1, 4, 1), parallel)
+    sharded(jnp.ones((5, 6)))
+    assert seen == [(3, 10)]  # 10 choices, four ranks
+
+
 def test_one_rank_without_a_mesh_expects_its_share(seen, rng):
     manager = ExpertMapManager(global_num_experts=8, ranks=ParallelRanks(ep_size=4, ep_rank=1, use_ep=True))
     experts = RoutedExperts(small_config(), expert_map_manager=manager, rngs=nnx.Rngs(0))

@@ -15,6 +15,7 @@ from moe_jax.parallel import create_mesh, initialize_distributed, parallel_of
         (dict(num_processes=2), "go together; missing: coordinator_address, process_id"),
         (dict(coordinator_address="a:1", num_processes=2, process_id=2), r"in \[0, num_processes=2\), got 2"),
         (dict(coordinator_address="a", num_processes=2, process_id=0), "must be host:port, got 'a'"),
+        (dict(coordinator_address="a:b", num_processes=2, process_id=0), "must be host:port, got 'a:b'"),
         (dict(coordinator_address="1234", num_processes=2, process_id=0), "must be host:port, got '1234'"),
     ],
     ids=str,
@@ -41,6 +42,12 @@ def test_a_mesh_has_the_axes_and_sizes_asked_for():
 def test_a_mesh_that_the_devices_cannot_make_is_refused(sizes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         create_mesh(sizes)
+
+
+def test_several_processes_must_use_all_their_devices(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="needs 4 devices, got 8 on 2 processes, which must all be used"):
+        create_mesh({"expert": 4})
 
 
 def test_names_of_axes_say_what_they_split():

@@ -18,6 +18,13 @@ def test_a_foreign_shared_module_put_in_later_is_refused_where_each_rank_would_a
         sharded(jnp.ones((3, 6)))
 
 
+def test_a_foreign_shared_function_runs_where_no_ranks_hold_the_same_tokens(rng):
+    parallel = ParallelConfig(strategy="allgather_reducescatter", expert_axis="expert", sequence_axis="expert")
+    single, sharded = layer_pair(rng, small_config(), make_mesh(1, 4, 1), parallel, shared_experts=jnp.sin)
+    x = jnp.asarray(rng.normal(size=(5, 6)), jnp.float32)
+    np.testing.assert_allclose(call(sharded, x), call(single, x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

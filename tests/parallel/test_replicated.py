@@ -1,5 +1,7 @@
 """The replicated strategy on eight simulated devices: forward and gradients equal those of the layer on one device."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +46,26 @@ def test_sharded_layer_runs_on_a_mesh_with_explicit_axes(rng):
         placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
         result = jax.eval_shape(lambda x: sharded(x), placed)
     assert result.sharding.spec == PartitionSpec("data", None, None)
+
+
+def test_unreduced_results_on_a_mesh_with_explicit_axes_are_split_over_their_ranks(rng):
+    mesh = make_mesh(2, 2, 2, AxisType.Explicit)
+    parallel = dataclasses.replace(PARALLEL, reduce_results=False)
+    single, sharded = layer_pair(rng, small_config(shared_experts=SHARED), mesh, parallel)
+    x = jnp.asarray(rng.normal(size=(4, 3, 6)), jnp.float32)
+    with jax.set_mesh(mesh):
+        y = call(sharded, jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))))
+    assert y.sharding.spec == PartitionSpec(("expert", "tensor"), "data", None, None)
+    np.testing.assert_allclose(np.asarray(y, np.float64).sum(axis=0), call(single, x), rtol=1e-5, atol=1e-5)
+
+
+def test_another_mesh_around_the_call_is_refused(rng):
+    _, sharded = layer_pair(rng, small_config(), make_mesh(1, 2, 2))
+    with (
+        jax.set_mesh(make_mesh(2, 2, 1)),
+        pytest.raises(ValueError, match="the layer's mesh has axes .*, the one that"),
+    ):
+        sharded(jnp.ones((3, 6)))
 
 
 def test_chosen_implementation_runs_sharded(rng):

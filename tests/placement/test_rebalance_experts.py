@@ -128,6 +128,10 @@ def test_published_load_statistics_are_reproduced():
     assert load_statistics(np.zeros((2, 4))).balancedness == 1
 
 
+def test_ranks_wait_for_the_busiest_of_every_layer():
+    assert load_statistics(np.array([[100, 0], [0, 50]])) == (75, 150, 0.5)
+
+
 def test_the_load_of_a_rank_is_that_of_its_slots():
     np.testing.assert_array_equal(rank_load(np.array([[1, 2, 3, 4, 5, 6]]), 3), [[3, 7, 11]])
 
@@ -241,6 +245,7 @@ def test_four_layers_are_rebalanced_as_each_alone(rng):
         ((8, 2, 2, 3), "num_ranks must be a multiple of num_nodes=2, got 3"),
         ((2, 1, 1, 2), "num_replicas must be at least the number of experts, 4, got 2"),
         ((4, 0, 1, 2), "must be positive, got num_groups=0"),
+        ((4, 1, 0, 2), "must be positive, .* num_nodes=0"),
         ((4, 1, 1, 0), "must be positive, .* num_ranks=0"),
     ],
 )
@@ -256,13 +261,16 @@ def test_sizes_that_do_not_divide_are_refused(sizes, message):
         (lambda: balanced_packing(np.ones((1, 5)), 2), "number of packs must divide the 5 items, got 2"),
         (lambda: replicate_experts(np.ones((1, 5)), 4), "at least the number of experts, 5, got 4"),
         (lambda: rank_load(np.ones((1, 5)), 2), "number of ranks must divide the 5 physical slots, got 2"),
+        (lambda: rank_load(np.ones((1, 5)), 0), "number of ranks must divide the 5 physical slots, got 0"),
         (lambda: compute_logical_maps(np.array([0, 2, 2]), 4), r"got none for \[1, 3\]"),
-        (lambda: compute_logical_maps(np.array([0, 1, 5]), 2), r"a logical expert in \[0, 2\), or -1 for none; got 5"),
+        (lambda: compute_logical_maps(np.array([0, 1, 2]), 2), r"a logical expert in \[0, 2\), or -1 for none; got 2"),
+        (lambda: compute_logical_maps(np.array([0, 1, -2]), 2), r"a logical expert in \[0, 2\), or -1 .*; got -2"),
         (
             lambda: preserve_resident_slots(np.zeros((1, 4)), 2, np.zeros((1, 5))),
             r"the new one's shape \(1, 4\), got \(1, 5\)",
         ),
         (lambda: preserve_resident_slots(np.zeros((1, 4)), 3, np.zeros((1, 4))), "divide the 4 physical slots, got 3"),
+        (lambda: preserve_resident_slots(np.zeros((1, 4)), 0, np.zeros((1, 4))), "divide the 4 physical slots, got 0"),
     ],
 )
 def test_arguments_that_cannot_be_meant_are_refused(call, message):

@@ -35,6 +35,7 @@ EVERYTHING = RouterConfig(
     normalize_input=True,
     per_expert_scale=True,
     num_zero_experts=2,
+    input_norm_epsilon=0.1,
 )
 
 
@@ -87,7 +88,7 @@ def test_it_routes_as_the_oracle_does_from_the_same_parameters(rng):
     )
     parameters = {name: np.asarray(v, np.float64) for name, v in nnx.to_pure_dict(nnx.state(router)).items()}
     x = rng.normal(size=(T, H))
-    normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * H**-0.5 * parameters["input_scale"]
+    normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + 0.1) * H**-0.5 * parameters["input_scale"]
     logits = normed @ parameters["weight"].T + parameters["bias"]
     expected = oracle.route(logits, top_k=K, scoring="sigmoid", bias=parameters["correction_bias"])
     expected = expected._replace(weights=expected.weights * parameters["per_expert_scale"][expected.ids])
@@ -111,6 +112,19 @@ def test_logits_from_outside_replace_its_own(rng):
     output = call(router, jnp.full((T, H), jnp.nan), router_logits=jnp.array(logits))
     oracle.assert_same_routing(output, oracle.route(logits, top_k=K))
     np.testing.assert_array_equal(output.router_logits, logits)
+
+
+def test_logits_from_outside_are_reported_in_float32(rng):
+    logits = jnp.array(rng.normal(size=(T, E)), jnp.bfloat16)
+    reported = call(make_router(), jnp.zeros((T, H)), router_logits=logits).router_logits
+    assert reported.dtype == jnp.float32
+    np.testing.assert_array_equal(reported, logits.astype(jnp.float32))
+
+
+def test_token_ids_reach_the_hash_table(rng):
+    router = make_router(RouterConfig(hash_vocab_size=7))
+    ids = jnp.array(rng.integers(7, size=T), jnp.int32)
+    np.testing.assert_array_equal(call(router, jnp.ones((T, H)), input_ids=ids).topk_ids, router.hash_table[...][ids])
 
 
 def test_no_tokens():

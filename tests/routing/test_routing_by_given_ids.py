@@ -67,8 +67,9 @@ def test_captured_ids_replay_to_the_same_weights(config, rng):
         if getattr(config, name)
     }
     captured = route(logits, config, E, 2, **parameters)
-    replayed = route(logits, config, E, 2, forced_ids=captured.topk_ids, **parameters)
+    replayed = route(logits, config, E, 2, forced_ids=captured.topk_ids.astype(jnp.int8), **parameters)
     np.testing.assert_array_equal(replayed.topk_ids, captured.topk_ids)
+    assert replayed.topk_ids.dtype == jnp.int32
     np.testing.assert_allclose(replayed.topk_weights, captured.topk_weights, rtol=1e-6)  # two compilations
 
 
@@ -141,9 +142,26 @@ def test_a_token_id_outside_the_hash_table_gets_no_expert(padding, rng):
     assert weights.tolist() == [[0.0] * K]
 
 
-def test_hash_routing_needs_token_ids(rng):
-    with pytest.raises(ValueError, match="input_ids"):
-        route(jnp.zeros((1, E)), HASH, E, K, hash_table=jnp.array(draw_ids(rng, num_tokens=20)))
+@pytest.mark.parametrize(
+    ("input_ids", "message"),
+    [
+        (None, r"input_ids \[T\] must be given, got None"),
+        (jnp.zeros(2, jnp.int32), r"input_ids must have shape \[1\], got \[2\]"),
+        (jnp.zeros(1), "input_ids must be integers, got float32"),
+    ],
+    ids=["none", "too many", "floats"],
+)
+def test_hash_routing_needs_the_id_of_every_token(input_ids, message, rng):
+    table = jnp.array(draw_ids(rng, num_tokens=20))
+    with pytest.raises(ValueError, match=message):
+        route(jnp.zeros((1, E)), HASH, E, K, hash_table=table, input_ids=input_ids)
+
+
+def test_an_id_in_the_hash_table_that_no_expert_has_is_loud(rng):
+    table = jnp.array(draw_ids(rng, num_tokens=20)).at[3, 1].set(E)
+    weights = route(jnp.zeros((2, E)), HASH, E, K, hash_table=table, input_ids=jnp.array([3, 4])).topk_weights
+    assert np.isnan(weights[0]).all()
+    assert np.isfinite(weights[1]).all()
 
 
 @pytest.mark.parametrize(("num_experts", "top_k"), [(8, 3), (7, 7), (5, 1), (6, 4)])

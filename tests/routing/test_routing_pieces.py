@@ -15,7 +15,7 @@ from moe_jax.routing import (
     register_strategy,
     split_zero_experts,
 )
-from moe_jax.routing.logits import normalize_router_input
+from moe_jax.routing.logits import compute_router_logits, normalize_router_input
 from moe_jax.routing.scoring import SCORES
 
 KEY = jax.random.key(0)
@@ -73,6 +73,9 @@ def test_normal_simulation_prefers_the_middle_and_its_weights_sum_to_one():
     assert load[3:5].min() > 2 * max(load[0], load[7])
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
     assert (weights >= 0).all()
+    # The quotient of two |N(0, 1)| is half-Cauchy: below 1/9 with this probability.
+    assert np.mean(weights < 0.1) == pytest.approx(2 / np.pi * np.arctan(1 / 9), abs=0.015)
+    assert abs(np.corrcoef(np.abs(ids - 3.5).ravel(), weights.ravel())[0, 1]) < 0.1
 
 
 def test_simulation_overrides_any_router_and_leaves_its_parameters_unused():
@@ -153,10 +156,11 @@ def test_slots_without_an_expert_weigh_nothing_whatever_a_custom_function_says()
 
 
 def test_token_ids_of_few_bits_find_their_row_of_a_long_table():
-    table = jnp.arange(2 * 40_000, dtype=jnp.int32).reshape(-1, 2) % 4
+    table = (jnp.arange(2 * 40_000).reshape(-1, 2) % 4).astype(jnp.int8)
     ids = jnp.array([1, 127, -1], jnp.int8)
     config = RouterConfig(hash_vocab_size=40_000)
     chosen = route(jnp.zeros((3, 4)), config, 4, 2, hash_table=table, input_ids=ids).topk_ids
+    assert chosen.dtype == jnp.int32
     np.testing.assert_array_equal(chosen, [*table[jnp.array([1, 127])], [-1, -1]])
 
 
@@ -169,17 +173,26 @@ def test_scale_on_the_output_leaves_the_weights_alone(rng):
     np.testing.assert_allclose(by_router, 2.5 * plain, rtol=1e-6)
 
 
-def test_gemma4_normalises_the_router_input(rng):
-    x = rng.normal(size=(5, 12)) * rng.uniform(0.1, 100, size=(5, 1))
-    scale = rng.uniform(0.5, 2, size=12)
-    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * 12**-0.5 * scale
-    actual = normalize_router_input(jnp.array(x, jnp.float32), jnp.array(scale, jnp.float32), epsilon=1e-6)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("epsilon", [1e-6, 0.5])
+def test_gemma4_normalises_the_router_input_in_float32(epsilon, dtype, rng):
+    x = jnp.array(rng.normal(size=(5, 12)) * rng.uniform(0.1, 100, size=(5, 1)), dtype)
+    scale = jnp.array(rng.uniform(0.5, 2, size=12), dtype)
+    exact = np.float64(x)
+    expected = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + epsilon) * 12**-0.5 * np.float64(scale)
+    actual = normalize_router_input(x, scale, epsilon=epsilon)
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_logits_are_multiplied_in_true_float32_where_the_hardware_would_round():
+    jaxpr = jax.make_jaxpr(compute_router_logits)(jnp.ones((3, 4)), jnp.ones((5, 4)))
+    (product,) = [equation for equation in jaxpr.eqns if equation.primitive.name == "dot_general"]
+    assert set(product.params["precision"]) == {jax.lax.Precision.HIGHEST}
 
 
 @pytest.mark.parametrize("scoring", sorted(SCORES))
 def test_scores_and_their_gradients_are_right_and_finite_over_the_whole_range(scoring):
-    points = np.concatenate([np.linspace(-40, 40, 81), [-30.0, -30.000001, -85.0, 85.0]]).astype(np.float32)
+    points = np.concatenate([np.linspace(-40, 40, 81), [-30.0, -30.000001, -85.0, -99.0, 85.0]]).astype(np.float32)
     row = np.stack([points, np.zeros_like(points)], -1)
     np.testing.assert_allclose(SCORES[scoring](jnp.array(row)), oracle.score(row, scoring), rtol=2e-5, atol=1e-37)
     extremes = jnp.array([[-3e4, 0.0], [-200.0, 0.0], [3e4, 0.0]])

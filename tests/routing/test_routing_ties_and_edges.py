@@ -50,6 +50,36 @@ def test_tied_groups_are_kept_from_the_lowest_up(score):
     np.testing.assert_array_equal(kept, [[1.0, 2.0, 2.0, 1.0, -np.inf, -np.inf]])
 
 
+def test_groups_whose_score_is_left_open_are_refused():
+    with pytest.raises(ValueError, match="must be 'max' or 'top2_sum', got None"):
+        keep_best_groups(jnp.zeros((1, 6)), GroupLimit(num_groups=3, groups_kept=2))
+
+
+NEEDED = {
+    "correction_bias": (RouterConfig(correction_bias=True), (8,)),
+    "per_expert_scale": (RouterConfig(per_expert_scale=True), (8,)),
+    "hash_table": (RouterConfig(hash_vocab_size=5), (5, 2)),
+}
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_a_parameter_that_is_missing_or_of_another_shape_or_of_no_use_is_refused(name):
+    config, shape = NEEDED[name]
+    logits, input_ids = jnp.zeros((1, 8)), jnp.zeros(1, jnp.int32)
+    array, longer = (jnp.zeros(size, jnp.int32) for size in (shape, (shape[0] + 1, *shape[1:])))
+    with pytest.raises(ValueError, match=f"the router's configuration needs {name} .*, got None"):
+        route(logits, config, 8, 2, input_ids=input_ids)
+    with pytest.raises(ValueError, match=f"{name} must have shape"):
+        route(logits, config, 8, 2, input_ids=input_ids, **{name: longer})
+    with pytest.raises(ValueError, match=f"{name} was given, but the router's configuration has no use for it"):
+        route(logits, RouterConfig(), 8, 2, **{name: array})
+
+
+def test_more_choices_than_experts_are_refused():
+    with pytest.raises(ValueError, match=r"top_k must be in \[1, 8\] .*, got 9"):
+        route(jnp.zeros((1, 8)), RouterConfig(), 8, 9)
+
+
 @every_way_to_choose
 def test_no_tokens(config):
     weights, ids = route(jnp.zeros((0, 8)), config, 8, 2)

@@ -87,6 +87,10 @@ def test_sparsemixer(logits, weights):
     assert_routes(jnp.array([logits], jnp.float32), config, (1, 2), weights)
 
 
+def test_sparsemixer_without_jitter_weighs_each_pick_alone():
+    assert_routes(LOGITS, RouterConfig(sparsemixer_jitter=0.0, renormalize=False), (1, 2), (1.0, 1.0))
+
+
 def test_zero_experts_become_slots_without_weight_and_a_share_of_the_token():
     weights, ids, identity = split_zero_experts(
         jnp.array([[0.3, 0.2]]), jnp.array([[5, 9]]), num_experts=8, placeholder_id=0

@@ -337,6 +337,7 @@ def test_input_whose_leading_dimensions_differ_is_refused_by_name(rng):
         call(layer, tokens(rng, 3, 12), router_logits=tokens(rng, 4, 5))
 
 
-def test_parallel_axes_without_a_mesh_are_refused():
+@pytest.mark.parametrize("axis", ["expert_axis", "tensor_axis", "data_axis", "sequence_axis"])
+def test_parallel_axes_without_a_mesh_are_refused(axis):
     with pytest.raises(ValueError, match="a layer with parallel axes needs mesh=, got None"):
-        MoERunner(config(parallel=ParallelConfig(expert_axis="expert")), rngs=nnx.Rngs(0))
+        MoERunner(config(parallel=ParallelConfig(**{axis: "x"})), rngs=nnx.Rngs(0))

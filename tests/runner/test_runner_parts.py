@@ -9,7 +9,15 @@ import pytest
 from flax import nnx
 from oracles.layers_under_test import call, random_layer
 
-from moe_jax import MoEConfig, MoERunner, ParallelConfig, RoutedExperts, RouterConfig, SharedExpertsConfig
+from moe_jax import (
+    MoEConfig,
+    MoERunner,
+    ParallelConfig,
+    RoutedExperts,
+    RouterConfig,
+    SharedExperts,
+    SharedExpertsConfig,
+)
 from moe_jax.placement import ExpertMapManager, ParallelRanks
 from moe_jax.routing import Router
 
@@ -124,7 +132,7 @@ def test_results_of_all_ranks_add_up_even_if_some_have_no_expert(rng):
     few = config(num_experts=2)
     whole = random_layer(rng, few).routed_experts
     x, weights = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in [(5, 6), (5, 2)])
-    ids = jnp.asarray(rng.integers(-1, 2, size=(5, 2)), jnp.int32)
+    ids = jnp.asarray(rng.integers(-1, 4, size=(5, 2)), jnp.int32)  # two experts, and ids of none
     total = 0
     for rank in range(3):
         manager = ExpertMapManager(global_num_experts=2, ranks=ParallelRanks(ep_size=3, ep_rank=rank, use_ep=True))
@@ -185,7 +193,13 @@ def test_a_custom_function_that_names_no_expert_spoils_the_token(rng):
 
 @pytest.mark.parametrize(
     "given",
-    [dict(strategy="padded_all_to_all"), dict(capacity_factor=2.0), dict(one_row_per_rank=True), dict(micro_batches=2)],
+    [
+        dict(strategy="padded_all_to_all"),
+        dict(capacity_factor=2.0),
+        dict(buffer_factor=2.0),
+        dict(one_row_per_rank=True),
+        dict(micro_batches=2),
+    ],
 )
 def test_ways_of_dispatch_need_a_mesh(given):
     (name,) = given
@@ -228,6 +242,18 @@ def test_parts_of_ones_own_with_float32_results_do_not_widen_the_layer(part, dty
     assert set(seen) == {jnp.dtype(dtype)}
 
 
+def test_an_input_of_shared_experts_comes_to_them_in_the_dtype_of_the_layer():
+    seen = []
+
+    def record(x):
+        seen.append(x.dtype)
+        return x
+
+    layer = abstract_layer(dict(dtype=jnp.bfloat16), shared_experts=record)
+    assert abstract_call(layer, (4, 6), shared_experts_input=(4, 6)).dtype == jnp.bfloat16
+    assert seen == [jnp.bfloat16]
+
+
 def test_experts_after_a_float32_transform_compute_in_the_dtype_of_the_layer():
     layer = abstract_layer(dict(), routed_input_transform=lambda x: x.astype(jnp.float32))
     dtypes = []
@@ -240,6 +266,15 @@ def test_experts_after_a_float32_transform_compute_in_the_dtype_of_the_layer():
     layer.routed_experts = Recording()
     abstract_call(layer, (4, 6), jnp.bfloat16)
     assert dtypes == [jnp.bfloat16]
+
+
+@pytest.mark.parametrize("of_config", [None, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("of_input", [jnp.bfloat16, jnp.float32])
+def test_shared_experts_alone_compute_in_the_dtype_of_the_config_or_else_of_their_input(of_config, of_input):
+    settings = config(dtype=of_config, shared_experts=SharedExpertsConfig(intermediate_size=4, sigmoid_gate=True))
+    shared = nnx.eval_shape(lambda: SharedExperts(settings, rngs=nnx.Rngs(0)))
+    output = nnx.eval_shape(lambda shared, x: shared(x), shared, jax.ShapeDtypeStruct((3, 6), of_input))
+    assert output.dtype == (of_config or of_input)
 
 
 SHARED_OF_WIDTH_9 = SharedExpertsConfig(intermediate_size=4, hidden_size=9)
@@ -272,6 +307,12 @@ SHARED_OF_WIDTH_9 = SharedExpertsConfig(intermediate_size=4, hidden_size=9)
         (dict(), dict(shared_experts=lambda x: x[:, :1]), (4, 6), r"to be added, got \[4, 6\] and \[4, 1\]"),
         (dict(), dict(shared_experts=lambda x: x[0]), (4, 6), r"to be added, got \[4, 6\] and \[6\]"),
         (dict(), dict(routed_output_transform=lambda x: x[:, :1], shared_experts=abs), (4, 6), r"got \[4, 1\] and"),
+        (
+            dict(router=RouterConfig(num_zero_experts=2)),
+            dict(routed_output_transform=lambda x: x[:, :1]),
+            (4, 6),
+            r"zero experts return the routed input, so its width must be that of the layer's output \(1\), got 6",
+        ),
         (dict(), dict(), (), r"hidden_states must have shape \[..., H\], got \[\]"),
     ],
 )
