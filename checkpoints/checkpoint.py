@@ -126,8 +126,8 @@ def describe(config: Mapping[str, Any], where: object) -> tuple[Family, Decoder]
     try:
         family = get_family(config)
         return family, family.build_decoder(config)
-    except (ValueError, KeyError, TypeError) as error:
-        reason = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    except (ValueError, OverflowError) as error:  # the latter of sizes and factors that no model has
+        reason = str(error)
         # Families speak of "config.json", whatever file the settings are from.
         is_named = reason.startswith(CONFIG_NAME)
         raise CheckpointError(

@@ -109,7 +109,7 @@ class HuggingFaceCheckpoint(SlicedReader):
         if target_dtype(path, stored, dtype) != stored:
             return None
         ranges = []
-        for tensor in sorted(self.plan.tensors[path], key=lambda tensor: tensor.index):
+        for tensor in self.plan.tensors[path]:
             source = self._rows[tensor.name]
             if not isinstance(source, PlainRows) or not tensor.layout.keeps_order:
                 return None

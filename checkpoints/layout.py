@@ -60,11 +60,11 @@ def parse_layout(pattern: str) -> Layout:
     Raises:
         ValueError: Both sides don't name the same axes once each, or the first stored axis is a merged one.
     """
-    left, arrow, right = pattern.partition("->")
+    left, _, right = pattern.partition("->")
     groups = tuple(tuple((merged or single).split()) for merged, single in re.findall(r"\(([^()]*)\)|(\w+)", left))
     layout = Layout(groups, tuple(right.split()))
     split = [axis for group in groups for axis in group]
-    if not arrow or len(set(split)) != len(split) or sorted(split) != sorted(layout.axes):
+    if len(set(split)) != len(split) or sorted(split) != sorted(layout.axes):
         raise ValueError(f"both sides of a layout must name the same axes once each, got {pattern!r}")
     if len(groups[0]) != 1:
         raise ValueError(f"the first stored axis must be a single axis, got {pattern!r}")

@@ -81,8 +81,8 @@ def _other_parts(name: str, sizes: Sizes, part_bytes: int, share_lengths: Mappin
     pending_bytes = 0
     number = 0
     for piece, nbytes in _pieces(sizes, part_bytes, share_lengths):
-        # A part holds at most one slice of a parameter: its tree has one leaf per parameter.
-        if pending and (pending_bytes + nbytes > part_bytes or pending[-1].path == piece.path):
+        # A part's tree has one leaf per parameter: two slices of one would always be larger than a part.
+        if pending and pending_bytes + nbytes > part_bytes:
             yield Part(f"{name}.{number:03d}", tuple(pending))
             pending, pending_bytes, number = [], 0, number + 1
         pending.append(piece)

@@ -183,7 +183,6 @@ def commit(finished: Path, output: Path) -> None:
     if output.exists():
         _check_replaced(output)
         replaced.mkdir(exist_ok=True)
-        (replaced / _REPLACED_MARK).touch()
         clear(replaced, last=replaced / _REPLACED_MARK)
         (replaced / _REPLACED_MARK).touch()
         os.rename(output, replaced / output.name)

@@ -100,21 +100,16 @@ def max_positions(config: HFConfig, row: RopeRow) -> int:
     """
     given = resolve(MAX_POSITIONS, config)
     parameters = rope_parameters(config, row)
-    match parameters["rope_type"]:
-        case "default":
-            return given
-        case "linear":
-            trained = given
-        case _:
-            trained = _original_max_positions(parameters, config)
-    return max(given, int(_factor(parameters, config) * trained))
+    if parameters["rope_type"] == "default":
+        return given
+    return max(given, int(_factor(parameters, config) * _original_max_positions(parameters, config)))
 
 
 def latent_attention_scale(config: HFConfig, row: RopeRow, *, head_dim: int) -> float:
     """DeepSeek's factor on query-key products: `head_dim ** -0.5`, times YaRN's temperature squared with `mscale_all_dim`."""
     parameters = rope_parameters(config, row)
     scale = head_dim**-0.5
-    if parameters["rope_type"] == "default" or not parameters.get("mscale_all_dim"):
+    if not parameters.get("mscale_all_dim"):
         return scale
     return scale * _temperature(_factor(parameters, config), parameters["mscale_all_dim"]) ** 2
 

@@ -96,6 +96,12 @@ def test_a_problem_of_the_configuration_names_its_file_once(source, tensors, key
     assert str(error).count("config.json") == 1
 
 
+@pytest.mark.parametrize("changes", [{"head_dim": 2 * 10**400}, {"rope_scaling": {"type": "yarn", "factor": 1e308}}])
+def test_numbers_beyond_any_model_are_refused_with_their_file(source, tensors, changes):
+    tiny.write_folder(source, tensors, {**tiny.QWEN3, **changes})
+    refuses(source, str(source / "config.json"))
+
+
 def test_a_missing_configuration_key_is_named(source, tensors):
     tiny.write_folder(source, tensors, {key: value for key, value in tiny.QWEN3.items() if key != "hidden_size"})
     refuses(source, str(source / "config.json"), "hidden_size")

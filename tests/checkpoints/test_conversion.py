@@ -328,11 +328,15 @@ def test_a_model_in_memory_is_written_and_read_back(source, output):
     assert verify(source, output).ok
 
 
-def test_a_model_in_memory_must_have_exactly_the_parameters_of_its_configuration(source):
+def test_a_model_in_memory_must_have_exactly_the_parameters_of_its_configuration(source, output):
     original = open_checkpoint(source)
     leaves = {path: original.read(path) for path in original.shapes if path != "final_norm.scale"}
     with pytest.raises(CheckpointError, match=r"final_norm\.scale: missing(\n|.)*surprise: unexpected"):
         InMemoryCheckpoint(config=original.config, leaves={**leaves, "surprise": np.zeros(1)})
+    with pytest.raises(CheckpointError, match=r"final_norm\.scale: shape must be \[8\], got \[9\]"):
+        write_converted(
+            InMemoryCheckpoint(config=original.config, leaves={**leaves, "final_norm.scale": np.zeros(9)}), output
+        )
 
 
 def test_a_converted_folder_can_be_converted_again(source, output):

@@ -93,12 +93,37 @@ def test_shards_hold_at_most_what_was_asked_and_the_index_lists_them_all(source,
     tiny.assert_same_tensors(tiny.read_folder(output), tensors)
 
 
+@pytest.mark.parametrize("form", ["per_expert", "fused"])
+def test_a_parameter_that_is_larger_than_a_slice_is_written_slice_by_slice(source, output, form, monkeypatch):
+    export(source, output.with_name("at once"), form=form)
+    monkeypatch.setattr("moe_jax.checkpoints.exporting._SLICE_BYTES", 100)
+    export(source, output, form=form)
+    assert (output / "model.safetensors").read_bytes() == (
+        output.with_name("at once") / "model.safetensors"
+    ).read_bytes()
+    if form == "per_expert":
+        tiny.assert_same_tensors(tiny.read_folder(output), tiny.read_folder(source))
+
+
+def test_every_tensor_is_aligned_to_its_numbers(output):
+    case = golden_cases.golden_cases("deepseek_v3")[0]  # its correction biases stay float32
+    export(case.folder("per_expert"), output, dtype="bfloat16")
+    content = (output / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    del header["__metadata__"]
+    assert {entry["dtype"] for entry in header.values()} == {"F32", "BF16"}
+    for entry in header.values():
+        assert (8 + length + entry["data_offsets"][0]) % {"F32": 4, "BF16": 2}[entry["dtype"]] == 0
+
+
 def test_files_carry_the_metadata_that_transformers_demands(source, output):
     from safetensors import safe_open
 
     export(source, output)
     with safe_open(output / "model.safetensors", "np") as file:
         assert file.metadata() == {"format": "pt"}
+    assert not (output / "model.safetensors.index.json").exists()  # one file needs none
 
 
 SPELLINGS = [

@@ -8,7 +8,7 @@ import pytest
 import tiny_checkpoint as tiny
 from interrupted_conversion import run_killed_at_rename, run_killed_before_step
 
-from moe_jax.checkpoints import CheckpointError, convert, export, open_checkpoint, verify
+from moe_jax.checkpoints import CheckpointError, InMemoryCheckpoint, convert, export, open_checkpoint, verify
 
 KILLED = -9
 
@@ -96,6 +96,47 @@ def test_a_finished_export_of_another_source_is_not_taken_for_this_one(tmp_path,
     with pytest.raises(CheckpointError, match="interrupted export of another source"):
         export(source, output)
     export(source, output, overwrite=True)
+    assert verify(source, output).ok
+
+
+def test_a_finished_export_from_memory_is_not_taken_for_one_of_other_values(tmp_path, rng, output, monkeypatch):
+    """It has no digest by which its values could be known again."""
+    folders = [tiny.write_folder(tmp_path / name, tiny.random_tensors(rng)) for name in ("before", "after")]
+    readers = [open_checkpoint(folder) for folder in folders]
+    before, after = (
+        InMemoryCheckpoint(config=reader.config, leaves={path: reader.read(path) for path in reader.shapes})
+        for reader in readers
+    )
+
+    def disk_is_full(*arguments):
+        raise OSError("disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("moe_jax.checkpoints.exporting.commit", disk_is_full)
+        with pytest.raises(CheckpointError, match="disk is full"):
+            export(before, output)
+    with pytest.raises(CheckpointError, match="interrupted export of another source"):
+        export(after, output)
+    export(after, output, overwrite=True)
+    assert verify(folders[1], output).ok
+
+
+def test_what_says_whose_it_is_goes_last_when_a_finished_export_or_an_old_output_is_discarded(
+    tmp_path, rng, source, output, removed
+):
+    other = tiny.write_folder(tmp_path / "other", tiny.random_tensors(rng))
+    interrupt_before_the_last_rename(other, output)
+    export(other, tmp_path / "old")
+    shutil.copytree(tmp_path / "old", output)
+    replaced = output.with_name("output.replaced")  # as a killed process leaves it
+    shutil.copytree(tmp_path / "old", replaced / "output")
+    (replaced / "replaced.by.moe_jax").touch()
+    removed.clear()
+    export(source, output, overwrite=True)
+    work = output.with_name("output.incomplete")
+    assert [path.name for path in removed if path.parent == work] == ["model", "export.json", "export.json"]
+    of_replaced = [path.name for path in removed if path.parent == replaced]
+    assert of_replaced == ["output", "replaced.by.moe_jax"] * 2  # what was there, then the old output
     assert verify(source, output).ok
 
 

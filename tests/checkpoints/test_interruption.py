@@ -1,5 +1,7 @@
 """Killed at any moment, a conversion leaves nothing that looks whole, and goes on to the same result."""
 
+import collections
+import re
 import shutil
 import time
 
@@ -118,10 +120,10 @@ def test_a_kill_while_overwriting_keeps_the_old_folder_or_the_new_one(
     assert_same_conversion(output, undisturbed)
 
 
-def interrupt(source, output):
+def interrupt(source, output, options=OPTIONS):
     """Leave a conversion with some of its parts finished."""
     part = work_of(output) / "parts" / "layers.00000.experts.00002-00003"
-    assert run_killed_at_rename(part, True, source, output, OPTIONS) == KILLED
+    assert run_killed_at_rename(part, True, source, output, options) == KILLED
 
 
 def test_a_source_that_changed_meanwhile_is_noticed(source, output, rng):
@@ -139,6 +141,17 @@ def test_a_source_that_changed_meanwhile_is_noticed(source, output, rng):
     )
 
 
+def test_an_interrupted_conversion_needs_room_for_what_is_missing_alone(source, output, undisturbed, monkeypatch):
+    interrupt(source, output)
+    chunks = (file for file in (work_of(output) / "parts").rglob("*") if re.fullmatch(r"\d+(\.\d+)*", file.name))
+    needed = sum(array.nbytes for array in tiny.read_folder(source).values())
+    needed -= sum(chunk.stat().st_size for chunk in chunks)
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - needed, needed))
+    assert convert(source, output, **OPTIONS).parts_resumed > 0
+    assert_same_conversion(output, undisturbed)
+
+
 def test_other_options_do_not_go_on_with_what_is_there(source, output):
     interrupt(source, output)
     with pytest.raises(CheckpointError, match="other options"):
@@ -152,6 +165,15 @@ def test_a_folder_in_the_way_that_is_no_conversion_is_left_alone(source, output)
     with pytest.raises(CheckpointError, match=r"thesis\.txt"):
         convert(source, output, overwrite=True)
     assert (work_of(output) / "thesis.txt").read_text() == "mine"
+
+
+def test_a_converted_folder_of_the_same_source_in_another_dtype_is_another_source(tmp_path, source, output):
+    convert(source, tmp_path / "rounded", dtype="bfloat16")
+    convert(source, tmp_path / "exact")
+    options = {**OPTIONS, "dtype": "float32"}
+    interrupt(tmp_path / "rounded", output, options)
+    with pytest.raises(CheckpointError, match="interrupted conversion of another source"):
+        convert(tmp_path / "exact", output, **options)
 
 
 def save_from_memory(source, output, **options):
@@ -190,7 +212,9 @@ def test_saving_a_model_does_not_discard_an_interrupted_conversion_without_being
     assert verify(source, output).ok
 
 
-def test_a_model_that_was_being_saved_from_memory_is_saved_again_from_the_beginning(source, output, monkeypatch):
+def test_a_model_that_was_being_saved_from_memory_is_saved_again_from_the_beginning(
+    tmp_path, rng, source, output, monkeypatch
+):
     def disk_is_full(*arguments):
         raise OSError("disk is full")
 
@@ -199,6 +223,15 @@ def test_a_model_that_was_being_saved_from_memory_is_saved_again_from_the_beginn
         with pytest.raises(CheckpointError, match="disk is full"):
             save_from_memory(source, output)
     assert work_of(output).exists()
-    save_from_memory(source, output)
-    assert verify(source, output).ok
+    trained = tiny.write_folder(tmp_path / "trained", tiny.random_tensors(rng))  # the same parameters, other values
+    save_from_memory(trained, output)
+    assert verify(trained, output).ok
     assert not work_of(output).exists()
+
+
+def test_what_says_whose_work_it_is_goes_last_when_it_is_discarded(tmp_path, rng, source, output, removed):
+    interrupt(tiny.write_folder(tmp_path / "other", tiny.random_tensors(rng)), output)
+    convert(source, output, **OPTIONS, overwrite=True)
+    of_the_work = [path.name for path in removed if path.parent == work_of(output)]
+    assert of_the_work.index("conversion.json") == 2
+    assert set(of_the_work[:2]) == {"parts", "pending"}

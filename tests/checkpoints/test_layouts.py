@@ -88,7 +88,7 @@ def test_consecutive_rows_of_a_stored_tensor_are_a_consecutive_slice_of_ours(cas
     np.testing.assert_array_equal(layout.to_stored(part), layout.to_stored(region)[start:stop])
 
 
-@pytest.mark.parametrize("pattern", ["a b", "a b -> a", "a a -> a", "a b -> a b c", "(a b) c -> a b c"])
+@pytest.mark.parametrize("pattern", ["a b", "a b -> a", "a a -> a", "a a -> a a", "a b -> a b c", "(a b) c -> a b c"])
 def test_a_pattern_that_is_no_layout_is_refused(pattern):
     with pytest.raises(ValueError, match="got"):
         parse_layout(pattern)

@@ -10,7 +10,7 @@ import pytest
 import tiny_checkpoint as tiny
 from interrupted_conversion import run_with_small_files
 
-from moe_jax.checkpoints import CheckpointError, convert, export, verify
+from moe_jax.checkpoints import CheckpointError, convert, export, open_checkpoint, verify, write_converted
 from moe_jax.checkpoints.staging import exclusive
 
 
@@ -110,6 +110,40 @@ def test_a_link_to_the_source_is_the_same_folder(tmp_path, source, write):
     with pytest.raises(CheckpointError, match="same folder"):
         write(source, tmp_path / "link", overwrite=True)
     assert (source / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
+@pytest.mark.parametrize("leads_somewhere", [True, False])
+def test_a_link_is_not_overwritten(source, output, write, leads_somewhere):
+    other = output.with_name("other")
+    if leads_somewhere:
+        write(source, other)
+    output.symlink_to(other)
+    with pytest.raises(CheckpointError, match="is not a folder and will not be overwritten"):
+        write(source, output, overwrite=True)
+    assert output.is_symlink()
+    assert not leads_somewhere or verify(source, other).ok
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
+def test_an_output_that_may_not_be_written_is_refused_before_anything_is_downloaded(source, output, write, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("is downloaded")
+
+    monkeypatch.setattr("moe_jax.checkpoints.hub._download", refuse)
+    write(source, output)
+    with pytest.raises(CheckpointError, match="exists; overwrite it"):
+        write("owner/model", output)
+
+
+@pytest.mark.parametrize("write", [write_converted, export])
+def test_an_output_that_may_not_be_written_is_refused_before_anything_is_read(source, output, write, monkeypatch):
+    reader = open_checkpoint(source)
+    write(reader, output)
+    monkeypatch.setattr(type(reader), "read_slice", None)
+    with pytest.raises(CheckpointError, match="exists; overwrite it"):
+        write(reader, output)
+    assert not output.with_name("output.incomplete").exists()
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())

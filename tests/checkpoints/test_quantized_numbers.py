@@ -53,6 +53,15 @@ def test_block_fp8_rows_in_the_middle_of_a_matrix_get_their_own_scales(rng):
         np.testing.assert_array_equal(out, expected[start:stop])
 
 
+def test_block_fp8_of_many_rows_is_decoded_in_steps(rng, monkeypatch):
+    monkeypatch.setattr("moe_jax.checkpoints.block_fp8._STEP_BYTES", 13)  # two rows
+    weights = rng.integers(0, 256, (23, 6), np.uint8)
+    scales = rng.uniform(0.5, 2, (5, 2)).astype(np.float32)
+    out = np.empty((23, 6), np.float32)
+    decode_block_fp8(weights, scales, (5, 4), out)
+    np.testing.assert_array_equal(out, block_fp8_oracle(weights, scales, (5, 4)).astype(np.float32))
+
+
 def test_scales_of_e8m0_and_their_raw_bytes_are_powers_of_two():
     stored = np.array([[0, 126, 127, 128, 254]], np.uint8)
     expected = np.array([[2.0**-127, 0.5, 1.0, 2.0, 2.0**127]], np.float32)
@@ -68,6 +77,11 @@ def pack_mxfp4(codes):
     for row, column in np.ndindex(codes.shape):
         blocks[row, column // 32, column % 32 // 2] |= codes[row, column] << (4 * (column % 2))
     return blocks
+
+
+def mxfp4_oracle(codes, exponents):
+    signed = np.array([*E2M1, *(-value for value in E2M1)])
+    return signed[codes] * np.repeat(2.0 ** (exponents.astype(float) - 127), 32, axis=1)
 
 
 def test_mxfp4_example_of_spec_7_8():
@@ -87,13 +101,21 @@ def test_mxfp4_numbers_packed_by_the_definition_come_back(dtype, data):
         data.draw(st.lists(st.integers(0, 15), min_size=rows * groups * 32, max_size=rows * groups * 32)), np.uint8
     ).reshape(rows, groups * 32)
     exponents = np.array(
-        data.draw(st.lists(st.integers(2, 250), min_size=rows * groups, max_size=rows * groups)), np.uint8
+        data.draw(st.lists(st.integers(0, 255), min_size=rows * groups, max_size=rows * groups)), np.uint8
     ).reshape(rows, groups)
-    signed = np.array([*E2M1, *(-value for value in E2M1)])
-    expected = signed[codes] * np.repeat(2.0 ** (exponents.astype(float) - 127), 32, axis=1)
+    expected = mxfp4_oracle(codes, exponents)
+    expected[np.abs(expected) >= 2.0**128] *= np.inf  # such as 2 at the largest exponent
     out = np.empty(codes.shape, dtype)
     decode_mxfp4(pack_mxfp4(codes), exponents, out)
     np.testing.assert_array_equal(out.astype(np.float64), expected)
+
+
+def test_mxfp4_of_many_rows_is_decoded_in_steps(rng, monkeypatch):
+    monkeypatch.setattr("moe_jax.checkpoints.mxfp4._STEP_BYTES", 70)  # two rows
+    codes, exponents = rng.integers(0, 16, (7, 64), np.uint8), rng.integers(100, 150, (7, 2), np.uint8)
+    out = np.empty(codes.shape, np.float32)
+    decode_mxfp4(pack_mxfp4(codes), exponents, out)
+    np.testing.assert_array_equal(out, mxfp4_oracle(codes, exponents))
 
 
 def test_mxfp4_keeps_the_sign_of_zero():

@@ -20,6 +20,14 @@ def spoil(tensors, name, value, rng):
     tensors[name][tuple(rng.integers(0, tensors[name].shape))] = value
 
 
+@pytest.fixture(autouse=True)
+def _in_many_steps(monkeypatch):
+    """Tensors of real models are read, cast and looked at in many steps, of whole rows; here these tiny ones are, too."""
+    monkeypatch.setattr("moe_jax.checkpoints.stored_rows._CAST_BYTES", 40)
+    monkeypatch.setattr("moe_jax.checkpoints.casting._STEP", 10)
+    monkeypatch.setattr("moe_jax.checkpoints.huggingface._TRANSPOSED_ROWS", 3)
+
+
 @pytest.fixture
 def tensors(rng):
     return tiny.random_tensors(rng, dtype=ml_dtypes.bfloat16)
@@ -50,8 +58,11 @@ def test_the_largest_numbers_of_float16_are_held(tmp_path, tensors, rng):
     tensors = {name: array.astype(np.float32) for name, array in tensors.items()}
     source = tiny.write_folder(tmp_path / "source", tensors, CONFIG)
     convert(source, tmp_path / "output", dtype="float16")
-    read = open_checkpoint(tmp_path / "output").read("layers.0.attention.q_proj.kernel")
-    np.testing.assert_array_equal(read, tensors[TRANSPOSED].T.astype(np.float16))
+    read = open_checkpoint(tmp_path / "output").read
+    np.testing.assert_array_equal(read("final_norm.scale"), tensors[COPIED].astype(np.float16))
+    np.testing.assert_array_equal(read("layers.0.attention.q_proj.kernel"), tensors[TRANSPOSED].T.astype(np.float16))
+    up = read("layers.1.feed_forward.routed_experts.gate_up_proj")[2, 1]
+    np.testing.assert_array_equal(up, tensors[OF_AN_EXPERT].astype(np.float16))
 
 
 @pytest.mark.parametrize("name", PLACES)

@@ -99,6 +99,13 @@ def test_a_number_of_devices_that_divides_nothing_is_legal(source, tmp_path):
     assert verify(source, tmp_path / "converted").ok
 
 
+def test_a_share_may_be_larger_than_a_part(source, tmp_path):
+    convert(source, tmp_path / "converted", shards=2, expert_group_bytes=1000)
+    parts = json.loads((tmp_path / "converted" / "moe_jax.json").read_text())["parts"]
+    assert sum("embedder.embedding" in slices for slices in parts.values()) > 2
+    assert verify(source, tmp_path / "converted").ok
+
+
 def test_exporting_gives_the_same_files_as_without_shards(source, output, tmp_path):
     convert(source, tmp_path / "plain")
     export(tmp_path / "plain", tmp_path / "a")

@@ -39,6 +39,12 @@ def damage_chunk(array):
     return chunk
 
 
+def lengthen_chunk(array):
+    chunk = max(file for file in array.iterdir() if file.name != ".zarray")
+    chunk.write_bytes(chunk.read_bytes() + b"\0")
+    return chunk
+
+
 def remove_chunk(array):
     chunk = max(file for file in array.iterdir() if file.name != ".zarray")
     chunk.unlink()
@@ -50,16 +56,36 @@ def remove_description(array):
     return array / ".zarray"
 
 
-def describe_other_shape(array):
-    description = json.loads((array / ".zarray").read_text())
-    description["shape"][0] += 1
-    (array / ".zarray").write_text(json.dumps(description))
-    return array / ".zarray"
+def describe_otherwise(**changes):
+    """Change the description, such as to chunks that are compressed or whose numbers stand in another order."""
+
+    def damage(array):
+        description = json.loads((array / ".zarray").read_text())
+        (array / ".zarray").write_text(json.dumps({**description, **changes}))
+        return array / ".zarray"
+
+    return damage
 
 
 def break_description(array):
     (array / ".zarray").write_text("[")
     return array / ".zarray"
+
+
+DAMAGES = (
+    damage_chunk,
+    lengthen_chunk,
+    remove_chunk,
+    remove_description,
+    break_description,
+    describe_otherwise(shape=[3]),
+    describe_otherwise(dtype="<i2"),
+    describe_otherwise(chunks=None),
+    describe_otherwise(compressor={"id": "zlib"}),
+    describe_otherwise(filters=[{"id": "delta"}]),
+    describe_otherwise(order="F"),
+    describe_otherwise(dimension_separator="/"),
+)
 
 
 @pytest.mark.parametrize("shards", [1, 4])
@@ -69,10 +95,9 @@ def test_a_converted_folder_that_misses_a_file_or_a_byte_is_not_whole(source, tm
     convert(source, output, shards=shards, dtype=dtype, expert_group_bytes=1500)
     assert inspect(output).kind == "converted"
     arrays = sorted(file.parent for file in output.rglob(".zarray"))
-    damages = (damage_chunk, remove_chunk, remove_description, describe_other_shape, break_description)
-    for damage, array in zip(damages, rng.choice(len(arrays), len(damages), replace=False), strict=True):
+    for damage, array in zip(DAMAGES, rng.choice(len(arrays), len(DAMAGES), replace=False), strict=True):
         file = damage(arrays[array])
         with pytest.raises(CheckpointError, match="not a whole converted checkpoint") as caught:
             inspect(output)
         assert any(str(file) in problem for problem in caught.value.problems)
-    assert len(caught.value.problems) == len(damages)
+    assert len(caught.value.problems) == len(DAMAGES)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny_checkpoint as tiny
 
-from moe_jax.checkpoints import CheckpointError, convert, verify
+from moe_jax.checkpoints import CheckpointError, convert, open_checkpoint, verify
 
 
 @pytest.fixture
@@ -63,6 +63,23 @@ def test_a_difference_in_one_expert_names_that_experts_tensor(source, output, te
     assert difference.tensor == name
     assert difference.values == tensors[name].size
     assert difference.largest == pytest.approx(1, rel=1e-5)
+
+
+def test_differences_of_a_tensor_that_is_compared_in_slices_count_together(tmp_path, rng, tensors, source, monkeypatch):
+    monkeypatch.setattr("moe_jax.checkpoints.verification._SLICE_BYTES", 50)  # one row
+    name = "model.embed_tokens.weight"
+    rows, first, last = rng.permutation(11)[:3], rng.uniform(1, 2), rng.uniform(3, 4)
+    changed = {**tensors, name: tensors[name].astype(np.float64)}
+    changed[name][rows[0], 2] += first
+    changed[name][rows[1], 5] -= last
+    changed[name] = changed[name].astype(np.float32)
+    (difference,) = verify(source, tiny.write_folder(tmp_path / "changed", changed)).differences
+    assert (difference.tensor, difference.values) == (name, 2)
+    assert difference.largest == pytest.approx(last)
+    changed[name][rows[2], 0] = np.nan
+    (difference,) = verify(source, tiny.write_folder(tmp_path / "worse", changed)).differences
+    assert difference.values == 3
+    assert np.isnan(difference.largest)
 
 
 def test_not_a_number_is_equal_to_itself_and_different_from_everything_else(tmp_path, tensors):
@@ -177,6 +194,7 @@ def test_a_part_outside_the_folder_is_refused(source, output, name):
         (lambda manifest: manifest["source"].update(digest=3), "digest must be a text or null, got 3"),
         (lambda manifest: manifest.update(shards=0), "shards must be positive, got 0"),
         (lambda manifest: manifest["leaves"]["final_norm.scale"].update(axis=7), "axis must be one of its 1.*got 7"),
+        (lambda manifest: manifest["leaves"]["final_norm.scale"].update(axis=1), "axis must be one of its 1.*got 1"),
         (lambda manifest: manifest["leaves"]["final_norm.scale"].update(axis=-1), "axis must be one of its 1.*got -1"),
         (
             lambda manifest: manifest["leaves"]["final_norm.scale"].update(axis="x"),
@@ -191,13 +209,14 @@ def test_a_part_outside_the_folder_is_refused(source, output, name):
             "dtype must be one of.*got int8",
         ),
         (lambda manifest: _first_slice(manifest).update({"final_norm.scale": [5, 2]}), r"got \[5, 2\]"),
+        (lambda manifest: _first_slice(manifest).update({"final_norm.scale": [1, 8]}), "do not hold all of it"),
         (lambda manifest: _first_slice(manifest).update({"final_norm.scale": [0.0, 8]}), r"got \[0.0, 8\]"),
         (
             lambda manifest: _first_slice(manifest).update({"surprise": [0, 8]}),
             "'surprise', which is none of the leaves",
         ),
     ],
-    ids=range(19),
+    ids=range(21),
 )
 def test_a_manifest_that_does_not_fit_is_refused(source, output, change, words):
     manifest = json.loads((output / "moe_jax.json").read_text())
@@ -205,6 +224,21 @@ def test_a_manifest_that_does_not_fit_is_refused(source, output, change, words):
     (output / "moe_jax.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match=words):
         verify(source, output)
+
+
+@pytest.mark.parametrize(
+    "description",
+    ["[", {"dtype": "<i4"}, {"dtype": "<f2"}, {"shape": [9]}, {"shape": [8, 1], "chunks": [8, 1]}],
+    ids=str,
+)
+def test_an_array_that_is_not_the_one_of_the_manifest_is_not_read(output, description):
+    (file,) = output.glob("parts/*/final_norm.scale/.zarray")
+    text = description
+    if isinstance(description, dict):
+        text = json.dumps({**json.loads(file.read_text()), **description})
+    file.write_text(text)
+    with pytest.raises(CheckpointError, match=r"final_norm\.scale: (cannot be read|holds .* expected float32 \[8\])"):
+        open_checkpoint(output).read("final_norm.scale")
 
 
 def test_numbers_that_became_infinite_are_differences_though_the_copy_has_the_infinity_they_are_rounded_to(

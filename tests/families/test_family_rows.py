@@ -77,6 +77,81 @@ def test_deepseek_v3_has_three_dense_layers_and_58_sparse_ones_with_groups():
     assert router.group_limit == GroupLimit(num_groups=8, groups_kept=4, score="top2_sum", masked_score=-math.inf)
 
 
+ASSUMED = [
+    # family, key, what transformers' configuration class gives it, another value, settings under which it counts
+    *((name, "tie_word_embeddings", False, True, {}) for name in FAMILIES),
+    *((name, "hidden_act", "silu", "gelu", {}) for name in FAMILIES if name != "gpt_oss"),
+    *(
+        (name, "attention_bias", False, True, {})
+        for name in FAMILIES
+        if name not in ("mixtral", "qwen2_moe", "gpt_oss")
+    ),
+    *((name, "norm_topk_prob", False, True, {}) for name in ("qwen2_moe", "qwen3_moe", "olmoe")),
+    *((name, "norm_topk_prob", True, False, {}) for name in ("deepseek_v3", "kimi_k2", "glm4_moe")),
+    *((name, "rope_theta", 1e4, 5e5, {}) for name in FAMILIES if name not in ("mixtral", "gpt_oss")),
+    *((name, "sliding_window", 4096, 7, {"use_sliding_window": True}) for name in ("qwen2_moe", "qwen3_moe")),
+    *((name, "use_sliding_window", False, True, {"sliding_window": 7}) for name in ("qwen2_moe", "qwen3_moe")),
+    *((name, "decoder_sparse_step", 1, 2, {}) for name in ("qwen2_moe", "qwen3_moe")),
+    *((name, "mlp_only_layers", [], [0], {}) for name in ("qwen2_moe", "qwen3_moe")),
+    ("mixtral", "rope_theta", 1e6, 1e4, {}),
+    ("mixtral", "sliding_window", None, 7, {}),
+    ("qwen2_moe", "qkv_bias", True, False, {}),
+    ("qwen2_moe", "max_window_layers", 28, 26, {"use_sliding_window": True, "num_hidden_layers": 32}),
+    ("olmoe", "clip_qkv", None, 8.0, {}),
+    ("deepseek_v2", "mlp_bias", False, True, {}),
+    ("deepseek_v2", "topk_method", "greedy", "group_limited_greedy", {"n_group": 8, "topk_group": 3}),
+    *((name, "rope_interleave", True, False, {}) for name in ("deepseek_v3", "kimi_k2")),
+    ("glm4_moe", "use_qk_norm", False, True, {}),
+    ("glm4_moe", "partial_rotary_factor", 0.5, 0.25, {}),
+    ("gpt_oss", "attention_bias", True, False, {}),
+    ("gpt_oss", "sliding_window", 128, None, {}),
+    ("gpt_oss", "swiglu_limit", 7.0, 5.0, {}),
+    ("gpt_oss", "swiglu_alpha", 1.702, 1.5, {}),
+    ("gpt_oss", "rope_theta", 150000.0, 1e4, {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key", "assumed", "other", "settings"), ASSUMED, ids=[f"{row[0]}-{row[1]}" for row in ASSUMED]
+)
+def test_what_a_config_leaves_out_is_what_transformers_assumes(model_type, key, assumed, other, settings):
+    absent = build(model_type, **settings, **{key: ...})
+    assert absent == build(model_type, **settings, **{key: assumed})
+    assert absent != build(model_type, **settings, **{key: other})
+
+
+def test_gpt_oss_is_stretched_as_published_without_being_told():
+    assert build("gpt_oss", rope_scaling=..., rope_theta=...) == build("gpt_oss")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "on_output"), [("qwen3_moe", True), ("olmoe", True), ("gpt_oss", True), ("glm4_moe", False)]
+)
+def test_attention_bias_switches_the_biases_that_the_family_has(model_type, on_output):
+    for given in (True, False):
+        attention = build(model_type, attention_bias=given).layers[0].attention
+        assert (attention.qkv_bias, attention.output_bias) == (given, given and on_output)
+
+
+def test_biases_of_mlps_are_those_of_dense_and_of_shared_ones():
+    dense, *_, sparse = (layer.feed_forward for layer in build("deepseek_v2", mlp_bias=True).layers)
+    assert dense.bias
+    assert sparse.shared_experts.bias
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_weights_after_routing_are_rounded_where_hugging_faces_model_does_it(model_type):
+    router = build(model_type).layers[-1].feed_forward.router
+    assert router.round_weights_to_input_dtype == (model_type in ("qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"))
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "kimi_k2", "glm4_moe"])
+@pytest.mark.parametrize("num_groups", [1, 2])
+def test_groups_limit_the_choice_if_there_are_several(model_type, num_groups):
+    limit = build(model_type, n_group=num_groups, topk_group=1).layers[-1].feed_forward.router.group_limit
+    assert (limit is None) == (num_groups == 1)
+
+
 def test_deepseek_v2_follows_hugging_face_and_not_vllm():
     router = build("deepseek_v2", norm_topk_prob=True).layers[1].feed_forward.router
     assert not router.renormalize  # Hugging Face's model does not read norm_topk_prob
@@ -96,10 +171,13 @@ def test_a_sliding_window_counts_only_where_the_family_says_so():
     assert windows("qwen2_moe", sliding_window=7) == [None] * 5
     swa = {"sliding_window": 7, "use_sliding_window": True, "max_window_layers": 3}
     assert windows("qwen2_moe", **swa) == [7, None, 7, None, None]
+    assert windows("qwen2_moe", **{**swa, "max_window_layers": 2}) == [7, None, None, None, None]
     listed = ["full_attention", *["sliding_attention"] * 23]
+    assert windows("qwen2_moe", sliding_window=7, layer_types=listed) == [None] * 5
     assert windows("qwen2_moe", **swa, layer_types=listed) == [None, 7, 7, 7, 7]
     assert windows("gpt_oss", layer_types=...) == [128, None, 128, None, 128]
     assert windows("gpt_oss", layer_types=["full_attention"] * 24) == [None] * 5
+    assert windows("gpt_oss", sliding_window=None) == [None] * 5
 
 
 def test_sparse_layers_follow_step_and_exceptions():
@@ -107,10 +185,28 @@ def test_sparse_layers_follow_step_and_exceptions():
 
 
 def test_activations_come_under_hugging_face_names():
-    assert build("mixtral", hidden_act="gelu_pytorch_tanh").layers[0].feed_forward.activation == "gelu_tanh"
-    assert build("mixtral", hidden_act="swish").layers[0].feed_forward.activation == "silu"
+    ours = {
+        "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+        "relu2": "relu2",
+    }  # fmt: skip
+    for name, activation in ours.items():
+        assert build("mixtral", hidden_act=name).layers[0].feed_forward.activation == activation
+        dense, *_, sparse = (layer.feed_forward for layer in build("deepseek_v3", hidden_act=name).layers)
+        assert (dense.activation, sparse.activation) == (activation, activation)
     activation = build("gpt_oss", swiglu_limit=5.0).layers[0].feed_forward.activation
     assert (activation.name, activation.limit, activation.alpha) == ("swigluoai", 5.0, 1.702)
+
+
+def test_the_norms_have_the_epsilon_that_the_config_gives_and_those_of_latents_a_fixed_one():
+    assert build("olmoe", rms_norm_eps=3e-4).norm_epsilon == 3e-4
+    decoder = build("deepseek_v3", rms_norm_eps=3e-4)
+    assert (decoder.norm_epsilon, decoder.layers[0].attention.norm_epsilon) == (3e-4, 1e-6)
+
+
+def test_a_rank_of_queries_must_be_given_and_null_means_that_they_are_not_compressed():
+    assert build("deepseek_v2", q_lora_rank=None).layers[0].attention.q_lora_rank is None
+    with pytest.raises(ValueError, match=r"config\.json has no q_lora_rank"):
+        build("deepseek_v2", q_lora_rank=...)
 
 
 def test_null_key_value_heads_mean_one_per_query_head_but_an_absent_key_is_an_error():
@@ -148,6 +244,8 @@ def test_no_shared_experts_may_be_said_with_null_or_zero():
     for model_type in ("deepseek_v2", "deepseek_v3", "glm4_moe"):
         for none in (None, 0):
             assert build(model_type, n_shared_experts=none).layers[-1].feed_forward.shared_experts is None
+        with pytest.raises(ValueError, match=r"config\.json has no n_shared_experts"):
+            build(model_type, n_shared_experts=...)
 
 
 QWEN_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}

@@ -29,6 +29,17 @@ def test_both_spellings_of_the_type_are_read():
         assert read({"rope_scaling": {name: "linear", "factor": 4}}).scaling == LinearScaling(factor=4.0)
 
 
+def test_the_older_spelling_goes_before_todays():
+    config = {"rope_scaling": {"type": "linear", "factor": 4}, "rope_parameters": {"rope_type": "default"}}
+    assert read(config).scaling == LinearScaling(factor=4.0)
+    assert read({**config, "rope_scaling": None}).scaling is None
+
+
+def test_null_parameters_count_as_absent():
+    config = {"rope_parameters": {"rope_type": None, "rope_theta": None, "factor": None}, "rope_theta": 7.0}
+    assert read(config) == read({"rope_theta": 7.0})
+
+
 def test_a_family_may_rotate_part_of_a_head():
     half = RopeRow(rotary_fraction=0.5)
     assert read({}, half).rotary_dim == 32
@@ -45,6 +56,8 @@ def test_a_family_may_rotate_part_of_a_head():
         ({"mscale": 1.0, "mscale_all_dim": 0.7}, (0.1 * math.log(40) + 1) / (0.07 * math.log(40) + 1)),
         ({"attention_factor": 1.5, "mscale": 1.0, "mscale_all_dim": 0.7}, 1.5),
         ({"factor": 1.0}, 1.0),
+        ({"factor": 0.5}, 1.0),
+        ({"factor": 0.5, "mscale": 1.0, "mscale_all_dim": 0.7}, 1.0),
     ],
     ids=str,
 )
@@ -58,6 +71,8 @@ def test_yarn_works_out_what_the_config_leaves_out():
         factor=2.0, original_max_positions=8192, beta_fast=32.0, attention_factor=0.1 * math.log(2) + 1
     )
     assert read({"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 1024}}).scaling.factor == 8.0
+    borders = read({"rope_scaling": YARN | {"beta_fast": 16.0, "beta_slow": 2.0}}).scaling
+    assert (borders.beta_fast, borders.beta_slow) == (16.0, 2.0)
 
 
 def test_linear_scaling_needs_a_factor():
@@ -70,3 +85,5 @@ def test_latent_attention_is_scaled_by_the_temperature_squared():
     scale = latent_attention_scale(config, RopeRow(), head_dim=192)
     assert scale == pytest.approx(0.1352337788608801, rel=1e-9)  # 192 ** -0.5 * (0.1 ln 40 + 1) ** 2
     assert latent_attention_scale({}, RopeRow(), head_dim=192) == 192**-0.5
+    linear = {"rope_scaling": {"type": "linear", "factor": 40.0, "mscale_all_dim": 1.0}}
+    assert latent_attention_scale(linear, RopeRow(), head_dim=192) == pytest.approx(0.1352337788608801, rel=1e-9)

@@ -245,6 +245,19 @@ def test_sampled_first_tokens_follow_the_distribution(table, rng):
     assert statistic < degrees + 6 * np.sqrt(2 * degrees)
 
 
+def test_tokens_of_all_steps_and_rows_are_drawn_independently(rng):
+    """Of a model to which all tokens are alike: pairs of successive tokens, and of neighbouring rows, are as often equal as
+    chance makes them.
+    """
+    rows, steps = 64, 64
+    model = FadingMemoryModel(np.zeros((VOCAB, VOCAB), np.float32))
+    settings = GenerationSettings(max_new_tokens=steps, do_sample=True)
+    tokens = generate(model, [[1]] * rows, settings, seed=int(rng.integers(2**31))).tokens
+    for equal in (tokens[:, 1:] == tokens[:, :-1], tokens[1:] == tokens[:-1]):
+        deviation = np.sqrt(equal.size * (VOCAB - 1)) / VOCAB
+        assert abs(equal.sum() - equal.size / VOCAB) < 6 * deviation
+
+
 def test_expert_load_counts_prompt_and_new_tokens_but_neither_padding_nor_ended_rows(model, table, rng):
     prompts = draw_prompts(rng, 2, 9)
     eos = (expected_greedy(table, prompts[0], 4)[2],)

@@ -92,7 +92,11 @@ def test_the_callers_restrictions_of_sampling_are_refused_where_nothing_is_drawn
 
 @pytest.mark.parametrize(
     ("generation_config", "field", "value"),
-    [({"top_k": 0}, "top_k", None), ({"do_sample": True, "temperature": 0}, "do_sample", False)],
+    [
+        ({"top_k": 0}, "top_k", None),
+        ({"do_sample": True, "top_k": 0}, "top_k", None),
+        ({"do_sample": True, "temperature": 0}, "do_sample", False),
+    ],
 )
 def test_customary_ways_to_switch_a_setting_off_are_understood(generation_config, field, value):
     assert getattr(settings_from_hf(generation_config, {}), field) == value

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.generation import greedy, in_nucleus, sample
+from moe_jax.generation import greedy, in_nucleus, penalize_repetition, sample
 
 ROWS, VOCAB, DRAWS = 2, 12, 4000
 
@@ -58,8 +58,21 @@ def test_draws_follow_the_restricted_distribution(logits, rng, options):
         assert (np.abs(frequencies[row] - expected) <= 6 * deviation + 1 / DRAWS).all()
 
 
+@pytest.mark.parametrize("penalty", [1.7, 0.6])
+def test_a_penalty_moves_tokens_on_either_side_of_zero_the_same_way_and_in_float32(logits, rng, penalty):
+    logits = jnp.asarray(logits, jnp.bfloat16)
+    seen = rng.random((ROWS, VOCAB)) < 0.5
+    penalized = penalize_repetition(logits, jnp.asarray(seen), penalty)
+    assert penalized.dtype == jnp.float32
+    expected = np.asarray(logits, np.float64)
+    for row, token in np.argwhere(seen):
+        expected[row, token] *= 1 / penalty if expected[row, token] > 0 else penalty
+    np.testing.assert_allclose(penalized, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
-    ("top_p", "kept"), [(0.5, 1), (0.5001, 2), (0.75, 2), (0.7501, 3), (0.875, 3), (0.88, 4), (1e-6, 1), (1.0, 4)]
+    ("top_p", "kept"),
+    [(0.5, 1), (0.5001, 2), (0.75, 2), (0.7501, 3), (0.875, 3), (0.88, 4), (1e-6, 1), (1e-60, 1), (1.0, 4)],
 )
 def test_the_nucleus_is_the_smallest_set_that_reaches_p(top_p, kept):
     ranked = jnp.log(jnp.array([[0.5, 0.25, 0.125, 0.125]]))
@@ -88,9 +101,19 @@ def test_ties_go_to_the_lowest_ids(options, rng):
 @pytest.mark.parametrize("temperature", [1e-30, 1e-37, 1e-40, 1e-60])
 @pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.9}])
 def test_the_lowest_temperatures_draw_the_most_likely_token(logits, rng, temperature, options):
+    logits = 30 * logits + 100  # divided by the temperature, all of them are infinite
     frequencies = draw(logits, int(rng.integers(2**31)), draws=50, temperature=temperature, **options)
     np.testing.assert_array_equal(frequencies.argmax(-1), logits.argmax(-1))
     np.testing.assert_array_equal(frequencies.max(-1), 1)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.3}, {"temperature": 0.3, "top_k": 400, "top_p": 0.9}], ids=str)
+def test_narrower_logits_are_computed_with_in_float32(rng, options):
+    narrow = jnp.asarray(2 * rng.standard_normal((64, 500)), jnp.bfloat16)
+    keys = jax.random.split(jax.random.key(int(rng.integers(2**31))), 64)
+    np.testing.assert_array_equal(sample(narrow, keys, **options), sample(narrow.astype(jnp.float32), keys, **options))
+    ranked = -jnp.sort(-narrow)
+    np.testing.assert_array_equal(in_nucleus(ranked, 0.9), in_nucleus(ranked.astype(jnp.float32), 0.9))
 
 
 def test_tokens_of_logit_minus_infinity_are_never_drawn(rng):

@@ -11,6 +11,7 @@ from moe_jax.config import ParallelConfig
 from moe_jax.families import FAMILIES, get_family, parameter_shapes
 from moe_jax.models import CausalLM
 from moe_jax.models.parameter_sources import parameter_sources
+from moe_jax.runner import MoERunner
 
 SMALL = {"hidden_size": 32, "vocab_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
 SMALL_EXPERTS = {"intermediate_size": 16, "moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
@@ -87,6 +88,40 @@ def test_a_model_computes_in_its_dtype_and_gives_float32_logits():
     assert nnx.eval_shape(lambda model, ids: model(ids), model, ids).dtype == jnp.float32
     cache = jax.eval_shape(lambda: model.init_cache(2, 8))
     assert {leaf.dtype for leaf in jax.tree.leaves(cache.segments)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "deepseek_v2"])
+def test_a_cache_may_be_narrower_than_the_computation(model_type):
+    model = abstract_model({**CONFIGS[model_type], "num_hidden_layers": 2, "layer_types": None})
+    ids = jax.ShapeDtypeStruct((2, 3), jnp.int32)
+
+    def run(model, ids):
+        return model.hidden_states(ids, cache=model.init_cache(2, 8, dtype=jnp.bfloat16))
+
+    hidden, cache, _ = nnx.eval_shape(run, model, ids)
+    assert hidden.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(cache.segments)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "olmoe", "glm4_moe", "deepseek_v3"])
+def test_every_norm_has_the_epsilon_of_the_config_but_those_of_latents(model_type):
+    """Which is too small to be seen in results, as hidden states usually are."""
+    given = {"glm4_moe": {"use_qk_norm": True}}.get(model_type, {})
+    model = abstract_model({**CONFIGS[model_type], **given, "rms_norm_eps": 0.25})
+    norms = {path: node.epsilon for path, node in nnx.iter_graph(model) if isinstance(node, nnx.RMSNorm)}
+    of_latents = {path for path in norms if path[-1] in ("q_a_norm", "kv_a_norm")}
+    assert bool(of_latents) == (model_type == "deepseek_v3")
+    assert norms == {path: 1e-6 if path in of_latents else 0.25 for path in norms}
+    assert len(norms) == 1 + 4 * sum(len(stack.blocks) for stack in model.stacks)
+
+
+def test_options_reach_every_layer():
+    options = {"implementation": "xla", "num_redundant_experts": 2, "fuse_shared_experts": True, "dtype": jnp.bfloat16}
+    model = abstract_model(CONFIGS["deepseek_v3"], param_dtype=jnp.float16, **options)
+    mixtures = [node for _, node in nnx.iter_graph(model) if isinstance(node, MoERunner)]
+    assert len(mixtures) == 1  # for all layers
+    for name, value in {**options, "param_dtype": jnp.float16}.items():
+        assert getattr(mixtures[0].config, name) == value
 
 
 def test_results_come_as_logits_then_cache_then_aux():

@@ -68,6 +68,40 @@ def test_yarn_keeps_fast_frequencies_interpolates_slow_ones_and_blends_between(t
     np.testing.assert_allclose(actual[-1], plain[-1] / factor, rtol=1e-6)
 
 
+@pytest.mark.parametrize("truncate", [True, False])
+@pytest.mark.parametrize(
+    ("theta", "dim", "length", "fast", "slow"),
+    [
+        (10000.0, 32, 64, 32.0, 1.0),  # no pair turns 32 times: the ramp begins at the first one
+        (10.0, 16, 4096, 32.0, 1.0),  # every pair turns more than once: it ends at the last dimension
+        (10000.0, 32, 4096, 4.0, 4.0),  # there is hardly a ramp
+    ],
+)
+def test_the_ramp_of_yarn_stays_within_the_dimensions(theta, dim, length, fast, slow, truncate):
+    """As in Hugging Face's `_compute_yarn_parameters`, whose dimensions are twice as many as pairs."""
+    yarn = YarnScaling(factor=8.0, original_max_positions=length, beta_fast=fast, beta_slow=slow, truncate=truncate)
+    actual = inverse_frequencies(Rope(theta=theta, rotary_dim=dim, scaling=yarn))
+    low, high = (dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in (fast, slow))
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    plain = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+    blend = np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
+    np.testing.assert_allclose(actual, plain * (1 - blend) + plain / 8 * blend, rtol=1e-5)
+
+
+def test_positions_far_into_a_long_text_are_exact(rng):
+    positions = rng.integers(100_000, 1_000_000, (2, 5))
+    turn = rotation(PLAIN, jnp.asarray(positions))
+    angles = positions[..., None] * np.array([1.0, 0.1, 0.01, 0.001])
+    # A float32 product is off by a relative 2^-24, and so is each frequency.
+    np.testing.assert_allclose(turn.cos, np.cos(angles), atol=0.2)
+    np.testing.assert_allclose(turn.cos[..., 2:], np.cos(angles[..., 2:]), atol=2e-3)
+    np.testing.assert_allclose(turn.sin[..., 2:], np.sin(angles[..., 2:]), atol=2e-3)
+
+
 def test_the_attention_factor_multiplies_cosine_and_sine():
     yarn = YarnScaling(factor=4.0, original_max_positions=64, attention_factor=1.25)
     turn = rotation(Rope(theta=100.0, rotary_dim=8, scaling=yarn), jnp.array([[0, 3]]))

@@ -18,7 +18,8 @@ def attend_by_definition(query, key, value, mask, scale, sinks):
         logits = np.einsum("bsd,btd->bst", query[:, :, head], key[:, :, head // group]) * scale
         logits = np.where(mask[:, 0], logits, -np.inf)
         sink = np.full((*logits.shape[:2], 1), -np.inf if sinks is None else sinks[head])
-        weights = np.exp(np.concatenate([logits, sink], -1) - logits.max(-1, keepdims=True))
+        weights = np.concatenate([logits, sink], -1)
+        weights = np.exp(weights - weights.max(-1, keepdims=True))
         weights = (weights / weights.sum(-1, keepdims=True))[..., :-1]
         outputs.append(np.einsum("bst,btv->bsv", weights, value[:, :, head // group]))
     return np.stack(outputs, axis=2)
@@ -35,6 +36,20 @@ def test_attention_is_a_softmax_over_visible_keys_and_the_sink(with_sinks, value
     as_jax = lambda x: None if x is None else jnp.asarray(x, jnp.float32)  # noqa: E731
     actual = attend(as_jax(query), as_jax(key), as_jax(value), jnp.asarray(mask), scale=0.7, sinks=as_jax(sinks))
     np.testing.assert_allclose(actual, attend_by_definition(query, key, value, mask, 0.7, sinks), atol=5e-6)
+
+
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_scores_are_float32_and_may_be_large(with_sinks, rng):
+    """Far apart, so that exponentials of them would overflow, and known more exactly than bfloat16 numbers of their size."""
+    as_jax = lambda x: jnp.asarray(x, jnp.bfloat16)  # noqa: E731
+    query, key, value = (as_jax(rng.normal(size=(2, 5, heads, 8))) for heads in (6, 3, 3))
+    sinks = as_jax(rng.normal(size=6) * 100) if with_sinks else None
+    mask = jnp.ones((2, 1, 5, 5), bool)
+    actual = attend(query, key, value, mask, scale=50.0, sinks=sinks)
+    exact = [None if x is None else np.asarray(x, np.float64) for x in (query, key, value, sinks)]
+    expected = attend_by_definition(*exact[:3], np.asarray(mask), 50.0, exact[3])
+    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, atol=0.03)
+    assert actual.dtype == jnp.bfloat16
 
 
 def test_a_token_that_sees_nothing_gets_numbers_not_nan(rng):
@@ -130,8 +145,10 @@ def test_memory_grows_with_the_length_of_a_prompt_and_not_with_its_square(with_g
     assert long < 4.5 * short  # 16 times, if it were the square
 
 
-def test_short_sequences_need_no_loop():
-    query = jax.ShapeDtypeStruct((1, 128, 32, 64), jnp.float32)
-    places = jnp.arange(128)[None]
+@pytest.mark.parametrize(("batch", "blocks"), [(1, 1), (64, 2)])
+def test_short_sequences_need_no_loop_unless_there_are_many(batch, blocks):
+    query = jax.ShapeDtypeStruct((batch, 256, 32, 64), jnp.float32)
+    places = jnp.arange(256)[None].repeat(batch, 0)
     jaxpr = jax.make_jaxpr(lambda x: attend_in_blocks(x, x, x, Visibility(places, places, None), scale=1.0))(query)
-    assert "scan" not in str(jaxpr)
+    loops = [equation.params["length"] for equation in jaxpr.eqns if equation.primitive.name == "scan"]
+    assert loops == ([] if blocks == 1 else [blocks])

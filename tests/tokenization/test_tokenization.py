@@ -59,6 +59,19 @@ def test_the_space_between_prompt_and_continuation_is_kept():
     assert streamed(SENTENCEPIECE, prompt, continuation) == [" whale", " sea", ""]
 
 
+def test_a_token_without_text_does_not_take_the_space_of_the_next_one():
+    start = SENTENCEPIECE.backend.token_to_id("<s>")
+    whale = SENTENCEPIECE.encode("whale", add_special_tokens=False)
+    assert streamed(SENTENCEPIECE, SENTENCEPIECE.encode("the"), [start, *whale]) == ["", " whale", ""]
+
+
+def test_a_stream_decodes_few_tokens_again_however_long_it_is(monkeypatch):
+    ids, decoded = BYTE_LEVEL.encode("the whale " * 50), []
+    monkeypatch.setattr(BYTE_LEVEL, "decode", lambda ids: decoded.append(len(ids)) or BYTE_LEVEL.backend.decode(ids))
+    assert "".join(streamed(BYTE_LEVEL, [], ids)) == "the whale " * 50
+    assert max(decoded) == 2
+
+
 def test_a_character_is_given_out_with_its_last_byte_only():
     ids = BYTE_LEVEL.encode("a你b")
     assert streamed(BYTE_LEVEL, [], ids) == ["a", "", "", "你", "b", ""]
@@ -75,6 +88,17 @@ def test_special_tokens_are_encoded_around_text_and_left_out_of_decoded_text():
     assert SENTENCEPIECE.encode("the sea", add_special_tokens=False) == ids[1:]
     assert SENTENCEPIECE.decode(ids) == "the sea"
     assert SENTENCEPIECE.decode(ids, skip_special_tokens=False).startswith("<s>")
+
+
+def test_a_chat_template_writes_all_special_tokens_itself():
+    tokenizer = Tokenizer(
+        small_tokenizers.sentencepiece_like(WORDS),
+        special_tokens={"bos_token": "<s>"},
+        chat_template="{{ bos_token }}{{ messages[0].content }}",
+    )
+    ids = tokenizer.encode_chat([{"role": "user", "content": "the sea"}])
+    assert ids.count(tokenizer.backend.token_to_id("<s>")) == 1
+    assert tokenizer.decode(ids).strip() == "the sea"
 
 
 def test_a_stored_truncation_or_padding_does_not_shorten_or_lengthen_prompts(tmp_path):
