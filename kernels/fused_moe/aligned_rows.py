@@ -122,7 +122,7 @@ class TokensAtHand(NamedTuple):
         number = jnp.cumsum(is_local, axis=1, dtype=jnp.int32)
         positions = []
         for choice in range(1, top_k + 1):
-            row = jnp.sum(jnp.where(is_local & (number == choice), position, 0), axis=1)
+            row = jnp.sum(jnp.where(is_local & (number == choice), position, 0), axis=1, dtype=jnp.int32)
             positions.append(row[token[: min(num_tokens, most_rows // choice)]])
         return cls(tuple(positions), num_choices[token[:most_tokens]], place)
 

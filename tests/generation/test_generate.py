@@ -14,7 +14,7 @@ from support.fading_memory_model import (
 )
 
 from moe_jax.generation import Generation, GenerationSettings, generate, generate_batches
-from moe_jax.generation.programs import bucket
+from moe_jax.generation.programs import bucket, compile_programs, signature_of
 
 VOCAB = 23
 SAMPLING = GenerationSettings(max_new_tokens=15, do_sample=True, temperature=1.3, top_k=19, top_p=0.97)
@@ -158,7 +158,7 @@ def test_a_repetition_penalty_of_1_runs_the_programs_without_one_and_other_value
 
 def test_batches_compile_once_and_the_last_one_too(model, rng):
     prompts = draw_prompts(rng, *rng.integers(1, 16, size=7))
-    settings = dataclasses.replace(SAMPLING, max_new_tokens=14)
+    settings = dataclasses.replace(SAMPLING, max_new_tokens=14, eos_token_ids=(0, 1, 2, 3), pad_token_id=-1)
     generate(model, prompts[:1], settings)
 
     def in_batches():
@@ -301,6 +301,16 @@ def test_new_weights_are_used_without_compiling(table, rng):
     assert result.row(0) == expected_greedy(changed, prompt, 5)
 
 
+def test_a_decoded_token_is_stored_in_the_cache_that_was_there(model):
+    signature, _ = signature_of(
+        model, batch_size=4, prompt_length=256, room=16, num_eos=0, do_sample=False, top_k=None, use_top_p=False,
+        with_expert_load=False,
+    )  # fmt: skip
+    cache = jax.eval_shape(lambda: model.init_cache(4, 256 + 16))
+    nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    assert compile_programs(signature).decode.memory_analysis().alias_size_in_bytes >= nbytes
+
+
 @pytest.mark.parametrize(("length", "padded"), [(1, 16), (16, 16), (17, 32), (32, 32), (33, 64), (1000, 1024)])
 def test_lengths_are_padded_to_powers_of_two(length, padded):
     assert bucket(length) == padded
@@ -314,6 +324,7 @@ def test_lengths_are_padded_to_powers_of_two(length, padded):
         ([[1, VOCAB]], 4, f"legal are 0 to {VOCAB - 1}"),
         ([[3, -1]], 4, "token ids from -1 to 3"),
         ([[1] * 500], 13, "exceeds the model's 512 positions"),
+        ([[1] * 512], None, "exceeds the model's 512 positions"),
         (
             [1, 2, 3],
             4,
