@@ -1,6 +1,7 @@
 """The kernel that sends rows to their experts while it multiplies others: executed on simulated devices, in TPU interpret mode."""
 
 import contextlib
+import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
@@ -90,6 +91,19 @@ def test_one_rank_sends_nothing(rng):
 def test_default_tiles_biases_and_bfloat16(rng):
     setting = Setting(2, Activation("swigluoai"), tiles=None, dma="eager")
     check(rng, setting, uneven, bias=True, dtype=jnp.bfloat16)
+
+
+@pytest.mark.parametrize("narrow", ["x", "topk_weights"])
+def test_tokens_or_router_weights_alone_may_have_16_bits(narrow, rng):
+    problem = Problem.draw(rng, Setting(2, dma="eager"), tokens=TOKENS, experts=EXPERTS, top_k=TOP_K)
+    narrowed = {narrow: problem.arrays[narrow].astype(jnp.bfloat16)}
+    problem = dataclasses.replace(problem, arrays={**problem.arrays, **narrowed})
+    problem.assert_right(problem.run()[0])
+
+
+def test_no_tokens(rng):
+    problem = Problem.draw(rng, Setting(2, tiles=None), tokens=0)
+    assert problem.run()[0].shape == (0, 128)
 
 
 @pytest.mark.slow
