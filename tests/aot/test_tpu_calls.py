@@ -63,7 +63,6 @@ def test_gate_and_up_in_one_pass_move_at_most_six_tenths_of_two_matmuls_and_an_a
     ids = np.argsort(rng.random((tokens, shape.num_experts)), axis=1)[:, : shape.top_k]
     sizes = np.bincount(ids.reshape(-1), minlength=shape.num_experts)[: shape.local_experts]
     gate_up, _ = experts_block(shape, device, ids)
-    assert gate_up.results[0].shape[1] == shape.intermediate_size
     one = rows_traffic(grouped(shape, device, sizes, shape.intermediate_size))
     activation = 3 * sizes.sum() * shape.intermediate_size * 2  # gate and up are read, their product is written
     assert rows_traffic(gate_up).other_than_weights <= 0.6 * (2 * one.other_than_weights + activation)
