@@ -187,7 +187,9 @@ class SharedExpertsConfig:
 AxisNames = str | tuple[str, ...] | None
 """A mesh axis, a tuple of axes that is flattened into one, or None for not sharded."""
 
-DispatchStrategy = Literal["replicated", "allgather_reducescatter", "padded_all_to_all", "ragged_all_to_all"]
+DispatchStrategy = Literal[
+    "replicated", "allgather_reducescatter", "padded_all_to_all", "ragged_all_to_all", "remote_dma"
+]
 """How tokens meet their experts; see `moe_jax.parallel`."""
 
 

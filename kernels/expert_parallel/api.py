@@ -1,10 +1,13 @@
 """The public expert-parallel MoE block: contract, and choice of an implementation."""
 
+import dataclasses
+
 import jax
 from jax import Array
 from jaxtyping import Float, Int
 
 from ..activations import Activation
+from ..fused_moe.inference import run_for_inference
 from ..fused_moe.request import Request as BlockRequest
 from ..selection import Choice, Implementation, choose
 from . import pallas_tpu, reference, xla
@@ -18,13 +21,14 @@ def expert_parallel_moe(
     x: Float[Array, "T H"],
     topk_weights: Float[Array, "T K"],
     topk_ids: Int[Array, "T K"],
-    gate_up_proj: Float[Array, "E P I H"],
-    down_proj: Float[Array, "E H I"],
+    gate_up_proj: Float[Array, "E P I H"] | Float[Array, "L E P I H"],
+    down_proj: Float[Array, "E H I"] | Float[Array, "L E H I"],
     *,
     axis: Axis,
     gate_up_bias: Float[Array, "E P I"] | None = None,
     down_bias: Float[Array, "E H"] | None = None,
     activation: str | Activation = "silu",
+    layer: int | Int[Array, ""] | None = None,
     apply_router_weight_on_input: bool = False,
     recompute_activation: bool = False,
     collective_id: int = 0,
@@ -52,6 +56,7 @@ def expert_parallel_moe(
         gate_up_bias: added before the activation.
         down_bias: added before the router weight is applied.
         activation: a name, or an `Activation` with its parameters.
+        layer: which of L layers these experts belong to, if both projections are those of stacked layers; see `fused_moe`.
         apply_router_weight_on_input: multiply the expert's input instead of its output by the router weight (Llama 4).
         recompute_activation: keep less during the gradient.
         collective_id: of the kernel's barrier between ranks. Calls may share it; another kernel with a barrier may not, if some
@@ -72,26 +77,30 @@ def expert_parallel_moe(
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
         activation=activation,
+        layer=layer,
         apply_router_weight_on_input=apply_router_weight_on_input,
         recompute_activation=recompute_activation,
     )
     request = Request(block.equally_varying(), axis, jax.lax.axis_size(axis), collective_id)
     chosen, _ = choose("expert_parallel_moe", IMPLEMENTATIONS, request, implementation)
-    return chosen.run(request)
+    if layer is None:
+        return chosen.run(request)
+    return run_for_inference(lambda block: chosen.run(dataclasses.replace(request, block=block)), request.block)
 
 
 def explain_expert_parallel_moe(
     x: Float[Array, "T H"],
     topk_weights: Float[Array, "T K"],
     topk_ids: Int[Array, "T K"],
-    gate_up_proj: Float[Array, "E P I H"],
-    down_proj: Float[Array, "E H I"],
+    gate_up_proj: Float[Array, "E P I H"] | Float[Array, "L E P I H"],
+    down_proj: Float[Array, "E H I"] | Float[Array, "L E H I"],
     *,
     num_ranks: int,
     axis: Axis = "expert",
     gate_up_bias: Float[Array, "E P I"] | None = None,
     down_bias: Float[Array, "E H"] | None = None,
     activation: str | Activation = "silu",
+    layer: int | Int[Array, ""] | None = None,
     apply_router_weight_on_input: bool = False,
     recompute_activation: bool = False,
     collective_id: int = 0,
@@ -111,6 +120,7 @@ def explain_expert_parallel_moe(
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
         activation=activation,
+        layer=layer,
         apply_router_weight_on_input=apply_router_weight_on_input,
         recompute_activation=recompute_activation,
     )

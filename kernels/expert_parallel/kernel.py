@@ -70,7 +70,7 @@ def exchange_and_compute(
 
     Args:
         rows: in blocks, as `exchange` says; bfloat16 or float32.
-        weights: of this rank's experts; matrices of the dtype of `rows`. H and I are multiples of 128.
+        weights: of this rank's experts, or of several layers'; matrices of the dtype of `rows`. H and I are multiples of 128.
         exchange: what goes where.
         num_received: rows of the buffer for what this rank receives: enough for any routing.
         axis: name of the mesh axis, or names of several, over which experts are split.
@@ -79,11 +79,11 @@ def exchange_and_compute(
         vmem_limit_bytes: vector memory that the kernel may use.
         collective_id: of the barrier; must differ from that of any other kernel that may run meanwhile on another rank.
     """
-    num_local, projections, intermediate, hidden = weights.gate_up_proj.shape
-    num_ranks = exchange.receive_rows.shape[1]
+    _, projections, intermediate, hidden = weights.gate_up_proj.shape
+    num_local, num_ranks = exchange.receive_rows.shape
     num_blocks = intermediate // tiles.intermediate
     groups = Groups(exchange.receive_start[:, 0], jnp.sum(exchange.receive_rows, axis=1, dtype=jnp.int32))
-    visits = VisitTable.of(groups, num_received, tiles.rows)
+    visits = VisitTable.of(groups, num_received, tiles.rows, first_matrix=weights.start)
     problem = _Problem(axis, num_ranks, num_local, num_blocks, activation, tiles)
 
     def bias_or_zero(bias: Array | None, shape: tuple[int, ...]) -> Array:
@@ -92,7 +92,8 @@ def exchange_and_compute(
     gate_up_bias = bias_or_zero(weights.gate_up_bias, (num_local, projections, intermediate))
     gate_up_bias = gate_up_bias.reshape(num_local, projections, num_blocks, tiles.intermediate).swapaxes(1, 2)
     down_bias = bias_or_zero(weights.down_bias, (num_local, hidden))[:, None]
-    scalars = (*(table.reshape(-1) for table in exchange), visits.group, visits.row, visits.last, visits.count)
+    tables = *exchange, visits.group, visits.row, visits.last, visits.count, visits.first_matrix
+    scalars = [table.reshape(-1) for table in tables]
     operands = (rows, weights.gate_up_proj, weights.down_proj, gate_up_bias, down_bias)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     results, _ = pl.pallas_call(
@@ -145,6 +146,7 @@ class _Memory:
             self.row,
             self.num_rows,
             self.num_visits,
+            self.first_matrix,  # of those of this layer's experts
             # device memory
             self.sent,
             self.gate_up_proj,
@@ -291,9 +293,10 @@ class _WeightStream:
         memory, slot = self.memory, lax.rem(step, 2)
         width = self.problem.tiles.intermediate
         part = pl.ds(pl.multiple_of(block * width, width), width)
+        matrix = memory.first_matrix[0] + expert
         pairs = (
-            (memory.gate_up_proj.at[expert, :, part, :], memory.gate_up_block),
-            (memory.down_proj.at[expert, :, part], memory.down_block),
+            (memory.gate_up_proj.at[matrix, :, part, :], memory.gate_up_block),
+            (memory.down_proj.at[matrix, :, part], memory.down_block),
             (memory.gate_up_bias.at[expert, block], memory.gate_up_bias_block),
             (memory.down_bias.at[expert], memory.down_bias_block),
         )

@@ -38,7 +38,7 @@ def tiles_for(request: Request) -> ExpertParallelTiles:
     block = request.block
     return default_tiles(
         block.tpu,
-        projections=block.gate_up_proj.shape[1],
+        projections=block.projections,
         hidden=block.hidden_size,
         intermediate=block.intermediate_size,
         itemsize=block.x.dtype.itemsize,

@@ -31,6 +31,7 @@ class Computation(NamedTuple):
     device: TpuDevice
     axis: Axis
     num_ranks: int
+    num_local_experts: int
     activation: Activation
     apply_router_weight_on_input: bool
     recompute_activation: bool
@@ -45,14 +46,14 @@ def compute(request: Request, tiles: ExpertParallelTiles) -> Float[Array, "T H"]
         block.tpu,
         request.axis,
         request.num_ranks,
+        block.num_experts,
         block.activation,
         block.apply_router_weight_on_input,
         block.recompute_activation,
         tiles,
         request.collective_id,
     )
-    weights = ExpertMatrices(block.gate_up_proj, block.down_proj, block.gate_up_bias, block.down_bias)
-    return _compute(computation, block.x, block.topk_weights, weights, block.topk_ids)
+    return _compute(computation, block.x, block.topk_weights, block.expert_weights(), block.topk_ids)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -63,8 +64,7 @@ def _compute(
     weights: ExpertMatrices,
     topk_ids: Int[Array, "T K"],
 ) -> Float[Array, "T H"]:
-    num_ranks, axis = computation.num_ranks, computation.axis
-    num_local = weights.down_proj.shape[0]
+    num_ranks, axis, num_local = computation.num_ranks, computation.axis, computation.num_local_experts
     sent = SentRows.of(topk_ids, num_ranks * num_local)
     block_rows = jax.lax.all_gather(sent.block_rows, axis)
     exchange = Exchange.of(block_rows, jax.lax.axis_index(axis))
@@ -101,6 +101,7 @@ def _backward(computation, saved, cotangent):
             topk_ids,
             weights,
             axis=computation.axis,
+            layer=None,
             activation=computation.activation,
             apply_router_weight_on_input=computation.apply_router_weight_on_input,
             recompute_activation=computation.recompute_activation,

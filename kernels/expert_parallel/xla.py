@@ -44,6 +44,7 @@ def run_with(request: Request, implementation: str | None) -> Array:
         block.topk_ids,
         ExpertMatrices(block.gate_up_proj, block.down_proj, block.gate_up_bias, block.down_bias),
         axis=request.axis,
+        layer=block.layer,
         activation=block.activation,
         apply_router_weight_on_input=block.apply_router_weight_on_input,
         recompute_activation=block.recompute_activation,
@@ -58,12 +59,13 @@ def gathered_moe(
     weights: ExpertMatrices,
     *,
     axis: Axis,
+    layer: int | Int[Array, ""] | None,
     activation: Activation,
     apply_router_weight_on_input: bool,
     recompute_activation: bool,
     implementation: str | None,
 ) -> Float[Array, "T H"]:
-    """`fused_moe` of this rank's experts on all ranks' tokens, summed over ranks.
+    """`fused_moe` of this rank's experts on all ranks' tokens, summed over ranks; their matrices are those of `layer` in a stack.
 
     What a rank contributes to a token is rounded to the dtype of x; the sum is taken in float32 and rounded again.
     """
@@ -80,7 +82,8 @@ def gathered_moe(
         gate_up_bias=weights.gate_up_bias,
         down_bias=weights.down_bias,
         activation=activation,
-        expert_offset=jax.lax.axis_index(axis) * weights.down_proj.shape[0],
+        layer=layer,
+        expert_offset=jax.lax.axis_index(axis) * weights.down_proj.shape[-3],
         apply_router_weight_on_input=apply_router_weight_on_input,
         recompute_activation=recompute_activation,
         expected_rows=topk_ids.size,  # of all ranks' choices as many as one rank has tokens' for

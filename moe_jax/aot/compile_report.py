@@ -11,6 +11,7 @@ from moe_jax.aot.sizes import Sizes
 from moe_jax.aot.targets import GpuTarget, Target
 from moe_jax.aot.work import Step, Work, cache_per_device, model_flops, parameters_per_device, work_per_device
 from moe_jax.models import CausalLM
+from moe_jax.parallel import remote_dma
 
 GPU_MEMORY_SHARE = 0.75
 """Part of a GPU's memory that jax takes unless `XLA_PYTHON_CLIENT_MEM_FRACTION` says otherwise."""
@@ -230,6 +231,11 @@ def _warnings(
                 f"a batch of {asked.batch_size} cannot be split over the {positions} data positions: "
                 "every device computes attention for all of it"
             )
+    if model.parallel.strategy == remote_dma.NAME:
+        yield (
+            f"with the strategy {remote_dma.NAME} rows travel inside of a kernel: they are not among the collectives, and the "
+            "least time of links leaves them out"
+        )
     if isinstance(target, GpuTarget):
         yield from _gpu_warnings(target, reports, programs)
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Key
 from moe_jax.config import MoEConfig
 from moe_jax.experts.replicas import initial_physical_to_logical
 from moe_jax.experts.weights import ExpertWeights
-from moe_jax.kernels import Activation, fused_moe
+from moe_jax.kernels import Activation, expert_parallel_moe, fused_moe
 
 if TYPE_CHECKING:
     from moe_jax.placement import ExpertMapManager
@@ -72,9 +72,7 @@ class ExpertComputation:
         never rounded to that of `x`. Jitted, because outside of `jax.jit` the
         loops of an implementation would run operation by operation.
         """
-        is_taken = [matrices.dtype in (x.dtype, jnp.float32) for matrices in (weights.gate_up_proj, weights.down_proj)]
-        if not all(is_taken):
-            weights = weights.as_dtype(x.dtype)
+        weights = _as_taken(weights, x)
         return fused_moe(
             x,
             topk_weights,
@@ -90,6 +88,41 @@ class ExpertComputation:
             expected_rows=expected_rows,
             implementation=self.implementation,
         )
+
+    def over_ranks(
+        self,
+        x: Float[Array, "T H"],
+        topk_weights: Float[Array, "T K"],
+        topk_ids: Int[Array, "T K"],
+        weights: ExpertWeights,
+        *,
+        axis: str | tuple[str, ...],
+    ) -> Float[Array, "T H"]:
+        """Run the experts of all ranks along `axis`, whose `weights` each rank has, on this rank's tokens, by one TPU kernel.
+
+        For use inside `jax.shard_map`; see `expert_parallel_moe`. Ids are those of all ranks' experts.
+        """
+        weights = _as_taken(weights, x)
+        return expert_parallel_moe(
+            x,
+            topk_weights,
+            topk_ids,
+            weights.gate_up_proj,
+            weights.down_proj,
+            axis=axis,
+            gate_up_bias=weights.gate_up_bias,
+            down_bias=weights.down_bias,
+            activation=self.activation,
+            layer=weights.layer,
+            apply_router_weight_on_input=self.apply_router_weight_on_input,
+            implementation="pallas_tpu",
+        )
+
+
+def _as_taken(weights: ExpertWeights, x: Array) -> ExpertWeights:
+    """Weights in a dtype that kernels take beside `x`: its own, or float32."""
+    is_taken = [matrices.dtype in (x.dtype, jnp.float32) for matrices in (weights.gate_up_proj, weights.down_proj)]
+    return weights if all(is_taken) else weights.as_dtype(x.dtype)
 
 
 class RoutedExperts(nnx.Module):

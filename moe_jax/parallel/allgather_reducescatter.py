@@ -24,6 +24,7 @@ from moe_jax.parallel.requirements import unsupported_all_to_all_options
 
 NAME = "allgather_reducescatter"
 SLICES_TOKENS = False
+WHY_ONLY_BY_NAME = None
 
 
 def unsupported(request: DispatchRequest) -> str | None:

@@ -1,10 +1,16 @@
 """Which dispatch strategy runs, and why: chosen from mesh, tokens and platform, in the open."""
 
 from moe_jax.kernels.selection import Choice
-from moe_jax.parallel import allgather_reducescatter, padded_all_to_all, ragged_all_to_all, replicated
+from moe_jax.parallel import allgather_reducescatter, padded_all_to_all, ragged_all_to_all, remote_dma, replicated
 from moe_jax.parallel.dispatch import DispatchRequest, Strategy
 
-STRATEGIES: tuple[Strategy, ...] = (replicated, allgather_reducescatter, ragged_all_to_all, padded_all_to_all)
+STRATEGIES: tuple[Strategy, ...] = (
+    replicated,
+    allgather_reducescatter,
+    ragged_all_to_all,
+    padded_all_to_all,
+    remote_dma,
+)
 """Every strategy; of two that move equally many rows, the first one is taken."""
 
 
@@ -20,6 +26,9 @@ def choose_strategy(request: DispatchRequest) -> tuple[Strategy, Choice]:
     """
     asked = request.parallel.strategy
     reasons = {strategy.NAME: strategy.unsupported(request) for strategy in STRATEGIES}
+    for strategy in STRATEGIES:
+        if reasons[strategy.NAME] is None and strategy.WHY_ONLY_BY_NAME and asked != strategy.NAME:
+            reasons[strategy.NAME] = f"it runs only if it is asked for by name: {strategy.WHY_ONLY_BY_NAME}"
     able = [strategy for strategy in STRATEGIES if reasons[strategy.NAME] is None]
     sent = {strategy.NAME: f"is expected to send {strategy.rows_moved(request):.1f} rows per rank" for strategy in able}
     if asked is not None:
@@ -35,7 +44,7 @@ def choose_strategy(request: DispatchRequest) -> tuple[Strategy, Choice]:
     else:
         chosen = min(able, key=lambda strategy: strategy.rows_moved(request))
         why = "it is expected to send the fewest rows"
-    fused = request.num_fused_shared_experts
+    fused = request.config.num_fused_shared_experts
     beside = f", and none to the {fused} fused shared experts, which every rank has" if fused else ""
     choice = Choice(
         op="dispatch",

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_jax.config import ParallelConfig
+from moe_jax.config import MoEConfig, ParallelConfig
 from moe_jax.experts.routed import ExpertComputation
 from moe_jax.experts.weights import ExpertWeights
 from moe_jax.kernels.fused_moe.assignment import MOST_COMPARISONS
@@ -112,23 +112,27 @@ class DispatchRequest:
 
     axes: LayerAxes
     """Axes of the layer."""
-    parallel: ParallelConfig
-    """What was asked for."""
+    config: MoEConfig
+    """Of the layer; its `parallel` is what was asked for."""
     num_tokens: int
     """Tokens of all ranks."""
-    top_k: int
-    """Choices per token."""
-    num_experts: int
-    """Physical experts of all ranks."""
-    num_fused_shared_experts: int = 0
-    """Shared experts that every rank runs among its own, on tokens that don't travel for them."""
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """What was asked for."""
+        return self.config.parallel
+
+    @property
+    def top_k(self) -> int:
+        """Choices per token."""
+        return self.config.top_k
 
     @property
     def settings(self) -> DispatchSettings:
         """The settings that an all-to-all strategy would run with."""
         return DispatchSettings(
             axes=self.axes,
-            num_experts=self.num_experts,
+            num_experts=self.config.num_physical_experts,
             capacity_factor=self.parallel.capacity_factor,
             buffer_factor=self.parallel.buffer_factor,
             one_row_per_rank=self.parallel.one_row_per_rank,
@@ -169,6 +173,12 @@ class LocalExperts:
         rows = (received.x, received.topk_weights, received.topk_ids)
         return self.compute(*rows, self.weights, first_expert, expected_rows=received.expected_rows)
 
+    def with_other_ranks(
+        self, x: Float[Array, "T H"], topk_weights: Float[Array, "T K"], topk_ids: Int[Array, "T K"]
+    ) -> Float[Array, "T H"]:
+        """The weighted sum of each token's choices among the experts of all ranks, whose tokens come here meanwhile."""
+        return self.compute.over_ranks(x, topk_weights, topk_ids, self.weights, axis=self.settings.axes.expert)
+
 
 class Strategy(Protocol):
     """A way for tokens to meet their experts; a module with these names is one.
@@ -188,6 +198,11 @@ class Strategy(Protocol):
 
     def unsupported(self, request: DispatchRequest) -> str | None:
         """Why the strategy cannot do what is asked, or None if it can."""
+        ...
+
+    @property
+    def WHY_ONLY_BY_NAME(self) -> str | None:  # noqa: N802 - a constant of the module
+        """Why the strategy runs only where it is asked for by name; None: it may be chosen."""
         ...
 
     def rows_moved(self, request: DispatchRequest) -> float:

@@ -59,6 +59,11 @@ class WithFusedSharedExperts:
         """As the strategy does."""
         return self.strategy.SLICES_TOKENS
 
+    @property
+    def WHY_ONLY_BY_NAME(self) -> str | None:  # noqa: N802 - a constant of strategies
+        """As of the strategy."""
+        return self.strategy.WHY_ONLY_BY_NAME
+
     def unsupported(self, request: DispatchRequest) -> str | None:
         """What the strategy cannot do."""
         return self.strategy.unsupported(request)

@@ -28,6 +28,7 @@ from moe_jax.parallel.sent_rows import SentRows
 
 NAME = "padded_all_to_all"
 SLICES_TOKENS = True
+WHY_ONLY_BY_NAME = None
 
 
 def unsupported(request: DispatchRequest) -> str | None:

@@ -34,6 +34,7 @@ from moe_jax.parallel.sent_rows import SentRows
 
 NAME = "ragged_all_to_all"
 SLICES_TOKENS = True
+WHY_ONLY_BY_NAME = None
 
 
 @jax.tree_util.register_dataclass

@@ -15,6 +15,7 @@ from moe_jax.parallel.requirements import unsupported_all_to_all_options
 
 NAME = "replicated"
 SLICES_TOKENS = False
+WHY_ONLY_BY_NAME = None
 
 
 def unsupported(request: DispatchRequest) -> str | None:

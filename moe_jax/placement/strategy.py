@@ -8,7 +8,7 @@ PlacementStrategy = Literal["linear", "round_robin"]
 """`linear`: consecutive experts on one rank. `round_robin`: expert `e` on rank `e % ep_size`, so that every rank has
 experts of every group."""
 
-BATCHED_BACKENDS = ("deepep_low_latency", "nixl_ep", "padded_all_to_all", "ragged_all_to_all")
+BATCHED_BACKENDS = ("deepep_low_latency", "nixl_ep", "padded_all_to_all", "ragged_all_to_all", "remote_dma")
 """Dispatch backends that address experts by physical id through routing tables, and so can follow any placement."""
 
 

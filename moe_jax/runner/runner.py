@@ -347,15 +347,7 @@ class MoERunner(MoERunnerInterface):
         return jnp.where(has_unknown_id[:, None], jnp.nan, output), physical_ids, result
 
     def _dispatch_request(self, axes: LayerAxes, num_tokens: int) -> DispatchRequest:
-        config = self.config
-        return DispatchRequest(
-            axes=axes,
-            parallel=config.parallel,
-            num_tokens=num_tokens,
-            top_k=config.top_k,
-            num_experts=config.num_physical_experts,
-            num_fused_shared_experts=config.num_fused_shared_experts,
-        )
+        return DispatchRequest(axes=axes, config=self.config, num_tokens=num_tokens)
 
     def _dispatch(self, axes: LayerAxes, num_tokens: int) -> RoutedDispatch:
         """How `num_tokens` tokens meet their experts."""

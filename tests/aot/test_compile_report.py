@@ -19,7 +19,7 @@ from moe_jax.aot.sizes import Sizes
 from moe_jax.aot.targets import target_named
 from moe_jax.aot.work import Work, cache_per_device, parameters_per_device
 from moe_jax.families import get_family
-from moe_jax.kernels.device import GPU_DEVICES, TPU_DEVICES
+from moe_jax.kernels.device import GPU_DEVICES, TPU_DEVICES, targeting
 
 
 def compiled(name, program, *, argument=100, output=30, temporary=7, code=3):
@@ -271,6 +271,18 @@ def test_sizes_are_padded_as_generation_pads_them():
     assert any("batch of 3 cannot be split over the 2 data positions" in warning for warning in warnings)
     with pytest.raises(ValueError, match="must exceed prompt_length=8"):
         Sizes(batch_size=1, prompt_length=8, cache_length=8)
+
+
+def test_what_a_kernel_moves_is_said_to_be_missing():
+    given, shape = model_on(4)
+    decoder = decoder_of({**GROUPED_QUERY, "hidden_size": 128, "moe_intermediate_size": 128})
+    for strategy, is_said in ((None, False), ("remote_dma", True)):
+        with targeting(TPU_DEVICES["v6e"]):
+            parallel = parallel_for(given.mesh, strategy)
+            model = abstract_model(decoder, dtype=jnp.bfloat16, mesh=given.mesh, parallel=parallel)
+        program = compiled("prefill", "loops_h200_1x4")
+        warnings = report(model, target_named("v6e:2x2"), SIZES, shape, [program]).warnings
+        assert any("rows travel inside of a kernel" in warning for warning in warnings) == is_said
 
 
 @pytest.mark.parametrize(

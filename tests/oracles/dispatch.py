@@ -14,7 +14,7 @@ def count_sent_rows(physical_ids, axes, config):
     parallel, mesh = config.parallel, dict(axes.mesh.shape)
     strategy = parallel.strategy
     token_axes = list(axes.data + axes.sequence)
-    if strategy.endswith("all_to_all"):
+    if strategy not in ("replicated", "allgather_reducescatter"):
         token_axes += [name for name in axes.expert if name not in token_axes]
     positions = list(np.ndindex(*(mesh[name] for name in token_axes)))
     halves = parallel.micro_batches

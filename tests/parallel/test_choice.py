@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 from support.sharded_layers import SHARED, make_mesh, small_config
 
-from moe_jax import MoERunner, ParallelConfig
+from moe_jax import MoEConfig, MoERunner, ParallelConfig
 from moe_jax.parallel import LayerAxes
 from moe_jax.parallel.choice import STRATEGIES, choose_strategy
 from moe_jax.parallel.dispatch import DispatchRequest
@@ -73,9 +73,10 @@ def fake_mesh(platform="tpu", hosts=1, **sizes):
 
 
 def request_for(mesh, num_tokens=4096, top_k=8, **parallel):
-    config = ParallelConfig(**parallel)
-    axes = LayerAxes.resolve(config, mesh)
-    return DispatchRequest(axes=axes, parallel=config, num_tokens=num_tokens, top_k=top_k, num_experts=256)
+    config = MoEConfig(
+        hidden_size=256, intermediate_size=256, num_experts=256, top_k=top_k, parallel=ParallelConfig(**parallel)
+    )
+    return DispatchRequest(axes=LayerAxes.resolve(config.parallel, mesh), config=config, num_tokens=num_tokens)
 
 
 def choice(mesh, **given):
@@ -171,6 +172,7 @@ def test_the_choice_says_what_each_strategy_would_send_or_why_it_cannot_run():
         "split over an axis that splits experts, got 'ep'",
         "  not ragged_all_to_all: it is expected to send 7168.0 rows per rank",
         "  not padded_all_to_all: it is expected to send 57344.0 rows per rank",
+        "  not remote_dma: it needs a TPU v5e, v5p, v6e or 7x, the platform is 'cpu'",
     ]
 
 

@@ -197,7 +197,8 @@ def test_strategies_without_rounds_refuse_a_buffer(strategy, rng):
 def test_what_the_emulation_gathers_is_counted_for_every_round(factor, rounds, room):
     parallel = ParallelConfig(expert_axis="expert", sequence_axis="expert", buffer_factor=factor)
     axes = LayerAxes.resolve(parallel, make_mesh(1, 8, 1))
-    request = DispatchRequest(axes=axes, parallel=parallel, num_tokens=8 * 16, top_k=2, num_experts=64)
+    config = small_config(num_experts=64, top_k=2, parallel=parallel)
+    request = DispatchRequest(axes=axes, config=config, num_tokens=8 * 16)
     assert ragged_all_to_all.rows_moved(request) == 7 * rounds * (32 + room)
 
 

@@ -21,7 +21,7 @@ from moe_jax.placement import ParallelRanks, determine_expert_placement_strategy
             False,
             "allgather_reducescatter",
             "linear",
-            "all2all_backend in deepep_low_latency, nixl_ep, padded_all_to_all, ragged_all_to_all; "
+            "all2all_backend in deepep_low_latency, nixl_ep, padded_all_to_all, ragged_all_to_all, remote_dma; "
             "got 'allgather_reducescatter'",
         ),
         ("round_robin", True, 2, 0, False, "deepep_low_latency", "round_robin", None),

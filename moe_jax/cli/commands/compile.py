@@ -28,7 +28,7 @@ EXAMPLES = """\
 """
 
 # The names of moe_jax.config.DispatchStrategy, and of the implementations of moe_jax.kernels, which are slow to import.
-STRATEGIES = ("replicated", "allgather_reducescatter", "padded_all_to_all", "ragged_all_to_all")
+STRATEGIES = ("replicated", "allgather_reducescatter", "padded_all_to_all", "ragged_all_to_all", "remote_dma")
 IMPLEMENTATIONS = ("pallas_gpu", "pallas_tpu", "xla")
 
 ENVIRONMENT = {

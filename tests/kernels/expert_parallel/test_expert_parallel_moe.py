@@ -1,16 +1,18 @@
 """The expert-parallel MoE block: every implementation, gradients, and the choice between them."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from support.expert_parallel_problems import Problem, Setting, assert_close
 
 from moe_jax.kernels import Activation
 from moe_jax.kernels.device import TPU_DEVICES, targeting
-from moe_jax.kernels.expert_parallel import explain_expert_parallel_moe
+from moe_jax.kernels.expert_parallel import expert_parallel_moe, explain_expert_parallel_moe
 
 
 def draw(rng, setting, **shape):
@@ -105,3 +107,30 @@ def test_what_the_kernel_cannot_do_is_said(changed, reason):
 def test_numbers_that_make_no_sense_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must .*got {value}"):
         explain_expert_parallel_moe(*arguments(), **{"num_ranks": 4, name: value})
+
+
+def test_the_experts_of_one_of_several_layers_are_read_from_their_stack_and_get_its_gradient(rng):
+    problem = Problem.draw(rng, Setting(4, implementation="xla"), hidden=20, intermediate=12, bias=True)
+    names = ("gate_up_proj", "down_proj")
+    stacks = {name: jnp.stack([jnp.zeros_like(problem.arrays[name]), problem.arrays[name]]) for name in names}
+    tokens, experts, layers = PartitionSpec("expert"), PartitionSpec("expert"), PartitionSpec(None, "expert")
+    others = {name: array for name, array in problem.arrays.items() if name not in names}
+    specs = {name: experts if "bias" in name else tokens for name in others}
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=problem.setting.mesh(),
+        in_specs=(dict.fromkeys(names, layers), specs),
+        out_specs=tokens,
+        check_vma=False,
+    )
+    def of_second_layer(stacks, others):
+        return expert_parallel_moe(**stacks, **others, axis="expert", layer=jnp.int32(1), implementation="xla")
+
+    cotangent = jnp.array(rng.normal(size=problem.arrays["x"].shape), jnp.float32)
+    gradients = jax.jit(jax.grad(lambda stacks: jnp.vdot(of_second_layer(stacks, others), cotangent)))(stacks)
+    problem.assert_right(jax.jit(of_second_layer)(stacks, others))
+    expected = problem.expected_gradients(cotangent)
+    for name in names:
+        assert not gradients[name][0].any()
+        assert_close(gradients[name][1], expected[name], jnp.float32)
