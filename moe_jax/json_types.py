@@ -33,6 +33,8 @@ def _is_list(value: Any, accepts: Callable[[Any], bool]) -> bool:
 INTEGER = JSONType("an integer", _is_integer)
 NATURAL = JSONType("an integer of at least 0", lambda value: _is_integer(value) and value >= 0)
 POSITIVE_INTEGER = JSONType("a positive integer", lambda value: _is_integer(value) and value > 0)
+COUNT = JSONType("a positive integer of at most 100,000", lambda value: _is_integer(value) and 0 < value <= 100_000)
+"""Of things that are listed one by one: far more than any model has, and no more than a machine can list."""
 NUMBER = JSONType("a finite number", _is_number)
 NUMBER_FROM_0 = JSONType("a finite number of at least 0", lambda value: _is_number(value) and value >= 0)
 NUMBER_ABOVE_1 = JSONType("a finite number above 1", lambda value: _is_number(value) and value > 1)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from moe_jax.json_types import (
     BOOLEAN,
+    COUNT,
     INTEGERS,
     NATURAL,
     NUMBER,
@@ -20,15 +21,17 @@ from moe_jax.json_types import (
 CONFIG_TYPES: Mapping[str, JSONType] = {
     **dict.fromkeys(
         (
-            "vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings",
+            "vocab_size", "hidden_size", "max_position_embeddings",
             "num_attention_heads", "num_key_value_heads", "head_dim",
             "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
             "intermediate_size", "moe_intermediate_size",
-            "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",
             "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k",
             "n_group", "topk_group", "decoder_sparse_step", "moe_layer_freq",
         ),
         POSITIVE_INTEGER,
+    ),
+    **dict.fromkeys(
+        ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), COUNT
     ),
     **dict.fromkeys(
         (

@@ -11,7 +11,7 @@ from moe_jax.families.config_keys import ONLY_DECODERS
 from moe_jax.families.config_types import CONFIG_TYPES, ROPE_PARAMETER_TYPES
 from moe_jax.families.rope import ROPE_KEYS, ROPE_TYPES
 from moe_jax.families.settings import Key
-from moe_jax.json_types import POSITIVE_INTEGER
+from moe_jax.json_types import COUNT, POSITIVE_INTEGER
 
 READ_BY_EVERY_DECODER = {"hidden_size", "num_hidden_layers", "hidden_act", "vocab_size", "max_position_embeddings"}
 
@@ -55,7 +55,10 @@ def test_every_rotary_parameter_has_a_type():
         ),
         ({"rms_norm_eps": 0}, "rms_norm_eps must be a positive finite number, got 0"),
         ({"router_aux_loss_coef": "x", "hidden_size": 2048.0}, "hidden_size must be a positive integer, got 2048.0"),
-        ({"num_hidden_layers": True}, "num_hidden_layers must be a positive integer, got True"),
+        ({"num_hidden_layers": True}, "num_hidden_layers must be a positive integer of at most 100,000, got True"),
+        # Layers and experts are listed one by one: so many would take all memory.
+        ({"num_hidden_layers": 10**30}, "num_hidden_layers must be a positive integer of at most 100,000, got 1000"),
+        ({"num_experts": 100_001}, "num_experts must be a positive integer of at most 100,000, got 100001"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, got 'false'"),
         ({"mlp_only_layers": "3"}, "mlp_only_layers must be a list of integers, got '3'"),
         ({"hidden_act": 1}, "hidden_act must be a string, got 1"),
@@ -86,7 +89,7 @@ def test_a_wrong_type_is_refused_with_its_key_and_value(changes, message):
 
 
 SIZES = sorted(
-    name for config in CONFIGS.values() for name, value in config.items() if CONFIG_TYPES.get(name) is POSITIVE_INTEGER
+    name for config in CONFIGS.values() for name in config if CONFIG_TYPES.get(name) in (POSITIVE_INTEGER, COUNT)
 )
 
 
@@ -95,7 +98,7 @@ SIZES = sorted(
 def test_a_size_that_is_not_positive_is_refused_with_file_and_key(name, size):
     for model_type in CONFIGS:
         if name in CONFIGS[model_type]:
-            with pytest.raises(ValueError, match=rf"^config\.json: {name} must be a positive integer, got {size}"):
+            with pytest.raises(ValueError, match=rf"^config\.json: {name} must be a positive integer.*, got {size}"):
                 build(model_type, **{name: size})
 
 
