@@ -110,7 +110,7 @@ def choose_row_tiles(problem: RowsProblem, device: TpuDevice) -> ChosenTiles:
         best = _best([tiles, *by_group], problem, device)
         saved = 1 - _copy_seconds(best, problem, device) / _copy_seconds(tiles, problem, device)
         tiles = best if saved >= LEAST_SAVED_BY_GROUP else tiles
-    used = _vmem_bytes(tiles, problem) / 2**20
+    used = _vmem_bytes(tiles, problem, device) / 2**20
     bound = "products" if _product_seconds(tiles, problem, device) > _copy_seconds(tiles, problem, device) else "copies"
     reason = (
         f"least estimated time of {len(fitting)} tilings for {problem} on {device.name}: bound by {bound},"
@@ -120,7 +120,7 @@ def choose_row_tiles(problem: RowsProblem, device: TpuDevice) -> ChosenTiles:
 
 
 def _fitting(candidates: Iterable[RowTiles], problem: RowsProblem, device: TpuDevice) -> list[RowTiles]:
-    return [tiles for tiles in candidates if _vmem_bytes(tiles, problem) <= vmem_limit_bytes(device)]
+    return [tiles for tiles in candidates if _vmem_bytes(tiles, problem, device) <= vmem_limit_bytes(device)]
 
 
 def _best(fitting: Sequence[RowTiles], problem: RowsProblem, device: TpuDevice) -> RowTiles:
@@ -129,7 +129,7 @@ def _best(fitting: Sequence[RowTiles], problem: RowsProblem, device: TpuDevice) 
 
 def row_too_long(problem: RowsProblem, device: TpuDevice) -> str | None:
     """Why no tiles fit into vector memory, or None if some do."""
-    smallest = _vmem_bytes(_tiles(LANES, LANES, LANES, problem, device), problem)
+    smallest = _vmem_bytes(_tiles(LANES, LANES, LANES, problem, device), problem, device)
     if smallest <= vmem_limit_bytes(device):
         return None
     return (
@@ -261,7 +261,7 @@ def _cores_used(passes: int, device: TpuDevice) -> float:
     return passes / math.ceil(passes / device.cores)
 
 
-def _vmem_bytes(tiles: RowTiles, problem: RowsProblem) -> int:
+def _vmem_bytes(tiles: RowTiles, problem: RowsProblem, device: TpuDevice) -> int:
     return rows_vmem_bytes(
         tiles,
         width_in=problem.width_in,
@@ -270,4 +270,5 @@ def _vmem_bytes(tiles: RowTiles, problem: RowsProblem) -> int:
         scaled_rows=problem.scaled_rows,
         itemsize=problem.itemsize,
         output_itemsize=problem.output_itemsize,
+        device=device,
     )

@@ -24,6 +24,15 @@ from where a scalar says that isn't known to be the same. A register of 7x is lo
 PAIRED_STRIPS = ("7x",)
 """Generations whose matrix units multiply by a strip each at the same time. The results of both come together, and those of the
 second are spilled until the first are stored, so a panel of no more than two is one strip."""
+LONE_STRIPS = {"7x": 2048}
+"""Generations on which a panel is one strip, of all projections together, where (out, in) matrices of two-byte elements are deeper
+than that. Both matrix units then share the strip, each multiplying other parts of the contraction, and are fed at the same time;
+with a strip each they are fed in turns, which takes a fifth longer. Where the contraction is short, the ends of panels, at which
+nothing is multiplied, would take more than that saves. Matrices whose rows are contracted have no such turns: they need not be
+transposed on their way into a matrix unit."""
+LONE_STRIP_PIECE = 3 * 256
+"""Of the contraction of a lone strip, how much one product takes: three times what a matrix unit holds. The compiler feeds both
+matrix units together for odd numbers of these that leave at least three products; for all at once it depends on the depth."""
 PIECE_ELEMENTS = 2**15
 """Of rows that are multiplied at once where a strip is wider than a matrix unit: they take a quarter of the registers."""
 MOST_PANEL_ELEMENTS = 2**22
@@ -57,11 +66,18 @@ def compiler_vmem_limit_bytes(device: TpuDevice) -> int:
     return device.vmem_bytes
 
 
-def panel_columns(columns: int, projections: int, depth: int) -> int:
-    """Columns of a panel of the kernel on rows; the last one of a tile may have fewer.
+def has_lone_strips(depth: int, itemsize: int, device: TpuDevice) -> bool:
+    """Whether a panel of the kernel on rows is one strip by (out, in) matrices, see `LONE_STRIPS`."""
+    return itemsize == 2 and depth > LONE_STRIPS.get(device.name, depth)
+
+
+def panel_columns(columns: int, projections: int, depth: int, *, lone_strips: bool) -> int:
+    """Columns of a panel of the kernel on rows, of each projection; the last one of a tile may have fewer.
 
     A narrower last panel is code of its own; to do without it, a few more panels are worth it.
     """
+    if lone_strips:
+        return min(STRIP // projections, columns)
     fewest = ceil_div(projections * depth * columns, MOST_PANEL_ELEMENTS)
     for panels in range(fewest, fewest * 3 // 2 + 1):
         if columns % (panels * STRIP) == 0 or panels == 1:
@@ -75,7 +91,7 @@ def rereads_rows(itemsize: int, device: TpuDevice) -> bool:
 
 
 def strip_columns(panel: int, projections: int, device: TpuDevice) -> int:
-    """Columns of a strip of the kernel on rows; the last one of a panel may have fewer."""
+    """Columns of a strip of the kernel on rows, of each projection; the last one of a panel may have fewer."""
     if device.name in PAIRED_STRIPS and panel * projections <= 2 * STRIP:
         return panel
     return min(STRIP, panel)
@@ -102,6 +118,7 @@ def rows_vmem_bytes(
     scaled_rows: int,
     itemsize: int,
     output_itemsize: int,
+    device: TpuDevice,
 ) -> int:
     """Vector memory that the kernel on rows takes: everything twice, so that copies overlap with products."""
     depth = round_up(width_in, LANES)
@@ -114,7 +131,8 @@ def rows_vmem_bytes(
     # A strip's products, and what the compiler keeps of them.
     temporaries = 4 * tiles.chunk * projections * 256 * 4
     # Code that multiplies more than a chunk of rows keeps them; there is other code for a last panel with fewer columns.
-    panel = panel_columns(tiles.columns, projections, depth)
+    lone_strips = has_lone_strips(depth, itemsize, device)
+    panel = panel_columns(tiles.columns, projections, depth, lone_strips=lone_strips)
     different_panels = 1 if panel >= tiles.columns else 1 + (tiles.columns % panel > 0)
     longer_than_chunk = max((size for size in tiles.remainders if size > tiles.chunk), default=0)
     kept_rows = different_panels * longer_than_chunk * depth * itemsize

@@ -8,7 +8,7 @@ are written decides what the compiler keeps of long rows, which don't fit into r
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jaxtyping import Float
 from ..activations import Activation
 from ..device import TpuDevice
 from .epilogue import activate
-from .limits import LANES, contracted_at_once, panel_columns, strip_columns
+from .limits import LANES, LONE_STRIP_PIECE, contracted_at_once, has_lone_strips, panel_columns, strip_columns
 from .shared_rows import aligned
 from .tiles import RowTiles
 
@@ -45,7 +45,7 @@ class Problem:
     @property
     def panel(self) -> int:
         """Columns of a panel; the last one of a tile may have fewer."""
-        return panel_columns(self.tiles.columns, self.projections, self.depth)
+        return panel_columns(self.tiles.columns, self.projections, self.depth, lone_strips=self.has_lone_strips)
 
     @property
     def strip(self) -> int:
@@ -53,9 +53,20 @@ class Problem:
         return strip_columns(self.panel, self.projections, self.device)
 
     @property
+    def has_lone_strips(self) -> bool:
+        """Whether a panel is one strip, and rows are multiplied by that of all projections at once."""
+        return self.contract == "in" and has_lone_strips(self.depth, self.itemsize, self.device)
+
+    @property
     def products(self) -> int:
         """Of the same rows in a panel: by each projection's strips."""
         return self.projections * pl.cdiv(self.panel, self.strip)
+
+    def contracted_at_once(self, size: int) -> int:
+        """Columns of `size` rows that one product takes."""
+        if self.has_lone_strips:
+            return LONE_STRIP_PIECE
+        return contracted_at_once(size, self.depth, self.itemsize, self.device)
 
     @property
     def last_columns(self) -> int:
@@ -89,13 +100,22 @@ def multiply_panel(
     # A product of float32 splits its rows into parts of bfloat16, which is done once for all products.
     split_rows = operands.rows[own_rows, : problem.depth] if problem.itemsize == 4 else None
     scale = None if operands.scale is None else operands.scale(first_row, size)
+
+    def rows_of(product: int) -> Ref | Array:
+        return _rows_of_product(operands, first_row, size, product) if split_rows is None else split_rows
+
     for strip, start in enumerate(range(0, columns, problem.strip)):
         own_columns = _columns(first_column, start, min(problem.strip, columns - start))
+        if problem.has_lone_strips:
+            products = _product_of_all(problem, rows_of(0), operands.weights, own_columns)
+        else:
+            first = strip * problem.projections
+            products = [
+                _product(problem, rows_of(first + projection), operands.weights.at[projection], own_columns)
+                for projection in range(problem.projections)
+            ]
         projected = []
-        for projection in range(problem.projections):
-            product = strip * problem.projections + projection
-            rows = _rows_of_product(operands, first_row, size, product) if split_rows is None else split_rows
-            values = _product(problem, rows, operands.weights.at[projection], own_columns)
+        for projection, values in enumerate(products):
             if operands.bias is not None:
                 values = values + operands.bias[projection, own_columns][None, :]
             projected.append(values)
@@ -115,16 +135,43 @@ def _rows_of_product(operands: Operands, first_row: Array, size: int, product: i
 
 def _product(problem: Problem, rows: Ref | Array, weights: Ref, columns: Any) -> Float[Array, "size columns"]:
     """Rows times `columns` of a projection's weights, in float32."""
+    if problem.contract == "in":
+        return _sum_of_pieces(problem, rows, lambda piece: weights[columns, piece], contracted=1)
+    return _sum_of_pieces(problem, rows, lambda piece: weights[piece, columns], contracted=0)
+
+
+def _product_of_all(
+    problem: Problem, rows: Ref | Array, weights: Ref, columns: Any
+) -> Sequence[Float[Array, "size columns"]]:
+    """Rows times `columns` of each projection's (out, in) weights, in float32: one product by all of them side by side."""
+
+    def side_by_side(piece: slice) -> Float[Array, "P*columns piece"]:
+        matrices = weights[:, columns, piece]
+        return matrices.reshape(-1, matrices.shape[-1])
+
+    return jnp.split(_sum_of_pieces(problem, rows, side_by_side, contracted=1), problem.projections, axis=1)
+
+
+def _sum_of_pieces(
+    problem: Problem, rows: Ref | Array, matrix: Callable[[slice], Array], *, contracted: int
+) -> Float[Array, "size columns"]:
+    """Products by pieces of the contraction, summed in float32.
+
+    Args:
+        problem: says how large pieces are.
+        rows: with the contraction whole.
+        matrix: those parts of the weights, for a piece.
+        contracted: which axis of them is.
+    """
     # One pass of a matrix unit rounds float32 operands to bfloat16.
     precision = lax.Precision.HIGHEST if rows.dtype == jnp.float32 else lax.Precision.DEFAULT
-    at_once = contracted_at_once(rows.shape[0], problem.depth, problem.itemsize, problem.device)
+    at_once = problem.contracted_at_once(rows.shape[0])
 
     def product_of(start: int) -> Float[Array, "size columns"]:
         piece = slice(start, min(start + at_once, problem.depth))
-        matrix, contracted = (weights[columns, piece], 1) if problem.contract == "in" else (weights[piece, columns], 0)
         return lax.dot_general(
             rows[:, piece],
-            matrix,
+            matrix(piece),
             (((1,), (contracted,)), ((), ())),
             precision=precision,
             preferred_element_type=jnp.float32,

@@ -89,6 +89,7 @@ def multiply_rows(
         scaled_rows=0 if row_scale is None else num_rows,
         itemsize=dtype.itemsize,
         output_itemsize=output_dtype.itemsize,
+        device=device,
     )
     check_row_tiles(tiles, device, needed_bytes)
     all_tiles = pl.cdiv(padded_out, tiles.columns)

@@ -7,103 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from jax.extend.core import ClosedJaxpr, Jaxpr
-from oracles import experts as oracle
-from support.rounding import ROUNDED_ONCE
 from support.tpu_interpretation import DMA_MODES, interpreting_tpu
+from support.tpu_rows_problems import TILES, assert_close, draw, multiply
 
 from moe_jax.kernels.activations import ACTIVATIONS, Activation
 from moe_jax.kernels.device import TPU_DEVICES
-from moe_jax.kernels.groups import Groups
 from moe_jax.kernels.mosaic_tpu import limits, rows_kernel
 from moe_jax.kernels.mosaic_tpu.choice import RowsProblem, choose_row_tiles, row_too_long
 from moe_jax.kernels.mosaic_tpu.limits import check_row_tiles, vmem_limit_bytes
 from moe_jax.kernels.mosaic_tpu.schedule import VisitTable
 from moe_jax.kernels.mosaic_tpu.tiles import RowTiles
 
-TILES = RowTiles(rows=256, columns=128, chunk=128, remainder=64, least=64, most=192)
 HOT_EMPTY_AND_SMALL = (130, 0, 17, 1, 300)
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """Random operands, and the float64 result that the rows of each group must have."""
-
-    operands: dict
-    groups: Groups
-    projected: np.ndarray
-    """[P, M, N], zero in rows of no group."""
-    result: np.ndarray
-    """[M, N], zero in rows of no group."""
-
-
-def draw(
-    rng,
-    sizes,
-    *,
-    start=3,
-    num_rows=None,
-    width_in=72,
-    width_out=200,
-    projections=1,
-    contract="in",
-    activation=None,
-    bias=False,
-    row_scale=False,
-    dtype=jnp.float32,
-):
-    """A problem whose rows hold NaN wherever they belong to no group."""
-    sizes = np.array(sizes)
-    end = start + int(sizes.sum())
-    num_rows = num_rows or -(-(end + 20) // 16) * 16
-    group_of_row = np.repeat(np.arange(len(sizes)), sizes)
-    rows = np.full((num_rows, width_in), np.nan)
-    rows[start:end] = rng.normal(size=(end - start, width_in))
-    rows = jnp.array(rows, dtype)
-    weights = jnp.array(rng.normal(size=(len(sizes), projections, width_out, width_in)) / width_in**0.5, dtype)
-    biases = jnp.array(rng.normal(size=(len(sizes), projections, width_out)), dtype)
-    scale = np.full(num_rows, np.nan, np.float32)
-    scale[start:end] = rng.uniform(0.5, 1.5, end - start)
-
-    projected = np.zeros((projections, num_rows, width_out))
-    for row, group in zip(range(start, end), group_of_row, strict=True):
-        projected[:, row] = np.float64(weights[group]) @ np.float64(rows[row])
-        if bias:
-            projected[:, row] += np.float64(biases[group])
-    result = projected[0]
-    if activation is not None:
-        parameters = {name: getattr(activation, name) for name in ("limit", "alpha", "beta")}
-        result = oracle.activate(activation.name, *projected, **parameters)
-    if row_scale:
-        result = np.where(np.isnan(scale)[:, None], 0, result * scale[:, None])
-    operands = dict(rows=rows, contract=contract, activation=activation)
-    operands["weights"] = weights if contract == "in" else weights.swapaxes(2, 3)
-    operands["bias"] = biases if bias else None
-    operands["row_scale"] = jnp.array(scale) if row_scale else None
-    groups = Groups(jnp.array(start + np.cumsum(sizes) - sizes, jnp.int32), jnp.array(sizes, jnp.int32))
-    return Problem(operands, groups, projected, result)
-
-
-def multiply(problem, *, dma="on_wait", tiles=TILES, device="v5e", zero_outside=True, **options):
-    """The kernel's result and projections, without the padding of columns."""
-    width_out = problem.result.shape[1]
-    options = dict(output_dtype=jnp.float32) | options
-    with interpreting_tpu(device, dma=dma) as interpretation:
-        num_rows = problem.operands["rows"].shape[0]
-        table = VisitTable.of(problem.groups, num_rows, tiles.rows, zero_outside=zero_outside)
-        result, projected = rows_kernel.multiply_rows(
-            **problem.operands, table=table, tiles=tiles, device=TPU_DEVICES[device], **options
-        )
-        jax.block_until_ready(result)
-    assert interpretation.num_kernels == 1
-    return result[:, :width_out], None if projected is None else projected[:, :, :width_out]
-
-
-def assert_close(result, expected, dtype=jnp.float32):
-    scale = np.abs(expected).max(initial=1)
-    np.testing.assert_allclose(
-        np.asarray(result, np.float64), expected, rtol=0, atol=ROUNDED_ONCE[jnp.dtype(dtype).name] * scale
-    )
 
 
 @pytest.mark.parametrize("dma", DMA_MODES)
@@ -168,112 +83,6 @@ def test_tiles_of_a_pass_must_divide_all(rng):
     problem = draw(rng, (5,), width_out=384)
     with pytest.raises(ValueError, match="column_tiles=2 must divide the 3 tiles of 384 columns"):
         multiply(problem, tiles=dataclasses.replace(TILES, column_tiles=2))
-
-
-@pytest.mark.parametrize(
-    ("contract", "columns", "panel"),
-    [("in", 1280, 512), ("out", 1280, 512), ("in", 1408, 512), ("out", 1024, 512), ("in", 1536, 512)],
-)
-def test_tiles_of_many_columns_are_multiplied_panel_by_panel(contract, columns, panel, rng, monkeypatch):
-    """Panels of two strips of 256 columns, and what is left: one strip, a strip and a half, nothing."""
-    options = dict(projections=2, activation=Activation("silu"), bias=True) if contract == "in" else {}
-    problem = draw(rng, (130, 0, 17), width_in=16, width_out=columns - 30, contract=contract, row_scale=True, **options)
-    projections = options.get("projections", 1)
-    monkeypatch.setattr(limits, "MOST_PANEL_ELEMENTS", projections * 16 * 512)
-    assert limits.panel_columns(columns, projections, 16) == panel
-    tiles = dataclasses.replace(TILES, columns=columns)
-    result, _ = multiply(problem, tiles=tiles)
-    assert_close(result, problem.result)
-
-
-@pytest.mark.parametrize(
-    ("columns", "projections", "depth", "panel"),
-    [(1536, 2, 2048, 768), (2048, 1, 2048, 2048), (4096, 1, 7168, 512), (5760, 1, 4096, 1024), (384, 2, 28672, 256)],
-)
-def test_panels_are_equal_where_a_few_more_of_them_make_them_so(columns, projections, depth, panel):
-    assert limits.panel_columns(columns, projections, depth) == panel
-
-
-@pytest.mark.parametrize("device", TPU_DEVICES)
-@pytest.mark.parametrize("contract", ["in", "out"])
-def test_long_rows_are_multiplied_in_pieces_and_by_several_strips(contract, device, rng):
-    """Pieces of 512 and 256 columns with one that is narrower on v5e and v5p, a strip of 512 columns on 7x, else of 256."""
-    options = dict(projections=2, activation=Activation("silu"), bias=True) if contract == "in" else {}
-    sizes_of = dict(width_in=600, width_out=500, contract=contract, row_scale=True, dtype=jnp.bfloat16)
-    problem = draw(rng, (130, 0, 17), **sizes_of, **options)
-    tiles = dataclasses.replace(TILES, columns=512)
-    assert_close(multiply(problem, tiles=tiles, device=device)[0], problem.result)
-
-
-@pytest.mark.parametrize(
-    ("device", "size", "depth_at_once"),
-    [
-        ("v5e", 16, 2048),
-        ("v5e", 64, 512),
-        ("v5p", 64, 512),
-        ("v5p", 96, 256),
-        ("v5p", 128, 256),
-        ("v5p", 192, 256),
-        ("v6e", 64, 7168),
-        ("7x", 512, 7168),
-    ],
-)
-def test_pieces_fill_the_matrix_units_where_a_strip_is_wider_than_one(device, size, depth_at_once):
-    assert limits.contracted_at_once(size, 7168, 2, TPU_DEVICES[device]) == depth_at_once
-    assert limits.contracted_at_once(size, 7168, 4, TPU_DEVICES[device]) == 7168
-
-
-@pytest.mark.parametrize(
-    ("device", "panel", "projections", "strip"),
-    [
-        ("7x", 512, 1, 512),
-        ("7x", 384, 1, 384),
-        ("7x", 512, 2, 256),
-        ("7x", 256, 2, 256),
-        ("7x", 1024, 1, 256),
-        ("v6e", 512, 1, 256),
-        ("v5p", 512, 1, 256),
-        ("v5e", 128, 1, 128),
-    ],
-)
-def test_a_panel_of_two_strips_is_one_where_matrix_units_multiply_by_a_strip_each(device, panel, projections, strip):
-    assert limits.strip_columns(panel, projections, TPU_DEVICES[device]) == strip
-
-
-def equations_within(value):
-    """All equations of a program, those of loops and branches too."""
-    if isinstance(value, (tuple, list)):
-        for each in value:
-            yield from equations_within(each)
-    elif isinstance(value, (Jaxpr, ClosedJaxpr)):
-        for equation in value.eqns:
-            yield equation
-            yield from equations_within(list(equation.params.values()))
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("device", TPU_DEVICES)
-def test_each_product_of_a_panel_reads_its_rows_anew_where_a_tile_is_half_a_register(device, dtype, rng):
-    """Each of four products reads another scalar, for 64, 128 and 192 rows: the compiler cannot know that rows are the same."""
-    options = dict(projections=2, activation=Activation("silu"))
-    problem = draw(rng, (130, 0, 17), width_in=24, width_out=500, dtype=dtype, **options)
-    tiles = dataclasses.replace(TILES, columns=512)
-    anew = device != "7x" and dtype == jnp.bfloat16
-
-    def result(rows):
-        table = VisitTable.of(problem.groups, rows.shape[0], tiles.rows)
-        operands = problem.operands | {"rows": rows}
-        return rows_kernel.multiply_rows(
-            **operands, table=table, tiles=tiles, output_dtype=jnp.float32, device=TPU_DEVICES[device]
-        )[0]
-
-    equations = list(equations_within(jax.make_jaxpr(result)(problem.operands["rows"])))
-    products = [equation for equation in equations if equation.primitive.name == "dot_general"]
-    read = [equation.invars for equation in equations if equation.primitive.name == "get"]
-    scalars = [str(index) for reference, *index in read if reference.aval.shape == (4,)]
-    assert len(products) == 3 * 4
-    assert len(scalars) == (3 * 4 if anew else 0)
-    assert len(set(scalars)) == (4 if anew else 0)
 
 
 @pytest.mark.slow
@@ -452,7 +261,7 @@ def test_tiles_that_the_compiler_had_no_room_for_are_not_chosen(device, width_in
     least = chunk // (2 if chunk == 128 else 1)
     refused = RowTiles(rows=rows, columns=columns, chunk=chunk, remainder=chunk // 2, least=least, most=3 * chunk // 2)
     sizes = dict(width_in=width_in, projections=1, itemsize=2, output_itemsize=2)
-    needed = limits.rows_vmem_bytes(refused, kept=False, scaled_rows=scaled_rows, **sizes)
+    needed = limits.rows_vmem_bytes(refused, kept=False, scaled_rows=scaled_rows, device=TPU_DEVICES[device], **sizes)
     assert needed > vmem_limit_bytes(TPU_DEVICES[device])
     assert needed < used_mib * 2**20
     problem = RowsProblem(num_rows=16384, num_groups=8, width_out=4096, scaled_rows=scaled_rows, **sizes)
