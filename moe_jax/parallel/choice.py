@@ -25,10 +25,7 @@ def choose_strategy(request: DispatchRequest) -> tuple[Strategy, Choice]:
         NotImplementedError: the named strategy, or every one, cannot run; the message carries the reasons.
     """
     asked = request.parallel.strategy
-    reasons = {strategy.NAME: strategy.unsupported(request) for strategy in STRATEGIES}
-    for strategy in STRATEGIES:
-        if reasons[strategy.NAME] is None and strategy.WHY_ONLY_BY_NAME and asked != strategy.NAME:
-            reasons[strategy.NAME] = f"it runs only if it is asked for by name: {strategy.WHY_ONLY_BY_NAME}"
+    reasons = {strategy.NAME: _reason_against(strategy, request) for strategy in STRATEGIES}
     able = [strategy for strategy in STRATEGIES if reasons[strategy.NAME] is None]
     sent = {strategy.NAME: f"is expected to send {strategy.rows_moved(request):.1f} rows per rank" for strategy in able}
     if asked is not None:
@@ -54,6 +51,13 @@ def choose_strategy(request: DispatchRequest) -> tuple[Strategy, Choice]:
         rejected=tuple((name, reason or f"it {sent[name]}") for name, reason in reasons.items() if name != chosen.NAME),
     )
     return chosen, choice
+
+
+def _reason_against(strategy: Strategy, request: DispatchRequest) -> str | None:
+    """Why a strategy cannot run, or is not to; None if it may."""
+    if strategy.WHY_ONLY_BY_NAME is not None and request.parallel.strategy != strategy.NAME:
+        return f"it runs only if it is asked for by name: {strategy.WHY_ONLY_BY_NAME}"
+    return strategy.unsupported(request)
 
 
 def _ranks(request: DispatchRequest) -> str:
