@@ -31,8 +31,8 @@ with a strip each they are fed in turns, which takes a fifth longer. Where the c
 nothing is multiplied, would take more than that saves. Matrices whose rows are contracted have no such turns: they need not be
 transposed on their way into a matrix unit."""
 LONE_STRIP_PIECE = 3 * 256
-"""Of the contraction of a lone strip, how much one product takes: three times what a matrix unit holds. The compiler feeds both
-matrix units together for odd numbers of these that leave at least three products; for all at once it depends on the depth."""
+"""Of the contraction of a lone strip, how much one product takes: three times what a matrix unit holds. With these the compiler fed
+both units together at every depth that was tried; with other multiples, or the whole contraction at once, only at some."""
 PIECE_ELEMENTS = 2**15
 """Of rows that are multiplied at once where a strip is wider than a matrix unit: they take a quarter of the registers."""
 MOST_PANEL_ELEMENTS = 2**22
