@@ -4,6 +4,7 @@ A killed process loses nothing that it wrote, so the tests of interruptions cann
 """
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -29,11 +30,14 @@ class Disk:
 
     def __init__(self, monkeypatch):
         self.kept = {}
-        real = os.fsync
+        real, one_at_a_time = os.fsync, threading.Lock()
 
         def fsync(descriptor):
-            real(descriptor)
-            self.kept[os.fstat(descriptor).st_ino] = content_of(descriptor)
+            # Parts are written by several threads: what one of them saw earlier must not be noted later.
+            with one_at_a_time:
+                content = content_of(descriptor)  # what comes while it is being forced to the disk may be lost
+                real(descriptor)
+                self.kept[os.fstat(descriptor).st_ino] = content
 
         monkeypatch.setattr(os, "fsync", fsync)
 
