@@ -85,7 +85,7 @@ aot-parallel: $(AOT_VENV)/.installed  ## Of these, an expert-parallel layer: wha
 aot-models: $(AOT_VENV)/.installed  ## Of these, a tiny and a huge model for GPUs and TPUs, with moe-jax compile
 	$(AOT_VENV)/bin/python tests/aot/compile_command.py
 
-aot-megablox: $(AOT_VENV)/.installed  ## Compare the TPU kernels with megablox, without running them (an hour)
+aot-megablox: $(AOT_VENV)/.installed  ## Compare the TPU kernels with megablox, without running them (half an hour)
 	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/tpu_megablox.py --output build/aot $(AOT_MEGABLOX_ARGS)
 
 test-oldest: $(OLDEST_VENV)/.installed  ## Test and compile the kernels with the oldest supported jax

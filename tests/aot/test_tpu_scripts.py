@@ -57,6 +57,7 @@ def test_what_we_choose_is_compared_with_the_best_tiling_of_megablox(script):
     rows = [
         row("grouped", None, 80),
         row("grouped", [128, 64, 256], 60),
+        row("full units", None, 90),
         row("megablox", [128, 64, 256], 130),
         row("megablox", [256, 64, 256], 100),
         {"tpu": "v6e", "model": "olmoe-1b-7b", "program": "megablox", "tokens": [64], "left_out": True},
@@ -64,7 +65,8 @@ def test_what_we_choose_is_compared_with_the_best_tiling_of_megablox(script):
     uniform, zipf = script("tpu_megablox").comparisons(rows)
     assert (uniform["ratio"], zipf["ratio"]) == (0.8, 0.8)
     assert uniform["megablox"]["tiling"] == [256, 64, 256]
-    assert uniform["ours searched"]["bundles"] == 60
+    assert (uniform["ours"]["bundles"], uniform["ours searched"]["bundles"]) == (80, 60)
+    assert uniform["ours with full units"]["bundles"] == 90
 
 
 def test_a_child_lists_rows_failures_and_what_there_was_no_time_for(script, monkeypatch, capsys, tmp_path):
@@ -192,8 +194,33 @@ def test_published_comparisons_are_of_all_cases_and_their_results_are_those_of_t
     spills = "spills_per_billion_multiplies"
     assert all(row["ours"][spills] <= row["megablox"][spills] for row in published)
     few = [row["ratio"] for row in published if row["ratio"] <= 0.95]
-    full = [row["ours"]["occupancy"] for row in published if row["ours"]["occupancy"] >= 0.98]
     documented = (root / "docs/performance.md").read_text()
     assert f"{min(few):.2f} to {max(few):.2f} in {len(few)} of {len(published)} cases" in documented
-    assert f"{min(full):.3f} to {max(full):.2f} in {len(full)} of {len(published)} cases" in documented
     assert "\n".join(script("tpu_publish").comparison_table(published)) in documented
+
+
+def test_published_comparisons_meet_every_target_where_products_bound_the_time(script):
+    root = Path(__file__).parents[2]
+    published = json.loads((root / "benchmarks/results/tpu_static.json").read_text())["comparisons"]
+    bound = [row for row in published if products_bound_the_time(script("tpu_programs"), row)]
+    as_chosen = [row for row in bound if meets_every_target(row["ours"], row["megablox"])]
+    assert all(
+        meets_every_target(row["ours with full units"], row["megablox"]) for row in bound if row not in as_chosen
+    )
+    occupancies = [row["ours"]["occupancy"] for row in as_chosen]
+    documented = (root / "docs/performance.md").read_text()
+    assert f"{min(occupancies):.3f} to {max(occupancies):.2f} in {len(as_chosen)} of {len(bound)} cases" in documented
+
+
+def products_bound_the_time(programs, row):
+    """Whether the products that rows need take longer than copying rows, weights and results once, each at the chip's peak."""
+    shape, device = EXPERT_SHAPES[row["model"]], TPU_DEVICES[row["tpu"]]
+    sizes = programs.group_sizes(row["model"], row["tokens"], row["routing"])
+    depth, width, rows = shape.hidden_size, programs.matmul_columns(shape), int(sizes.sum())
+    elements = np.count_nonzero(sizes) * depth * width + rows * (depth + width)
+    return 2 * rows * depth * width / device.flops_per_second > 2 * elements / device.hbm_bytes_per_second
+
+
+def meets_every_target(ours, theirs):
+    spills = "spills_per_billion_multiplies"
+    return ours["bundles"] <= 0.95 * theirs["bundles"] and ours["occupancy"] >= 0.98 and ours[spills] <= theirs[spills]

@@ -1,5 +1,6 @@
 """The TPU kernels that models of published shapes call, with the scalars that choices of experts cause: what is to be compiled."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -14,7 +15,10 @@ from moe_jax.aot.tpu_calls import TpuKernelCall, tpu_kernel_calls
 from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES, ExpertShape
 from moe_jax.kernels import fused_moe, grouped_matmul
 from moe_jax.kernels.groups import Groups
+from moe_jax.kernels.mosaic_tpu.matmuls import chosen_for_forward
+from moe_jax.kernels.mosaic_tpu.rows_kernel import multiply_rows
 from moe_jax.kernels.mosaic_tpu.schedule import VisitTable
+from moe_jax.kernels.mosaic_tpu.tiles import RowTiles
 
 TOKENS = (8, 128, 2048, 8192)
 PROGRAMS = ("forward", "gradient")
@@ -85,7 +89,8 @@ def matmul_calls(
         target: what to compile for.
         model: name of a shape.
         tokens: from which the rows of groups follow.
-        program: "grouped" is ours, "megablox" is jax's.
+        program: "grouped" is ours, "full units" too, but with the tiles that it chooses for itself it never multiplies fewer rows
+            at once than a matrix unit has; "megablox" is jax's.
         tiling: of a tile; None: what we choose.
     """
     shape = EXPERT_SHAPES[model]
@@ -117,19 +122,27 @@ def _multiplication(
         from jax.experimental.pallas.ops.tpu.megablox import gmm
 
         return gmm(rows, weights, sizes, preferred_element_type=rows.dtype, tiling=tiling, transpose_rhs=True)
-    if tiling is None:
+    if program == "grouped" and tiling is None:
         return grouped_matmul(rows, weights, sizes, implementation="pallas_tpu")
-    from moe_jax.kernels.mosaic_tpu.rows_kernel import multiply_rows
-    from moe_jax.kernels.mosaic_tpu.tiles import RowTiles
-
-    tile_rows, contracted, columns = tiling
-    if contracted < rows.shape[1]:
-        raise ValueError("the contracted dimension is never cut")
-    chunk = min(tile_rows, max(128, target.device.mxu_size))
-    least = min(chunk, 128)
-    tiles = RowTiles(rows=tile_rows, columns=columns, chunk=chunk, remainder=64, least=least, most=2 * chunk - 64)
-    table = VisitTable.of(Groups(jnp.cumsum(sizes) - sizes, sizes), rows.shape[0], tile_rows)
-    return multiply_rows(rows, weights[:, None], table, tiles=tiles, output_dtype=rows.dtype, device=target.device)[0]
+    matrices = weights[:, None]
+    if tiling is None:
+        kernel, chosen = chosen_for_forward(rows.shape[0], matrices.shape, rows.dtype, rows.dtype, target.device)
+        if kernel != "rows":
+            raise ValueError("weights are streamed past rows this few: the number multiplied at once is no choice")
+        tiles, unit = chosen.tiles, target.device.mxu_size
+        chunk = max(tiles.chunk, unit)
+        tiles = dataclasses.replace(
+            tiles, rows=max(tiles.rows, chunk), chunk=chunk, least=max(tiles.least, unit), most=max(tiles.most, chunk)
+        )
+    else:
+        tile_rows, contracted, columns = tiling
+        if contracted < rows.shape[1]:
+            raise ValueError("the contracted dimension is never cut")
+        chunk = min(tile_rows, max(128, target.device.mxu_size))
+        least = min(chunk, 128)
+        tiles = RowTiles(rows=tile_rows, columns=columns, chunk=chunk, remainder=64, least=least, most=2 * chunk - 64)
+    table = VisitTable.of(Groups(jnp.cumsum(sizes) - sizes, sizes), rows.shape[0], tiles.rows)
+    return multiply_rows(rows, matrices, table, tiles=tiles, output_dtype=rows.dtype, device=target.device)[0]
 
 
 def useful_multiplies(model: str, tokens: int, routing: str, call: TpuKernelCall) -> float:
