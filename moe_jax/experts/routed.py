@@ -145,16 +145,20 @@ class RoutedExperts(nnx.Module):
         config: MoEConfig,
         *,
         expert_map_manager: Optional["ExpertMapManager"] = None,
+        placement: Int[np.ndarray, "P"] | None = None,
         kernel_init: initializers.Initializer = default_expert_init,
         rngs: nnx.Rngs,
     ):
         """Create the weights in `config.param_dtype`; biases start at zero.
 
+        With the same `rngs`, a logical expert starts with the same weights in each of its copies, whichever rank holds them.
+
         Args:
             config: sizes, activation, biases, number formats and implementation.
             expert_map_manager: holds only this rank's experts and skips the ids of all others: the sum of the ranks'
                 results is the layer's. Replace the attribute after `update` only together with the weights.
-            kernel_init: initializer of both projections.
+            placement: the logical expert in each physical slot of the layer; None: as `initial_physical_to_logical` says.
+            kernel_init: initializer of both projections, called for one expert's at a time.
             rngs: source of the `params` keys.
 
         Raises:
@@ -176,14 +180,17 @@ class RoutedExperts(nnx.Module):
                 nnx.Param(initializers.zeros(rngs.params(), shape, config.param_dtype)) if config.expert_bias else None
             )
 
+        slots = np.arange(config.num_physical_experts)
+        if expert_map_manager is not None:
+            slots = expert_map_manager.get_local_expert_ids()
+        if placement is None:
+            placement = initial_physical_to_logical(config.num_experts, config.num_redundant_experts)
+
         def projection(*shape: int) -> nnx.Param:
-            if not config.num_redundant_experts:
-                return nnx.Param(kernel_init(rngs.params(), (experts, *shape), config.param_dtype))
-            # Copies of an expert start equal: each expert is drawn once.
-            drawn = kernel_init(rngs.params(), (config.num_experts, *shape), config.param_dtype)
-            logical = initial_physical_to_logical(config.num_experts, config.num_redundant_experts)
-            held = slice(None) if expert_map_manager is None else expert_map_manager.get_local_expert_ids()
-            return nnx.Param(drawn[logical[held]])
+            # Each logical expert has a key of its own, so that it starts alike wherever it is held, and in every copy.
+            key = rngs.params()
+            keys = jax.vmap(lambda expert: jax.random.fold_in(key, expert))(jnp.asarray(placement[slots]))
+            return nnx.Param(jax.vmap(lambda key: kernel_init(key, shape, config.param_dtype))(keys))
 
         self.gate_up_proj = projection(halves, intermediate, hidden)
         self.down_proj = projection(hidden, intermediate)

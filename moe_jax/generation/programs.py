@@ -65,7 +65,7 @@ class Progress:
     seen: Bool[Array, "B V"] | None
     """Which tokens each row holds, those of its prompt included; None if repetition is not penalized."""
     expert_load: Int[Array, "L E"] | None
-    """Chosen (token, slot) pairs per MoE layer and expert so far; None if not asked for."""
+    """Choices of each expert per MoE layer so far; None if not asked for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

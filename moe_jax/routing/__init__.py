@@ -11,7 +11,7 @@ from .method import (
     resolve_router_class,
     routing_method_type,
 )
-from .route import RoutingResult, route
+from .route import RoutingResult, checked_choice, route
 from .router import Router, RouterOutput, RoutingBuffer
 from .simulation import register_strategy
 from .zero_experts import ZeroExpertSplit, split_zero_experts
@@ -25,6 +25,7 @@ __all__ = [
     "RoutingResult",
     "ZeroExpertSplit",
     "append_fused_shared_experts",
+    "checked_choice",
     "fused_shared_expert_weight",
     "get_routing_method_type",
     "register_strategy",

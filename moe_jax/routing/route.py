@@ -74,7 +74,7 @@ def route(
     _require_use("hash_table", hash_table, config.hash_vocab_size is not None, (config.hash_vocab_size, top_k))
     if forced_ids is not None:
         _require_integers("forced_ids", forced_ids, (num_tokens, top_k))
-        forced_ids = forced_ids.astype(jnp.int32)
+        forced_ids = jnp.maximum(forced_ids.astype(jnp.int32), -1)
     logits = router_logits.astype(jnp.float32)
 
     if config.simulation is not None:
@@ -135,7 +135,7 @@ def _simulate(
     if key is None:
         raise ValueError(f"simulation={name!r} draws at random: key must be given, got None")
     weights, ids = find_strategy(name)(key, num_tokens, num_experts, top_k)
-    return _checked(f"simulation {name!r}", weights, ids, num_tokens, top_k)
+    return checked_choice(f"simulation {name!r}", weights, ids, num_tokens, top_k)
 
 
 def _call_custom(
@@ -153,14 +153,25 @@ def _call_custom(
     if hidden_states is None:
         raise ValueError("a custom routing function needs hidden_states [T, H], got None")
     weights, ids = function(hidden_states, logits, top_k, renormalize_weights)
-    return _checked("the custom routing function", weights, ids, logits.shape[0], top_k)
+    return checked_choice("the custom routing function", weights, ids, logits.shape[0], top_k)
 
 
-def _checked(source: str, weights: Array, ids: Array, num_tokens: int, top_k: int) -> RoutingResult:
-    """Weights as float32, 0 where there is no expert, and ids as int32, once their shapes are what they must be."""
+def checked_choice(source: str, weights: Array, ids: Array, num_tokens: int, top_k: int) -> RoutingResult:
+    """What code that isn't ours chose: float32 weights, 0 where there is no expert, and int32 ids, of which -1 is none.
+
+    Args:
+        source: whose choice it is, for messages.
+        weights: any float dtype, must be `[num_tokens, top_k]`.
+        ids: any integer dtype, must be `[num_tokens, top_k]`; negative: no expert.
+        num_tokens: how many tokens were to be routed.
+        top_k: experts per token.
+
+    Raises:
+        ValueError: a shape is wrong, or the ids aren't integers.
+    """
     _require_shape(f"weights of {source}", weights, (num_tokens, top_k))
     _require_integers(f"ids of {source}", ids, (num_tokens, top_k))
-    return RoutingResult(jnp.where(ids < 0, 0.0, weights.astype(jnp.float32)), ids.astype(jnp.int32))
+    return RoutingResult(jnp.where(ids < 0, 0.0, weights.astype(jnp.float32)), jnp.maximum(ids.astype(jnp.int32), -1))
 
 
 def _require_use(name: str, array: Array | None, is_used: bool, shape: tuple[int | None, ...]) -> None:

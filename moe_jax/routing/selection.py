@@ -10,10 +10,12 @@ from moe_jax.config import GroupLimit
 def top_k_lowest_index(values: Float[Array, "T E"], k: int) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
     """The `k` largest values of each row, largest first, with their positions; equal values go to the lowest position.
 
-    `jax.lax.top_k` keeps the order of equal values but takes `-0.0` to be less than `0.0`, so zeros are made alike
-    first. A NaN counts as larger than everything; positions are in range and distinct whatever the values are.
+    `jax.lax.top_k` keeps the order of equal values but takes `-0.0` to be less than `0.0`, and NaNs of either sign to be the
+    largest or the least, so both are made alike first. A NaN counts as larger than everything, which shows in the weights;
+    positions are in range and distinct whatever the values are.
     """
-    return jax.lax.top_k(jnp.where(values == 0, 0.0, values), k)
+    alike = jnp.where(jnp.isnan(values), jnp.nan, jnp.where(values == 0, 0.0, values))
+    return jax.lax.top_k(alike, k)
 
 
 def keep_best_groups(choice: Float[Array, "T E"], limit: GroupLimit) -> Float[Array, "T E"]:

@@ -13,7 +13,8 @@ def sparsemixer(
     """Two experts per token and their weights, which do not sum to 1.
 
     For each pick the experts whose logit lies further than `2 * jitter` (relative) below the best one drop out, and the
-    pick's weight is its softmax probability among the rest; then the pick itself drops out and the second one is made.
+    pick's weight is its softmax probability among the rest; then the pick itself drops out and the second one is made. A logit
+    of -inf takes no part: it is picked only if nothing else is left, and weighs 0.
 
     Args:
       logits: router logits, float32.
@@ -22,15 +23,18 @@ def sparsemixer(
 
     Source: SparseMixer (arXiv 2310.00811), vLLM `phimoe_routing_function`; spec 2.7.
     """
-    remaining = logits
+    is_taken = jnp.zeros(logits.shape, bool)
     weights, ids = [], []
     for pick in range(2):
-        best = remaining.max(axis=-1, keepdims=True)
-        distance = (best - logits) / jnp.maximum(jnp.abs(logits), best)
-        competing = jnp.where(jax.lax.stop_gradient(distance) > 2 * jitter, -jnp.inf, remaining)
+        # The smallest float, not -inf: an expert that cannot compete still comes before one that was picked.
+        remaining = jnp.where(is_taken, -jnp.inf, jnp.maximum(logits, jnp.finfo(logits.dtype).min))
         chosen = remaining.argmax(axis=-1) if forced_ids is None else forced_ids[:, pick]
         chosen = chosen.astype(jnp.int32)[:, None]
-        weights.append(gather_per_expert(jax.nn.softmax(competing, axis=-1), chosen))
+        best = remaining.max(axis=-1, keepdims=True)
+        distance = (best - logits) / jnp.maximum(jnp.abs(logits), best)
+        is_close = ~(jax.lax.stop_gradient(distance) > 2 * jitter) & ~jnp.isneginf(logits) & ~is_taken
+        probabilities = jax.nn.softmax(jnp.where(is_close, logits, jnp.finfo(logits.dtype).min), axis=-1)
+        weights.append(gather_per_expert(jnp.where(is_close, probabilities, 0.0), chosen))
         ids.append(chosen)
-        remaining = jnp.where(jnp.arange(logits.shape[-1]) == chosen, -jnp.inf, remaining)
+        is_taken = is_taken | (jnp.arange(logits.shape[-1]) == chosen)
     return jnp.concatenate(weights, axis=-1), jnp.concatenate(ids, axis=-1)

@@ -19,17 +19,17 @@ class MoEAux:
     router_logits: Float[Array, "... E"]
     """Logits before scoring."""
     expert_load: Int[Array, "E"]
-    """Chosen (token, slot) pairs per logical expert, int32; padding and zero experts are not counted."""
+    """Choices of each logical expert, int32; padding and zero experts are not counted."""
     physical_load: Int[Array, "P"]
     """The same per physical expert, int32: the slots that hold a copy share its expert's load (spec 5.7)."""
     dropped_rows: Int[Array, ""]
-    """(token, slot) pairs that no rank had room for; 0 unless the dispatch strategy has a capacity."""
+    """Choices of which no rank had room for the row; 0 unless the dispatch strategy has a capacity."""
     sent_rows: Int[Array, "ranks"]
     """Rows of hidden states that each rank with tokens of its own has sent to ranks that own experts, itself excepted. Ranks that
     hold the same tokens and different slices of the experts send alike; they count as one."""
 
 
 def count_expert_load(topk_ids: Int[Array, "T K"], num_experts: int) -> Int[Array, "E"]:
-    """How many (token, slot) pairs chose each of `num_experts` experts; other ids are not counted."""
+    """How often each of `num_experts` experts was chosen; other ids are not counted."""
     # A comparison with every expert rather than a scatter: it keeps its sharding under any mesh, and XLA fuses it.
     return jnp.sum(topk_ids.reshape(-1, 1) == jnp.arange(num_experts), axis=0, dtype=jnp.int32)

@@ -12,7 +12,7 @@ def check_built_for(config: MoEConfig, router: Any, routed_experts: Any, *, has_
     """Raise ValueError for a `Router` or `RoutedExperts` built for another config, or for one rank only.
 
     Parts of other kinds are their author's own; experts of another kind can be called, but not split over a mesh, nor joined by
-    shared experts.
+    shared experts, and a router of another kind cannot be told to scale.
 
     A router that scales by another plan than the layer's would apply the factor twice or not at all, and tokens of experts that
     are missing would get nothing, both without a word.
@@ -28,6 +28,11 @@ def check_built_for(config: MoEConfig, router: Any, routed_experts: Any, *, has_
         _compare("router", "router", router.config, config.router)
         _compare("router", "num_experts", router.num_experts, config.num_experts)
         _compare("router", "top_k", router.top_k, config.top_k)
+    elif config.router.routed_scaling_factor != 1.0 and not config.router.apply_scale_to_output:
+        raise ValueError(
+            f"routed_scaling_factor={config.router.routed_scaling_factor} would be lost: a {type(router).__name__} scales its own "
+            "weights if at all; set apply_scale_to_output=True, so that the layer scales, or leave the factor at 1"
+        )
     if not isinstance(routed_experts, RoutedExperts):
         if has_mesh or config.fuse_shared_experts:
             what = "a layer on a mesh" if has_mesh else "fuse_shared_experts=True"

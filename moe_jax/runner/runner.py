@@ -29,13 +29,13 @@ from moe_jax.parallel.layer_parts import (
     sum_over_ranks,
 )
 from moe_jax.placement import ExpertMapManager
-from moe_jax.routing import Router, append_fused_shared_experts, split_zero_experts
+from moe_jax.routing import Router, append_fused_shared_experts, checked_choice, split_zero_experts
 from moe_jax.runner.aux import MoEAux, count_expert_load
 from moe_jax.runner.built_for import check_built_for, check_can_be_split
 from moe_jax.runner.fused_shared_experts import check_fused_shared_experts
 from moe_jax.runner.interface import LayerInputs, MoERunnerInterface
 from moe_jax.runner.on_mesh import partition_spec, place_parts, result_shardings
-from moe_jax.runner.physical_experts import expert_map_manager, initial_replicas, resolve_axes
+from moe_jax.runner.physical_experts import expert_map_manager, initial_placement, initial_replicas, resolve_axes
 from moe_jax.runner.plans import ReductionPlan, ScalingPlan
 from moe_jax.runner.token_order import TokenOrder
 from moe_jax.runner.token_shapes import check_hidden_states, check_routed_input, check_same_tokens
@@ -102,7 +102,9 @@ class MoERunner(MoERunnerInterface):
         self.config = config
         self.axes = resolve_axes(config, mesh)
         self.router = Router(config, rngs=rngs) if router is None else router
-        self.routed_experts = RoutedExperts(config, rngs=rngs) if routed_experts is None else routed_experts
+        if routed_experts is None:
+            routed_experts = RoutedExperts(config, placement=initial_placement(config, self.axes), rngs=rngs)
+        self.routed_experts = routed_experts
         if shared_experts is None and config.shared_experts is not None:
             shared_experts = SharedExperts(config, rngs=rngs)
         self.shared_experts = shared_experts
@@ -280,6 +282,10 @@ class MoERunner(MoERunnerInterface):
             forced_ids=order.flatten("forced_ids", forced_ids, 1),
             key=key,
         )
+        if not isinstance(self.router, Router):
+            name = f"the router {type(self.router).__name__}"
+            topk_weights, topk_ids = checked_choice(name, topk_weights, topk_ids, num_tokens, self.config.top_k)
+            logits = logits.astype(jnp.float32)
         if is_routed is not None:
             topk_weights, topk_ids = jnp.where(is_routed, topk_weights, 0), jnp.where(is_routed, topk_ids, -1)
         output, physical_ids, counts = self._run_experts(dispatch, routed_input, shared_input, topk_weights, topk_ids)

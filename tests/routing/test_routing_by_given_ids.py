@@ -73,6 +73,20 @@ def test_captured_ids_replay_to_the_same_weights(config, rng):
     np.testing.assert_allclose(replayed.topk_weights, captured.topk_weights, rtol=1e-6)  # two compilations
 
 
+def test_every_negative_id_is_reported_as_no_expert(rng):
+    logits = jnp.asarray(rng.normal(size=(2, 5)), jnp.float32)
+    weights, ids = route(logits, RouterConfig(renormalize=False), 5, 2, forced_ids=jnp.array([[0, -7], [-2, 1]]))
+    assert ids.tolist() == [[0, -1], [-1, 1]]
+    np.testing.assert_array_equal(np.asarray(weights) == 0, ids < 0)
+
+    def custom(hidden_states, router_logits, top_k, renormalize):
+        return jnp.ones((2, top_k)), jnp.array([[-3, 4], [2, -1]], jnp.int8)
+
+    config = RouterConfig(custom=custom)
+    weights, ids = route(logits, config, 5, 2, hidden_states=jnp.ones((2, 3)))
+    assert (ids.tolist(), weights.tolist(), ids.dtype) == ([[-1, 4], [2, -1]], [[0, 1], [1, 0]], jnp.int32)
+
+
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_a_forced_id_that_no_expert_has_is_loud(renormalize):
     logits = jnp.zeros((2, E))

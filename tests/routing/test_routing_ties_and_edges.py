@@ -43,6 +43,27 @@ def test_ties_anywhere_in_the_row_go_to_the_lowest_index(rng):
     np.testing.assert_array_equal(found, np.take_along_axis(values, np.array(expected), -1))
 
 
+def test_a_nan_of_either_sign_is_the_largest_value():
+    for nan in (np.float32(np.nan), -np.float32(np.nan)):
+        _, positions = jax.jit(top_k_lowest_index, static_argnums=1)(jnp.array([[1.0, nan, 3.0, nan]]), 3)
+        assert positions.tolist() == [[1, 3, 2]]
+
+
+@pytest.mark.parametrize("others", [-np.inf, jnp.finfo(jnp.float32).min])
+@pytest.mark.parametrize("best", [0, 3])
+def test_sparsemixer_picks_two_experts_where_only_one_can_be_chosen(others, best):
+    logits = np.full((1, 4), others, np.float32)
+    logits[0, best] = 1
+    config = EVERY_WAY_TO_CHOOSE["sparsemixer"]
+    weights, ids = route(jnp.asarray(logits), config, 4, 2)
+    assert ids.tolist() == [[best, 1 if best == 0 else 0]]
+    assert weights[0, 0] == 1
+    if np.isinf(others):
+        assert weights[0, 1] == 0
+    gradient = jax.grad(lambda logits: route(logits, config, 4, 2).topk_weights[0, 0])(jnp.asarray(logits))
+    np.testing.assert_array_equal(gradient, np.zeros((1, 4)))
+
+
 @pytest.mark.parametrize("score", ["max", "top2_sum"])
 def test_tied_groups_are_kept_from_the_lowest_up(score):
     limit = GroupLimit(num_groups=3, groups_kept=2, score=score)

@@ -191,6 +191,41 @@ def test_a_custom_function_that_names_no_expert_spoils_the_token(rng):
     assert np.isnan(call(layer, jnp.ones((2, 6)))).all()
 
 
+class EvenWeights(nnx.Module):
+    """A router of another kind: the best logits, all of them alike, in whatever dtypes it is told."""
+
+    def __init__(self, top_k, weights_dtype=jnp.float32, ids_dtype=jnp.int32):
+        self.top_k, self.weights_dtype, self.ids_dtype = top_k, weights_dtype, ids_dtype
+
+    def __call__(self, hidden_states, *, router_logits=None, **unused):
+        _, ids = jax.lax.top_k(router_logits, self.top_k)
+        return jnp.full(ids.shape, 0.5, self.weights_dtype), ids.astype(self.ids_dtype), router_logits
+
+
+def test_a_factor_that_a_router_of_another_kind_would_lose_is_refused(rng):
+    with pytest.raises(ValueError, match=r"routed_scaling_factor=2.5 would be lost: a EvenWeights scales its own"):
+        nnx.eval_shape(lambda: MoERunner(config(router=SCALING), router=EvenWeights(2), rngs=nnx.Rngs(0)))
+    plain = random_layer(rng, config())
+    scaled = MoERunner(config(router=SCALED_LATER), rngs=nnx.Rngs(0), routed_experts=plain.routed_experts)
+    plain.router = scaled.router = EvenWeights(2)
+    x, logits = (jnp.asarray(rng.normal(size=(5, size)), jnp.float32) for size in (6, 8))
+    expected = 2.5 * call(plain, x, router_logits=logits)
+    np.testing.assert_allclose(call(scaled, x, router_logits=logits), expected, rtol=1e-5)
+
+
+def test_what_a_router_of_another_kind_returns_is_checked_and_reported_in_the_promised_dtypes(rng):
+    layer = random_layer(rng, config())
+    layer.router = EvenWeights(2, jnp.bfloat16, jnp.int8)
+    logits = jnp.asarray(rng.normal(size=(5, 8)), jnp.float32)
+    _, aux = nnx.jit(lambda layer, x: layer(x, router_logits=logits.astype(jnp.bfloat16), with_aux=True))(
+        layer, jnp.ones((5, 6))
+    )
+    assert (aux.topk_ids.dtype, aux.topk_weights.dtype, aux.router_logits.dtype) == (jnp.int32, *[jnp.float32] * 2)
+    layer.router = EvenWeights(3)
+    with pytest.raises(ValueError, match=r"weights of the router EvenWeights must have shape \[5, 2\], got \[5, 3\]"):
+        call(layer, jnp.ones((5, 6)), router_logits=logits)
+
+
 @pytest.mark.parametrize(
     "given",
     [
