@@ -35,8 +35,9 @@ def fused_moe(
     y[t] = sum over k of topk_weights[t, k] * (down_proj[e] @ act(gate_up_proj[e] @ x[t] + gate_up_bias[e]) + down_bias[e])
     with e = topk_ids[t, k] - expert_offset. Matmuls accumulate in float32 and the sum over k is taken in float32, in the
     order of k, or round by round where rows come in rounds (see `rounds.py`). What is stored in between has the dtype of x, as
-    upstream's has. The activation's input is stored for a gradient, and on the way from one matmul of XLA to the next with
-    many rows; elsewhere it stays float32.
+    upstream's has, biases and router weights having been applied before. The activation's input is stored for a gradient, and on
+    the way from one matmul of XLA to the next with many rows of bfloat16 and no bias; elsewhere it stays float32. (XLA stores
+    results of bfloat16, which float32 does not exceed, before they are weighted.)
 
     Ids outside `[expert_offset, expert_offset + E)`, -1 among them, contribute nothing: neither their weight nor (if a token
     has no other) the token's row is looked at, so both may be NaN. Devices that hold different experts can therefore pass

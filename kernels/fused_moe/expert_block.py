@@ -63,7 +63,7 @@ def apply_expert(
     activation: Activation,
     slice_bytes: int,
 ) -> Float[Array, "rows H"]:
-    """The output of one expert for a block of rows, in their dtype; matmuls and activation in float32.
+    """The output of one expert for a block of rows, in `unweighted_dtype`; matmuls and activation in float32.
 
     Args:
         rows: the block.
@@ -94,15 +94,20 @@ def apply_expert(
         if weights.down_bias is not None:
             bias = jax.lax.dynamic_slice(weights.down_bias, slice_starts(expert, first), (1, size))[0]
             product += jnp.expand_dims(bias, 1 - features).astype(wide)
-        return product.astype(rows.dtype)
+        return product.astype(unweighted_dtype(rows.dtype))
 
-    def in_slices(compute: Callable[[Array | int, int], Array], height: int, depth: int) -> Array:
+    def in_slices(compute: Callable[[Array | int, int], Array], height: int, depth: int, dtype: DTypeLike) -> Array:
         matrix_rows = slice_bytes // (depth * rows.dtype.itemsize)
-        return _in_slices(compute, rows, height, num_rows, features, most=max(matrix_rows, 1))
+        return _in_slices(compute, rows, height, num_rows, features, most=max(matrix_rows, 1), dtype=dtype)
 
-    activated = in_slices(gate_up_slice, width, projections * hidden)
-    result = in_slices(down_slice, hidden, width)
+    activated = in_slices(gate_up_slice, width, projections * hidden, rows.dtype)
+    result = in_slices(down_slice, hidden, width, unweighted_dtype(rows.dtype))
     return result if rows_first else kept_apart(result).T
+
+
+def unweighted_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """In which results wait for their router weight: float32 for float16, beyond whose 65504 they may lie until then."""
+    return jnp.dtype(jnp.float32 if dtype == jnp.float16 else dtype)
 
 
 def rows_come_first(num_rows: int) -> bool:
@@ -140,7 +145,14 @@ def kept_apart(product: Array) -> Array:
 
 
 def _in_slices(
-    compute: Callable[[Array | int, int], Array], like: Array, height: int, num_rows: int, axis: int, *, most: int
+    compute: Callable[[Array | int, int], Array],
+    like: Array,
+    height: int,
+    num_rows: int,
+    axis: int,
+    *,
+    most: int,
+    dtype: DTypeLike,
 ) -> Array:
     """`height` features of `num_rows` rows by `compute(first, size)`, over slices of equal size of at most `most` features.
 
@@ -159,4 +171,4 @@ def _in_slices(
         return jax.lax.dynamic_update_slice(result, compute(first, size), slice_starts(*start))
 
     shape = (num_rows, height) if axis == 1 else (height, num_rows)
-    return jax.lax.fori_loop(0, number, one_slice, varying_like(jnp.zeros(shape, like.dtype), like))
+    return jax.lax.fori_loop(0, number, one_slice, varying_like(jnp.zeros(shape, dtype), like))

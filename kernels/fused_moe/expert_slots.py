@@ -5,7 +5,7 @@ from jax import Array
 from jaxtyping import Float
 
 from ..activations import Activation
-from .expert_block import ExpertMatrices, kept_apart, multiply, rows_come_first
+from .expert_block import ExpertMatrices, kept_apart, multiply, rows_come_first, unweighted_dtype
 
 
 def slots_for(rows: int, itemsize: int) -> int:
@@ -29,11 +29,11 @@ def _few_slots(itemsize: int) -> tuple[int, ...]:
 def apply_experts(
     rows: Float[Array, "E C H"], weights: ExpertMatrices, activation: Activation
 ) -> Float[Array, "E C H"]:
-    """The outputs of E experts for C rows each, in their dtype; matmuls accumulate, and the activation is computed, in float32.
+    """The outputs of E experts for C rows each, in `unweighted_dtype`; matmuls and activation in float32.
 
     With few rows weights are the left operand, as for one expert (`expert_block.py`), and what flows between the products is
-    transposed, [E, I, C]. With many rows of two bytes an element, products are rounded to the dtype of the rows, as they are on the
-    way to a gradient: float32 products take longer to write and to read than to compute.
+    transposed, [E, I, C]. With many rows of bfloat16, products without a bias are rounded to bfloat16, as they are on the way to a
+    gradient: float32 products take longer to write and to read than to compute.
 
     Args:
         rows: of each expert.
@@ -46,7 +46,7 @@ def apply_experts(
     features = 2 if rows_first else 1
 
     def project(values: Array, contracted: int, matrices: Array, bias: Array | None) -> Array:
-        dtype = rows.dtype if rows_first else wide
+        dtype = wide if bias is not None or not rows_first else unweighted_dtype(rows.dtype)
         product = multiply(values, contracted, matrices, rows_first=rows_first, dtype=dtype)
         product = product.astype(wide) if rows_first else kept_apart(product)
         return product if bias is None else product + jnp.expand_dims(bias, 3 - features).astype(wide)
@@ -55,5 +55,5 @@ def apply_experts(
     gate_up_bias = None if weights.gate_up_bias is None else weights.gate_up_bias.reshape(num_experts, -1)
     projected = project(rows, 2, gate_up_proj, gate_up_bias)
     activated = activation(*jnp.split(projected, projections, axis=features)).astype(rows.dtype)
-    result = project(activated, features, weights.down_proj, weights.down_bias).astype(rows.dtype)
+    result = project(activated, features, weights.down_proj, weights.down_bias).astype(unweighted_dtype(rows.dtype))
     return result if rows_first else result.transpose(0, 2, 1)

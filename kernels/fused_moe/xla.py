@@ -27,7 +27,7 @@ from ..groups import Groups
 from ..selection import Formulation
 from ..varying import varying_like
 from .assignment import Assignment, combine_rows, gather_rows
-from .expert_block import ExpertMatrices, apply_expert
+from .expert_block import ExpertMatrices, apply_expert, unweighted_dtype
 from .expert_slots import apply_experts, slots_for, slots_within
 from .request import Request
 from .streamed import apply_expert_to_row
@@ -195,7 +195,8 @@ def _loop(computation, x, topk_weights, weights, assignment) -> Float[Array, "T 
 
 def _no_results(x, topk_weights, assignment, block_rows: int) -> Float[Array, "rows H"]:
     """Room for the results of all sorted rows, and for the surplus rows of a block."""
-    return varying_like(jnp.zeros((assignment.pair.shape[0] + block_rows, x.shape[1]), x.dtype), topk_weights)
+    shape = (assignment.pair.shape[0] + block_rows, x.shape[1])
+    return varying_like(jnp.zeros(shape, unweighted_dtype(x.dtype)), topk_weights)
 
 
 def _in_blocks(
@@ -296,9 +297,10 @@ def _with_gradient(computation, x, topk_weights, weights, assignment) -> Float[A
     _, projections, width, hidden = weights.gate_up_proj.shape
     gate_up_proj = weights.gate_up_proj.reshape(num_experts, projections * width, hidden)
     gate_up_bias = None if weights.gate_up_bias is None else weights.gate_up_bias.reshape(num_experts, -1)
-    projected = multiply_groups(tiling, x.dtype, rows, gate_up_proj, gate_up_bias, assignment.groups)
-    activated = computation.activation(*jnp.split(projected, projections, axis=1))
-    results = multiply_groups(tiling, x.dtype, activated, weights.down_proj, weights.down_bias, assignment.groups)
+    dtype = unweighted_dtype(x.dtype)
+    projected = multiply_groups(tiling, dtype, rows, gate_up_proj, gate_up_bias, assignment.groups)
+    activated = computation.activation(*jnp.split(projected, projections, axis=1)).astype(x.dtype)
+    results = multiply_groups(tiling, dtype, activated, weights.down_proj, weights.down_bias, assignment.groups)
     return combine_rows(results, topk_weights, assignment).astype(x.dtype)
 
 

@@ -165,6 +165,43 @@ def test_float32_weights_beside_bfloat16_tokens_are_rounded_to_their_dtype(imple
     assert_close(result, block.with_arrays(**rounded).expected(), 1e-2, norm_error=5e-3)
 
 
+WITH_FLOAT16 = [module for module in MODULES if module.NAME != "pallas_tpu"]
+
+
+@each_implementation_with(WITH_FLOAT16, "tokens", [1, 9, 260], left_out=[9, 260])
+def test_float16_results_may_be_out_of_range_until_they_are_weighted(implementation, tokens, rng):
+    block = Block.draw(rng, implementation, tokens=tokens, experts=4, top_k=2, bias=True, dtype="float16")
+    x, down_proj, topk_weights = (block.arrays[name] for name in ("x", "down_proj", "topk_weights"))
+    block = block.with_arrays(x=4 * x, down_proj=2.0**15 * down_proj, topk_weights=2.0**-9 * topk_weights)
+    unweighted = block.with_arrays(topk_weights=jnp.ones_like(topk_weights)).expected()
+    assert abs(unweighted).max() > 2 * 65504
+    assert_close(block.run(), block.expected(), 1e-2, norm_error=5e-3)
+    cotangent = 2.0**-4 * block.draw_cotangent(rng)
+    expected = block.expected_gradients(cotangent)
+    for name, gradient in block.gradients(cotangent).items():
+        assert_close(gradient, expected[name], 2e-2, norm_error=1e-2)
+
+
+@each_implementation_with(MODULES, "tokens", [1, 9, 300], left_out=[9, 300])
+def test_a_bias_is_added_before_a_product_is_rounded(implementation, tokens, rng):
+    block = Block.draw(
+        rng, implementation, tokens=tokens, experts=2, top_k=1, activation="relu2_no_mul", bias=True, dtype="bfloat16"
+    )
+    zeros = {name: jnp.zeros_like(array) for name, array in block.arrays.items() if name != "topk_ids"}
+    # 1000.25, which bfloat16 lacks, in both products, and 1000 less by both biases; relu(0.25)^2 is 1/16 in between.
+    block = block.with_arrays(
+        x=zeros["x"].at[:, :2].set(jnp.array([1000, 0.25], jnp.bfloat16)),
+        topk_weights=jnp.ones_like(zeros["topk_weights"]),
+        gate_up_proj=zeros["gate_up_proj"].at[:, 0, :2, :2].set(1),
+        gate_up_bias=zeros["gate_up_bias"] - 1000,
+        down_proj=zeros["down_proj"].at[:, :, :2].set(jnp.array([16000, 4], jnp.bfloat16)),
+        down_bias=zeros["down_bias"] - 1000,
+    )
+    np.testing.assert_array_equal(block.expected(), 0.25)
+    np.testing.assert_array_equal(block.run(), 0.25)
+    np.testing.assert_array_equal(block.run_before_gradient(), 0.25)
+
+
 @each_implementation
 @pytest.mark.parametrize(("tokens", "hidden", "intermediate"), [(1, 128, 128), (33, 511, 128)])
 @pytest.mark.parametrize(("experts", "top_k", "ranks"), [(8, 2, 1), (64, 6, 4)])

@@ -96,6 +96,15 @@ class Block:
         with self.implementation.running():
             return _run(self.arrays, **self.options, **kwargs)
 
+    def run_before_gradient(self):
+        """The implementation's result as it is computed where a gradient follows."""
+
+        def function(floating):
+            return fused_moe(topk_ids=self.arrays["topk_ids"], **floating, **self.options)
+
+        with self.implementation.running():
+            return jax.jit(lambda floating: jax.vjp(function, floating)[0])(self._floating)
+
     def gradients(self, cotangent, *, wrap: Callable[[Callable], Callable] = lambda function: function, **kwargs):
         """The implementation's gradients of sum(result * cotangent) with respect to every floating argument."""
         with self.implementation.running():
