@@ -88,6 +88,10 @@ class CausalLM(nnx.Module):
                 saves memory and costs another forward pass. Without gradients it changes nothing.
             hf_config: the `config.json` that `decoder` was made from, kept for `save_pretrained`.
             source_folder: where its tokenizer and generation settings are.
+
+        Raises:
+            NotImplementedError: a router that chooses by token ids, or is simulated: layers are given hidden states alone.
+            ValueError: what `MoERunner` refuses.
         """
         self.decoder = decoder
         self.dtype = jnp.dtype(dtype)

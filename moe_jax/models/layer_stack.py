@@ -60,6 +60,7 @@ class DecoderLayer(nnx.Module):
             self.attention = MultiHeadLatentAttention(layer.attention, hidden_size=hidden, **dtypes)
         self.feed_forward_norm = nnx.RMSNorm(hidden, epsilon=epsilon, **dtypes)
         if isinstance(layer.feed_forward, MoEConfig):
+            _check_router(layer.feed_forward)
             config = dataclasses.replace(
                 layer.feed_forward,
                 dtype=options.dtype,
@@ -91,6 +92,16 @@ class DecoderLayer(nnx.Module):
         else:
             output, aux = self.feed_forward(normed), None
         return x + output, cache, aux
+
+
+def _check_router(config: MoEConfig) -> None:
+    """Raise NotImplementedError for a router that needs more than hidden states: layers of a model are given nothing else."""
+    needs = {"hash_vocab_size": "the tokens' ids", "simulation": "a key"}
+    for name, needed in needs.items():
+        if (value := getattr(config.router, name)) is not None:
+            raise NotImplementedError(
+                f"router.{name}={value!r} needs {needed} in every layer, which a model does not pass on; a MoERunner takes it"
+            )
 
 
 class LayerStack(nnx.Module):

@@ -1,13 +1,17 @@
 """What a model is made of: its parameters, and how little of it is compiled whatever its depth."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 from support.golden_models import QUICK_TO_COMPILE
 from support.published_configs import CONFIGS
+from support.small_models import small_decoder
 
-from moe_jax.config import ParallelConfig
+from moe_jax.config import ParallelConfig, RouterConfig
 from moe_jax.families import FAMILIES, get_family, parameter_shapes
 from moe_jax.models import CausalLM
 from moe_jax.models.parameter_sources import parameter_sources
@@ -160,3 +164,21 @@ def test_forced_experts_must_be_given_for_every_moe_layer():
     forced = jax.ShapeDtypeStruct((3, 2, 3, 2), jnp.int32)
     with pytest.raises(ValueError, match=r"2 MoE layers.*got \(3, 2, 3, 2\)"):
         nnx.eval_shape(lambda model, ids, forced: model(ids, forced_ids=forced), model, ids, forced)
+
+
+@pytest.mark.parametrize(
+    ("router", "needed"),
+    [
+        (RouterConfig(hash_vocab_size=16), "router.hash_vocab_size=16 needs the tokens' ids"),
+        (RouterConfig(simulation="uniform_random"), "router.simulation='uniform_random' needs a key"),
+    ],
+)
+def test_routers_that_layers_of_a_model_could_not_feed_are_refused_when_it_is_built(router, needed):
+    decoder = small_decoder(num_hidden_layers=2)
+    layers = [
+        dataclasses.replace(layer, feed_forward=dataclasses.replace(layer.feed_forward, router=router))
+        for layer in decoder.layers
+    ]
+    decoder = dataclasses.replace(decoder, layers=tuple(layers))
+    with pytest.raises(NotImplementedError, match=re.escape(needed)):
+        nnx.eval_shape(lambda: CausalLM(decoder, rngs=nnx.Rngs(0)))
