@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, get_args
 
 import jax.numpy as jnp
 
-from moe_jax.config_checks import check_integer, check_kind, is_finite_number
+from moe_jax.config_checks import check_boolean, check_booleans, check_integer, check_kind, is_finite_number
 from moe_jax.kernels import Activation
 from moe_jax.kernels.fused_moe.api import IMPLEMENTATIONS
 
@@ -38,6 +38,8 @@ class GroupLimit:
     def __post_init__(self) -> None:
         check_integer("num_groups", self.num_groups, least=1, must="be positive")
         check_integer("groups_kept", self.groups_kept, least=1, must="be positive")
+        if self.groups_kept > self.num_groups:
+            raise ValueError(f"groups_kept must be in [1, num_groups={self.num_groups}], got {self.groups_kept}")
         if self.score not in (None, "max", "top2_sum"):
             raise ValueError(f"score must be 'max' or 'top2_sum', or None; got {self.score!r}")
         if self.masked_score != float("-inf") and not is_finite_number(self.masked_score):
@@ -47,8 +49,6 @@ class GroupLimit:
         """Raise ValueError unless these groups fit `num_experts` experts and `top_k` choices."""
         if num_experts % self.num_groups:
             raise ValueError(f"num_groups must divide num_experts={num_experts}, got {self.num_groups}")
-        if self.groups_kept > self.num_groups:
-            raise ValueError(f"groups_kept must be in [1, num_groups={self.num_groups}], got {self.groups_kept}")
         group_size = num_experts // self.num_groups
         if self.score == "top2_sum" and group_size < 2:
             raise ValueError(f"score='top2_sum' needs at least 2 experts per group, got {group_size}")
@@ -98,11 +98,12 @@ class RouterConfig:
     simulation: str | None = None
     """Name of a registered routing simulation ("uniform_random", "normal_routing"). It ignores the logits and overrides
     every field that chooses or weighs experts; the scaling factor still applies. Parameters stay as they are, so that
-    any model's routing can be simulated."""
+    any model's routing can be simulated. The name is looked up when a layer is built: it may be registered until then."""
     round_weights_to_input_dtype: bool = False
     """Round the float32 weights to the dtype of the hidden states, where Hugging Face casts them."""
 
     def __post_init__(self) -> None:
+        check_booleans(self, correction_bias="; it is a switch: the values go into layer.router.correction_bias")
         if self.scoring not in SCORING_FUNCTIONS:
             raise ValueError(f"scoring must be one of {', '.join(SCORING_FUNCTIONS)}; got {self.scoring!r}")
         if not (is_finite_number(self.renormalize_epsilon) and self.renormalize_epsilon >= 0):
@@ -117,6 +118,7 @@ class RouterConfig:
         if self.custom is not None and not callable(self.custom):
             raise ValueError(f"custom must be a function, got {self.custom!r}")
         check_kind("group_limit", self.group_limit, GroupLimit, type(None))
+        check_kind("simulation", self.simulation, str, type(None))
         if self.simulation is None:  # which overrides the rest, so that any router can be simulated
             self._validate_combination()
 
@@ -179,6 +181,7 @@ class SharedExpertsConfig:
     """Width of the tokens they see, if a `routed_input_transform` gives the routed experts another; None: the same."""
 
     def __post_init__(self) -> None:
+        check_booleans(self)
         check_integer("intermediate_size of the shared experts", self.intermediate_size, least=1, must="be positive")
         if self.hidden_size is not None:
             check_integer("hidden_size of the shared experts", self.hidden_size, least=1, must="be positive or None")
@@ -231,6 +234,7 @@ class ParallelConfig:
     these ranks, for the caller to sum or reduce-scatter (see `ReductionPlan`)."""
 
     def __post_init__(self) -> None:
+        check_booleans(self)
         for name in ("expert_axis", "tensor_axis", "data_axis", "sequence_axis"):
             axis = getattr(self, name)
             names = axis if isinstance(axis, tuple) else (axis,)
@@ -245,7 +249,8 @@ class ParallelConfig:
             factor = getattr(self, name)
             if factor is not None and not (is_finite_number(factor) and factor > 0):
                 raise ValueError(f"{name} must be positive and finite, or None; got {factor!r}")
-        if self.micro_batches not in (1, 2):
+        check_integer("micro_batches", self.micro_batches, least=1, must="be 1 or 2")
+        if self.micro_batches > 2:
             raise ValueError(f"micro_batches must be 1 or 2, got {self.micro_batches}")
 
     @classmethod
@@ -273,11 +278,13 @@ class ParallelConfig:
             **settings: the other fields.
 
         Raises:
-            ValueError: a size is not positive, or `sequence_parallel` without `enable_ep`.
+            ValueError: a size is not positive, a switch is no boolean, or `sequence_parallel` without `enable_ep`.
         """
         sizes = {"dp": dp, "pcp": pcp, "tp": tp}
         for name, size in sizes.items():
             check_integer(name, size, least=1, must="be positive")
+        check_boolean("enable_ep", enable_ep)
+        check_boolean("sequence_parallel", sequence_parallel)
         if sequence_parallel and not enable_ep:
             raise ValueError("sequence_parallel needs enable_ep=True, got False")
 
@@ -334,6 +341,7 @@ class MoEConfig:
     """Implementation of the expert computation; None chooses by device and shape, see `moe_jax.kernels.explain_fused_moe`."""
 
     def __post_init__(self) -> None:
+        check_booleans(self)
         for name in ("hidden_size", "intermediate_size", "num_experts"):
             check_integer(name, getattr(self, name), least=1, must="be positive")
         check_integer("num_redundant_experts", self.num_redundant_experts, least=0, must="not be negative")

@@ -59,6 +59,8 @@ def test_physical_experts_count_the_redundant_ones():
         ({"hash_vocab_size": "8"}, "hash_vocab_size must be an integer, got '8'"),
         ({"group_limit": {"num_groups": 2}}, "group_limit must be GroupLimit or None, got {'num_groups': 2}"),
         ({"custom": "llama4"}, "custom must be a function, got 'llama4'"),
+        ({"simulation": 3}, "simulation must be str or None, got 3"),
+        ({"routed_scaling_factor": True}, "routed_scaling_factor must be positive and finite, got True"),
         ({"sparsemixer_jitter": 0.01}, "sparsemixer_jitter needs renormalize=False, got renormalize=True"),
         (
             {"sparsemixer_jitter": -1.0, "renormalize": False},
@@ -102,6 +104,7 @@ def test_routers_that_would_ignore_a_field_or_make_no_sense_are_refused(changes,
         ({"num_groups": 0}, "num_groups must be positive, got 0"),
         ({"num_groups": 2.0}, "num_groups must be an integer, got 2.0"),
         ({"groups_kept": 0}, "groups_kept must be positive, got 0"),
+        ({"groups_kept": 5}, r"groups_kept must be in \[1, num_groups=4\], got 5"),
         ({"score": "sum"}, "score must be 'max' or 'top2_sum', or None; got 'sum'"),
         # NaN counts as larger than every score, so only experts outside the kept groups would be chosen.
         ({"masked_score": float("nan")}, "masked_score must be finite or -inf, got nan"),
@@ -147,11 +150,6 @@ def test_any_router_may_be_simulated():
             {"group_limit": GroupLimit(num_groups=3, groups_kept=1)},
             {},
             "num_groups must divide num_experts=8, got 3",
-        ),
-        (
-            {"group_limit": GroupLimit(num_groups=4, groups_kept=5)},
-            {},
-            r"groups_kept must be in \[1, num_groups=4\], got 5",
         ),
         (
             {"correction_bias": True, "group_limit": GroupLimit(num_groups=8, groups_kept=4)},
@@ -239,6 +237,47 @@ def test_mesh_axes_are_names(axis):
     # A list would be accepted, and make every configuration that holds it unhashable.
     with pytest.raises(ValueError, match="expert_axis must be the name of a mesh axis, a tuple of names, or None; got"):
         ParallelConfig(expert_axis=axis)
+
+
+CONFIGS = {
+    RouterConfig: {},
+    SharedExpertsConfig: {"intermediate_size": 4},
+    ParallelConfig: {},
+    MoEConfig: {"hidden_size": 16, "intermediate_size": 8, "num_experts": 8, "top_k": 2},
+}
+SWITCHES = [(config, field.name) for config in CONFIGS for field in dataclasses.fields(config) if field.type is bool]
+
+
+@pytest.mark.parametrize(("config", "name"), SWITCHES, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize("value", ["false", 0, None], ids=repr)
+def test_what_merely_counts_as_true_or_false_is_no_switch(config, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be True or False, got {value!r}"):
+        config(**CONFIGS[config] | {name: value})
+
+
+def test_all_switches_are_known_as_such():
+    names = {name for _, name in SWITCHES}
+    assert names >= {"renormalize", "correction_bias", "sigmoid_gate", "expert_bias", "reduce_results"}
+
+
+def test_switches_may_be_booleans_of_numpy():
+    assert RouterConfig(renormalize=np.False_) == RouterConfig(renormalize=False)
+
+
+def test_values_of_the_correction_bias_are_told_where_they_belong():
+    with pytest.raises(ValueError, match=r"got \[9.0, 0.0\]; .* the values go into layer.router.correction_bias"):
+        RouterConfig(scoring="sigmoid", correction_bias=[9.0, 0.0])
+
+
+def test_switches_of_vllm_are_checked_too():
+    with pytest.raises(ValueError, match="enable_ep must be True or False, got 'no'"):
+        ParallelConfig.from_vllm(tp=2, enable_ep="no")
+
+
+@pytest.mark.parametrize(("value", "message"), [(3, "be 1 or 2, got 3"), (2.0, "be an integer, got 2.0")])
+def test_micro_batches_are_one_or_two(value, message):
+    with pytest.raises(ValueError, match=f"micro_batches must {message}"):
+        ParallelConfig(micro_batches=value)
 
 
 def test_nothing_is_sharded_unless_asked_for():

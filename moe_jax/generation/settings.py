@@ -1,12 +1,12 @@
 """What a generation is asked to do, and what a checkpoint's `generation_config.json` says about it."""
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moe_jax.config_checks import check_booleans, check_integer, check_kind, is_finite_number, is_integer
 from moe_jax.json_files import read_json_object
 from moe_jax.json_types import BOOLEAN, INTEGER, INTEGER_OR_INTEGERS, NUMBER, POSITIVE_INTEGER, JSONType, check_types
 
@@ -41,24 +41,25 @@ class GenerationSettings:
     """Fills the result after a row has ended."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if self.default_new_tokens < 1:
-            raise ValueError(f"default_new_tokens must be at least 1, got {self.default_new_tokens}")
-        if not 0 < self.temperature < math.inf:  # said so that NaN is refused
+        check_booleans(self)
+        if self.max_new_tokens is not None:
+            check_integer("max_new_tokens", self.max_new_tokens, least=1, must="be at least 1")
+        check_integer("default_new_tokens", self.default_new_tokens, least=1, must="be at least 1")
+        if not (is_finite_number(self.temperature) and self.temperature > 0):
             raise ValueError(
-                f"temperature must be positive and finite, got {self.temperature}; greedy decoding needs none"
+                f"temperature must be positive and finite, got {self.temperature!r}; greedy decoding needs none"
             )
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty must be positive and finite, got {self.repetition_penalty}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, or None for all tokens; got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], or None for all tokens; got {self.top_p}")
-        if not all(0 <= token < 2**31 for token in self.eos_token_ids):
-            raise ValueError(f"eos_token_ids must be from 0 to 2^31 - 1, got {self.eos_token_ids}")
-        if not -(2**31) <= self.pad_token_id < 2**31:
-            raise ValueError(f"pad_token_id must be from -2^31 to 2^31 - 1, got {self.pad_token_id}")
+        if not (is_finite_number(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise ValueError(f"repetition_penalty must be positive and finite, got {self.repetition_penalty!r}")
+        if self.top_k is not None:
+            check_integer("top_k", self.top_k, least=1, must="be at least 1, or None for all tokens")
+        if self.top_p is not None and not (is_finite_number(self.top_p) and 0 < self.top_p <= 1):
+            raise ValueError(f"top_p must be in (0, 1], or None for all tokens; got {self.top_p!r}")
+        check_kind("eos_token_ids", self.eos_token_ids, tuple, list)
+        if not all(is_integer(token) and 0 <= token < 2**31 for token in self.eos_token_ids):
+            raise ValueError(f"eos_token_ids must be integers from 0 to 2^31 - 1, got {self.eos_token_ids}")
+        if not (is_integer(self.pad_token_id) and -(2**31) <= self.pad_token_id < 2**31):
+            raise ValueError(f"pad_token_id must be an integer from -2^31 to 2^31 - 1, got {self.pad_token_id!r}")
 
 
 NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {

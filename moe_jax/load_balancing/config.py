@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from moe_jax.config_checks import check_integer
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EplbConfig:
@@ -20,8 +22,7 @@ class EplbConfig:
 
     def __post_init__(self) -> None:
         for name in ("window_size", "step_interval", "num_nodes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            check_integer(name, getattr(self, name), least=1, must="be positive")
 
     @property
     def initial_step(self) -> int:

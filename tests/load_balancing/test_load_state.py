@@ -69,6 +69,7 @@ def test_a_sum_beyond_the_integers_of_32_bits_is_right():
         (lambda: EplbConfig(window_size=0), "window_size must be positive, got 0"),
         (lambda: EplbConfig(step_interval=-1), "step_interval must be positive, got -1"),
         (lambda: EplbConfig(num_nodes=0), "num_nodes must be positive, got 0"),
+        (lambda: EplbConfig(window_size=1.5), "window_size must be an integer, got 1.5"),
         (
             lambda: record_load(initial_state(EplbConfig(window_size=1), 2, 3), jnp.ones((2, 4), jnp.int32)),
             r"shape \(2, 3\) of a window's entry, got \(2, 4\)",

@@ -30,7 +30,17 @@ ALLOWED = {
     "parallel": {"config", "kernels", "experts"},
     "runner": {"config", "kernels", "routing", "experts", "placement", "parallel"},
     "models": {"config", "device_layouts", "kernels", "families", "experts", "parallel", "runner"},
-    "load_balancing": {"config", "device_layouts", "experts", "kernels", "placement", "parallel", "models", "runner"},
+    "load_balancing": {
+        "config",
+        "config_checks",
+        "device_layouts",
+        "experts",
+        "kernels",
+        "placement",
+        "parallel",
+        "models",
+        "runner",
+    },
     "checkpoints": {"config", "kernels", "families", "json_files"},
     "aot": {"config", "kernels", "families", "parallel", "models", "generation"},
 }
