@@ -48,11 +48,13 @@ def weight_dtype(dtype: object) -> np.dtype:
     """`dtype` (a name, numpy or JAX dtype) as numpy's; CheckpointError unless parameters may have it."""
     try:
         result = np.dtype(dtype)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise CheckpointError(f"unknown dtype {dtype!r}") from error
-    if result not in WEIGHT_DTYPES:
-        raise CheckpointError(f"dtype must be one of {', '.join(d.name for d in WEIGHT_DTYPES)}; got {result.name!r}")
-    return result
+    except TypeError:  # no dtype at all, such as "bf16"
+        got = dtype
+    else:
+        if result in WEIGHT_DTYPES:
+            return result
+        got = result.name
+    raise CheckpointError(f"dtype must be one of {', '.join(d.name for d in WEIGHT_DTYPES)}; got {got!r}")
 
 
 def named_dtype(config: Mapping[str, Any], where: object) -> np.dtype:

@@ -25,7 +25,7 @@ from moe_jax.checkpoints import (
     write_converted,
 )
 from moe_jax.checkpoints.conversion import check_unfinished_conversion, read_as_written
-from moe_jax.checkpoints.dtypes import MAIN_PARAMETER
+from moe_jax.checkpoints.dtypes import MAIN_PARAMETER, weight_dtype
 from moe_jax.checkpoints.staging import check_output, incomplete_folder, output_folder
 from moe_jax.config import ParallelConfig
 from moe_jax.device_layouts import Home
@@ -61,8 +61,8 @@ def from_pretrained(
 
     Args:
         source: a Hugging Face folder, a converted folder, or a hub id ("owner/name").
-        dtype: dtype of parameters and computation; None keeps what each tensor is stored in, and computes in the dtype
-            of the embedding table. The router's correction bias is float32 in any case.
+        dtype: dtype of parameters and computation, bfloat16, float16 or float32; None keeps what each tensor is stored in,
+            and computes in the dtype of the embedding table. The router's correction bias is float32 in any case.
         mesh: devices to spread the model over; None: the default device. Its axes may be Auto or Explicit; the model
             computes with Auto ones, see `CausalLM`.
         parallel: how `mesh` splits the model, see `CausalLM`; None: as its axes' names "data", "expert" and "tensor" say,
@@ -78,8 +78,9 @@ def from_pretrained(
             the mesh cannot split the experts evenly, or `fuse_shared_experts` of a model whose shared experts are unlike its
             routed ones.
         moe_jax.checkpoints.CheckpointError: there is no such checkpoint, it isn't whole, its family or one of its
-            settings isn't supported, or a value is beyond the range of `dtype`.
+            settings isn't supported, `dtype` is none of those above, or a value is beyond its range.
     """
+    dtype = None if dtype is None else weight_dtype(dtype)
     if parallel is not None and mesh is None:
         raise ValueError(f"parallel needs mesh=, got None with {parallel}")
     if parallel is None:
@@ -262,7 +263,7 @@ def _load(
     source: str | tuple[str, ...],
     shape: tuple[int, ...],
     home: Home,
-    dtype: Any,
+    dtype: np.dtype | None,
     experts: np.ndarray | None,
 ) -> jax.Array:
     """One parameter of the model, stacked from `source` if that names several layers.
@@ -294,10 +295,10 @@ def _runs(numbers: np.ndarray) -> Iterator[slice]:
         yield slice(int(run[0]), int(run[-1]) + 1)
 
 
-def _dtype_in_memory(reader: Checkpoint, names: tuple[str, ...], dtype: Any) -> np.dtype:
+def _dtype_in_memory(reader: Checkpoint, names: tuple[str, ...], dtype: np.dtype | None) -> np.dtype:
     """What is asked for, or the smallest dtype that holds all of `names` as they are stored."""
     if names[0].rpartition(".")[2] in FLOAT32_PARAMETERS:
         return np.dtype(np.float32)
     if dtype is not None:
-        return jnp.dtype(dtype)
+        return dtype
     return functools.reduce(jnp.promote_types, (reader.dtype_of(name) for name in names))

@@ -14,7 +14,7 @@ from support import golden_cases
 from support.golden_models import QUICK_TO_COMPILE, TOLERANCE, golden_model, relative_error
 
 from moe_jax import from_pretrained, save_pretrained
-from moe_jax.checkpoints import CheckpointError, open_checkpoint
+from moe_jax.checkpoints import CheckpointError, convert, open_checkpoint
 from moe_jax.config import ParallelConfig
 from moe_jax.models import CausalLM
 from moe_jax.models.parameter_sources import parameter_sources
@@ -40,6 +40,15 @@ def test_the_correction_bias_stays_float32_whatever_dtype_is_asked_for():
     for path, array in parameters(model).items():
         assert array.dtype == (jnp.float32 if path[-1] == "correction_bias" else jnp.bfloat16), path
     assert any(path[-1] == "correction_bias" for path in parameters(model))
+
+
+@pytest.mark.parametrize(("dtype", "got"), [("bf16", "'bf16'"), (np.float64, "'float64'"), (jnp.int8, "'int8'")])
+def test_a_dtype_that_parameters_cannot_have_is_refused_with_those_that_they_can(dtype, got, tmp_path):
+    message = f"dtype must be one of bfloat16, float16, float32; got {got}"
+    with pytest.raises(CheckpointError, match=message):
+        from_pretrained(RENORMALIZED.folder("fused"), dtype=dtype)
+    with pytest.raises(CheckpointError, match=message):
+        convert(RENORMALIZED.folder("fused"), tmp_path / "converted", dtype=dtype)
 
 
 def test_values_are_bit_for_bit_those_of_the_file():
