@@ -47,6 +47,8 @@ def init_cache(
     partitioning: Partitioning | None = None,
 ) -> KVCache:
     """An empty cache for `batch_size` rows of up to `max_length` tokens, split as `partitioning` says."""
+    if max_length < 1:
+        raise ValueError(f"max_length must be positive, got {max_length}")
 
     def empty(repeats: int, features: tuple[int, ...]) -> jax.Array:
         shape = (repeats, batch_size, max_length, *features)

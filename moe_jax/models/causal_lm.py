@@ -183,13 +183,18 @@ class CausalLM(nnx.Module):
             attention_mask: 1 at real tokens of `input_ids`, 0 at padding, which may stand on either side.
             positions: for the rotary embedding; by default tokens are counted from the row's first real one, those in
                 the cache included.
-            cache: earlier tokens, see `init_cache`; rows may hold different numbers of them.
+            cache: earlier tokens, see `init_cache`; rows may hold different numbers of them. A row that outgrows it gets NaN
+                logits.
             with_aux: also return the routing of all MoE layers.
             forced_ids: experts to use, per MoE layer, as `MoEAux.topk_ids` reports them.
 
         Returns:
             Logits `[B, S, V]` float32 (meaningless at padding); with a cache `(logits, cache)`; with `with_aux` a
             `MoEAux` follows, whose arrays have a leading axis of the L MoE layers (None if there are none).
+
+        Raises:
+            ValueError: shapes that do not fit, or more tokens than the cache has slots and no `attention_mask`, which could say
+                that some are padding.
         """
         hidden, new_cache, aux = self.hidden_states(
             input_ids,
@@ -225,6 +230,11 @@ class CausalLM(nnx.Module):
             raise ValueError(
                 f"forced_ids must have the shape ({num_moe_layers} MoE layers, *{input_ids.shape} of input_ids, top_k), "
                 f"got {forced_ids.shape}"
+            )
+        if cache is not None and attention_mask is None and input_ids.shape[1] > cache.max_length:
+            raise ValueError(
+                f"the cache must have a slot for each of the {input_ids.shape[1]} tokens of a row, got "
+                f"max_length={cache.max_length}"
             )
         sequence = Sequence.of(
             input_ids,
@@ -286,7 +296,10 @@ class CausalLM(nnx.Module):
         return jnp.einsum("...h,vh->...v", hidden_states, table, preferred_element_type=jnp.float32)
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
-        """An empty cache for rows of up to `max_length` tokens, in `dtype` (default: the computation dtype)."""
+        """An empty cache for rows of up to `max_length` tokens, in `dtype` (default: the computation dtype).
+
+        `max_length` counts the prompt and all new tokens: a row that outgrows it gets NaN logits.
+        """
         plan = tuple(stack.segment for stack in self.stacks)
         dtype = self.dtype if dtype is None else dtype
         return init_cache(

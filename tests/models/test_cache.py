@@ -89,6 +89,16 @@ def test_a_row_that_outgrows_its_cache_says_so_with_nan_and_leaves_the_others_al
     )
 
 
+def test_a_cache_that_cannot_hold_the_tokens_of_a_call_is_refused():
+    model = golden_model(golden_cases.golden_case("mixtral", "sliding"))
+    cache, ids = jax.eval_shape(lambda: model.init_cache(1, 4)), jnp.ones((1, 5), jnp.int32)
+    with pytest.raises(ValueError, match="a slot for each of the 5 tokens of a row, got max_length=4"):
+        nnx.eval_shape(lambda model, cache: model(ids, cache=cache), model, cache)
+    nnx.eval_shape(lambda model, cache: model(ids, attention_mask=ids, cache=cache), model, cache)  # one may be padding
+    with pytest.raises(ValueError, match="max_length must be positive, got 0"):
+        model.init_cache(1, 0)
+
+
 def test_a_cache_is_a_pytree_whose_sizes_are_known():
     case = golden_cases.golden_case("qwen3_moe", "raw_probabilities")
     cache = golden_model(case).init_cache(3, max_length=11, dtype=jnp.bfloat16)
