@@ -21,16 +21,20 @@ def create_mesh(sizes: Mapping[str, int]) -> Mesh:
         sizes: axis name -> positions along it. One process may leave devices out, several must use all of theirs.
 
     Raises:
-        ValueError: a size isn't positive, or the sizes don't multiply to the number of devices.
+        ValueError: a size isn't positive, there are fewer devices than positions, or several processes would leave some out.
     """
     if bad := {name: size for name, size in sizes.items() if size < 1}:
         raise ValueError(f"the sizes of mesh axes must be positive, got {_written(bad)}")
     needed, present = math.prod(sizes.values()), jax.device_count()
     if needed > present or (needed < present and jax.process_count() > 1):
-        raise ValueError(
-            f"the mesh {_written(sizes)} needs {needed} devices, got {present}"
-            + (f" on {jax.process_count()} processes, which must all be used" if jax.process_count() > 1 else "")
-        )
+        remark = ""
+        if jax.process_count() > 1:
+            remark = f" on {jax.process_count()} processes, which must all be used"
+        elif jax.default_backend() == "cpu":
+            remark = (
+                f"; XLA_FLAGS=--xla_force_host_platform_device_count={needed}, set before JAX starts, simulates them"
+            )
+        raise ValueError(f"the mesh {_written(sizes)} needs {needed} devices, got {present}{remark}")
     return arrange_mesh(sizes, jax.devices()[:needed])
 
 

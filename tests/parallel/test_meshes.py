@@ -36,6 +36,10 @@ def test_a_mesh_has_the_axes_and_sizes_asked_for():
     [
         ({"expert": 0}, "must be positive, got expert=0"),
         ({"expert": 4, "data": 4}, "the mesh expert=4,data=4 needs 16 devices, got 8"),
+        (
+            {"expert": 16},
+            "got 8; XLA_FLAGS=--xla_force_host_platform_device_count=16, set before JAX starts, simulates them",
+        ),
     ],
     ids=str,
 )
