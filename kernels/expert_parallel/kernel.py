@@ -203,7 +203,7 @@ def _kernel(problem: _Problem, refs) -> None:
                 tiles.start(visit + 1)
 
             weights.wait(step)
-            pl.when(block == 0)(lambda: _start_total(problem, memory, visit, step))
+            pl.when(block == 0)(lambda: _start_total(memory, visit, step))
             _add_block(problem, memory, visit, step)
 
         tiles.store_total(visit)
@@ -377,7 +377,7 @@ class _TileStream:
         return self.memory.tile.at[lax.rem(visit, 2), pl.ds(0, _multiple(self.memory.num_rows[visit]))]
 
 
-def _start_total(problem: _Problem, memory: _Memory, visit, step) -> None:
+def _start_total(memory: _Memory, visit, step) -> None:
     """Begin each row's sum with the bias of the down projection."""
     bias = memory.down_bias_block[lax.rem(step, 2)]
 

@@ -54,7 +54,7 @@ def _forward(matmuls, device, output_dtype, rows, weights, bias, groups):
     return result, (rows, weights, bias, groups)
 
 
-def _backward(matmuls, device, output_dtype, saved, cotangent):
+def _backward(matmuls, device, output_dtype, saved, cotangent):  # noqa: ARG001 - as `jax.custom_vjp` calls it
     rows, weights, bias, groups = saved
     narrow = cotangent.astype(rows.dtype)
     rows_gradient = matmuls.multiply_compact(

@@ -384,7 +384,7 @@ def _multiply(problem: _Problem, named: dict[str, Ref]) -> None:
         named[name] for name in ("rows_smem", "weights_smem", "filled", "consumed", "multiplied", "taken")
     )
 
-    def multiply_tile(tile: _Tile, multiplied: Array) -> None:
+    def multiply_tile(tile: _Tile, multiplied: Array) -> None:  # noqa: ARG001 - the copies know where the tile is
         accumulator, which = _accumulator(problem, named, multiplied)
 
         @pl.when(multiplied >= ACCUMULATORS)

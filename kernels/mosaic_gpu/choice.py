@@ -86,7 +86,7 @@ def choose_tiles(
     elif is_blackwell(device):
         tiles = blackwell_rows_kernel.default_blackwell_row_tiles(*sizes)
     else:
-        tiles = row_tiles.default_row_tiles(*sizes)
+        tiles = row_tiles.default_row_tiles(num_rows, num_groups, width_out, projections, itemsize, device)
     return ChosenTiles(tiles, f"analytic default, {untuned}")
 
 

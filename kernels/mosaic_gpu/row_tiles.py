@@ -56,7 +56,7 @@ def check_row_tiles(tiles: RowTiles, projections: int, itemsize: int, device: Gp
 
 
 def default_row_tiles(
-    num_rows: int, num_groups: int, width_in: int, width_out: int, projections: int, itemsize: int, device: GpuDevice
+    num_rows: int, num_groups: int, width_out: int, projections: int, itemsize: int, device: GpuDevice
 ) -> RowTiles:
     """Tiles that suit any shape, from static shapes alone: as many stages as shared memory holds.
 

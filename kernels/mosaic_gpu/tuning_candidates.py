@@ -41,13 +41,13 @@ def candidates(kernel: str, shape: KernelShape, device: GpuDevice) -> tuple[Tile
     found: list[Tiles] = []
     for tiles in _GRIDS[kernel](shape, device):
         staged = (dataclasses.replace(tiles, stages=stages) for stages in range(MOST_STAGES, 1, -1))
-        fitting = (tiles for tiles in staged if _is_accepted(kernel, tiles, shape, device))
+        fitting = (tiles for tiles in staged if _is_accepted(tiles, shape, device))
         found.extend(itertools.islice(fitting, 1 if kernel == "stream" else 2))
     return tuple(found)
 
 
-def check_tiles(kernel: str, tiles: Tiles, shape: KernelShape, device: GpuDevice) -> None:
-    """Refuse tiles that the kernel cannot use for this shape on this device.
+def check_tiles(tiles: Tiles, shape: KernelShape, device: GpuDevice) -> None:
+    """Refuse tiles that their kernel cannot use for this shape on this device.
 
     Raises:
         ValueError: says which limit was hit.
@@ -67,9 +67,9 @@ def check_tiles(kernel: str, tiles: Tiles, shape: KernelShape, device: GpuDevice
             weights_gradient_kernel.shared_memory_bytes(tiles, itemsize, jnp.dtype(jnp.float32).itemsize, device)
 
 
-def _is_accepted(kernel: str, tiles: Tiles, shape: KernelShape, device: GpuDevice) -> bool:
+def _is_accepted(tiles: Tiles, shape: KernelShape, device: GpuDevice) -> bool:
     try:
-        check_tiles(kernel, tiles, shape, device)
+        check_tiles(tiles, shape, device)
     except ValueError:
         return False
     return True
@@ -85,7 +85,7 @@ def _rows(shape: KernelShape, device: GpuDevice) -> Iterator[Tiles]:
             yield RowTiles(rows=rows, columns=columns, depth=depth, stages=MOST_STAGES, panel=panel)
 
 
-def _stream(shape: KernelShape, device: GpuDevice) -> Iterator[Tiles]:
+def _stream(shape: KernelShape, device: GpuDevice) -> Iterator[Tiles]:  # noqa: ARG001 - as all of `_GRIDS`
     # Tiles are used for routings of all kinds: groups of twice the mean are common, much larger ones take several tiles.
     fewest = min(64, max(8, shape.rows_bucket))
     sizes = [rows for rows in (8, 16, 32, 64) if fewest <= rows <= 4 * fewest]
@@ -94,7 +94,7 @@ def _stream(shape: KernelShape, device: GpuDevice) -> Iterator[Tiles]:
             yield StreamTiles(rows=rows, columns=columns, depth=depth, stages=MOST_STAGES, splits=splits)
 
 
-def _weights_gradient(shape: KernelShape, device: GpuDevice) -> Iterator[Tiles]:
+def _weights_gradient(shape: KernelShape, device: GpuDevice) -> Iterator[Tiles]:  # noqa: ARG001 - as all of `_GRIDS`
     for out_columns, in_columns, panel in itertools.product((128, 256), (64, 128, 192, 256), PANELS):
         if out_columns <= max(128, _rounded_up(shape.width_out)) and in_columns <= _rounded_up(shape.width_in):
             yield WeightsGradientTiles(

@@ -121,7 +121,7 @@ def read_collectives(text: str, *, num_devices: int | None = None) -> tuple[Coll
     devices = _num_devices(text) if num_devices is None else num_devices
     starts = _async_callers(computations)
     return tuple(
-        _collective(computations, visits, starts, computation, instruction, kind, devices)
+        _collective(visits, starts, computation, instruction, kind, devices)
         for computation in computations.values()
         if computation.name in visits
         for instruction, kind in _collectives_in(computation)
@@ -136,7 +136,6 @@ def _collectives_in(computation: Computation) -> Iterator[tuple[Instruction, str
 
 
 def _collective(
-    computations: Mapping[str, Computation],
     visits: Mapping[str, tuple[Visits, ...]],
     starts: Mapping[str, tuple[Computation, Instruction]],
     computation: Computation,
@@ -145,7 +144,7 @@ def _collective(
     devices: int,
 ) -> Collective:
     """What is known of one collective."""
-    groups = _groups(instruction.attributes, devices)
+    groups = _groups(instruction.attributes)
     if kind == "collective-permute":
         group_size = 2
     else:
@@ -161,7 +160,7 @@ def _collective(
         computation=computation.name,
         operand_types=tuple(short_type(operand.type) for operand in operands),
         operand_bytes=operand_bytes,
-        result_bytes=_result_bytes(kind, operand_bytes, group_size, instruction, operands),
+        result_bytes=_result_bytes(kind, operand_bytes, group_size, instruction),
         groups=groups,
         group_size=group_size,
         executions=sum(visit.times for visit in around),
@@ -188,9 +187,7 @@ def _data_operands(instruction: Instruction, kind: str) -> tuple[str, ...]:
     return instruction.operands[:1] if kind == "ragged-all-to-all" else instruction.operands
 
 
-def _result_bytes(
-    kind: str, operand_bytes: int, group_size: int, instruction: Instruction, operands: list[Instruction]
-) -> int:
+def _result_bytes(kind: str, operand_bytes: int, group_size: int, instruction: Instruction) -> int:
     """What one device gets. The type of a start instruction holds operands and contexts too, so it is worked out."""
     match kind:
         case "all-gather":
@@ -236,7 +233,7 @@ def _num_devices(text: str) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
+def _groups(attributes: str) -> tuple[tuple[int, ...], ...]:
     """Groups of devices that an instruction's attributes name; none if they name none."""
     if pairs := _PAIRS.search(attributes):
         return _listed(pairs.group(1))

@@ -11,7 +11,7 @@ H200 = GPU_DEVICES["h200"]
 
 
 def chosen(num_rows, num_groups, width_out, projections=1):
-    tiles = default_row_tiles(num_rows, num_groups, 4096, width_out, projections, 2, H200)
+    tiles = default_row_tiles(num_rows, num_groups, width_out, projections, 2, H200)
     return tiles.rows, tiles.columns
 
 
@@ -19,7 +19,7 @@ def test_the_default_is_legal_whatever_the_shape():
     for num_rows, num_groups, width, projections in itertools.product(
         (0, 1, 100, 10**6), (1, 8, 256), (16, 64, 80, 768, 14336), (1, 2)
     ):
-        tiles = default_row_tiles(num_rows, num_groups, width, width, projections, 2, H200)
+        tiles = default_row_tiles(num_rows, num_groups, width, projections, 2, H200)
         check_row_tiles(tiles, projections, 2, H200)
 
 

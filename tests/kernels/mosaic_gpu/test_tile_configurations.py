@@ -164,7 +164,7 @@ def test_row_tiles_chosen_by_default_for_any_shape_are_among_the_configurations(
     known = {(each.kernel, each.projections, each.tiles) for each in EXECUTED if each.device == "h200"}
     sizes = itertools.product((1, 100, 2000, 10**5), (1, 4, 8, 32, 256), (16, 64, 200, 768, 2880, 14336), (1, 2))
     for num_rows, num_groups, width, projections in sizes:
-        tiles = row_tiles.default_row_tiles(num_rows, num_groups, width, width, projections, 2, GPU_DEVICES["h200"])
+        tiles = row_tiles.default_row_tiles(num_rows, num_groups, width, projections, 2, GPU_DEVICES["h200"])
         tiles = dataclasses.replace(tiles, panel=PANEL)
         assert ("rows", projections, tiles) in known
         assert projections == 2 or ("rows_gradient", 1, tiles) in known

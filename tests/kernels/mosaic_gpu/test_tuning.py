@@ -240,14 +240,14 @@ def test_candidates_exist_differ_and_are_accepted_by_their_kernel(kernel, device
         assert 4 <= len(found) == len(set(found)) <= 200
         assert {type(tiles) for tiles in found} == {tuning.TILES_OF_KERNEL[kernel]}
         for tiles in found:
-            check_tiles(kernel, tiles, shape, GPU_DEVICES[device])
+            check_tiles(tiles, shape, GPU_DEVICES[device])
 
 
 @pytest.mark.parametrize("device", ["h100", "h200", "b200"])
 def test_committed_entries_can_be_read_and_are_accepted_by_their_kernels(device, monkeypatch):
     monkeypatch.undo()
     for entry in read_entries(tuning.committed_file(device), device):
-        check_tiles(entry.kernel, entry.tiles, entry.shape, GPU_DEVICES[device])
+        check_tiles(entry.tiles, entry.shape, GPU_DEVICES[device])
         assert entry.microseconds < entry.default_microseconds
 
 
