@@ -6,7 +6,8 @@ Entries come from two files of one format, the user's own before the one that co
 - `tuned/<device>.json` beside this module.
 
 `moe-jax bench gpu-kernels --tune` writes them. A shape without an entry gets the analytic default of its kernel. A file that
-cannot be understood is an error, never passed over: otherwise a typing error would quietly cost speed.
+cannot be understood is an error, never passed over: otherwise a typing error would quietly cost speed. One that cannot be read
+is an error in `MOE_JAX_CACHE`, and counts as absent in the platform's folder, which nobody asked for.
 """
 
 import dataclasses
@@ -105,16 +106,20 @@ def tuned_tiles(kernel: str, shape: KernelShape, device_name: str) -> Tuned | No
         device_name: `GpuDevice.name`.
 
     Raises:
-        ValueError: an unknown kernel, or a broken file; names the file and the entry.
+        ValueError: an unknown kernel, a broken file (names the file and the entry), or one in `MOE_JAX_CACHE` that cannot be read.
     """
     _check_kernel(kernel)
     trial = _trial.get()
     if trial is not None and trial.kernel == kernel:
         return None if trial.tiles is None else Tuned(trial.tiles, "being tried")
-    for file, owner in ((user_file(device_name), "the user's cache"), (committed_file(device_name), "the package")):
-        entry = _entries_by_key(file, device_name).get((kernel, shape))
+    sources = {
+        "the user's cache": _user_entries(device_name),
+        "the package": _entries_by_key(committed_file(device_name), device_name),
+    }
+    for owner, entries in sources.items():
+        entry = entries.get((kernel, shape))
         if entry is not None:
-            return Tuned(entry.tiles, f"tuned entry of {owner} ({file.name}: {shape})")
+            return Tuned(entry.tiles, f"tuned entry of {owner} ({device_name}.json: {shape})")
     return None
 
 
@@ -142,7 +147,11 @@ _trial: ContextVar[_Trial | None] = ContextVar("trial", default=None)
 
 
 def user_file(device_name: str) -> Path:
-    """The user's file of tuned tiles for a device."""
+    """The user's file of tuned tiles for a device.
+
+    Raises:
+        RuntimeError: nothing says where the user's folders are.
+    """
     return cache_folder() / "tuned" / f"{device_name}.json"
 
 
@@ -152,7 +161,11 @@ def committed_file(device_name: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """`MOE_JAX_CACHE`, or `moe_jax` in the platform's folder for caches."""
+    """`MOE_JAX_CACHE`, or `moe_jax` in the platform's folder for caches.
+
+    Raises:
+        RuntimeError: nothing says where the user's folders are.
+    """
     if folder := os.environ.get(CACHE_VARIABLE):
         return Path(folder)
     if sys.platform == "darwin":
@@ -165,14 +178,13 @@ def read_entries(file: Path, device_name: str) -> tuple[Entry, ...]:
 
     Raises:
         ValueError: the file is broken; names the file and the entry.
+        OSError: it cannot be read.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return ()
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(content, dict) or set(content) != {"format", "device", "entries"}:
         raise ValueError(f"{file} must be an object of format, device and entries, nothing else")
@@ -198,7 +210,7 @@ def write_entries(file: Path, device_name: str, entries: Iterable[Entry]) -> Non
 
     Raises:
         ValueError: the file that is there is broken.
-        OSError: it cannot be written.
+        OSError: it cannot be read or written.
     """
     merged = {entry.key: entry for entry in (*read_entries(file, device_name), *entries)}
     ordered = sorted(merged.values(), key=lambda entry: (entry.kernel, dataclasses.astuple(entry.shape)))
@@ -216,6 +228,17 @@ def write_entries(file: Path, device_name: str, entries: Iterable[Entry]) -> Non
             os.unlink(part.name)
             raise
     _entries_by_key.cache_clear()
+
+
+def _user_entries(device_name: str) -> Mapping[tuple[str, KernelShape], Entry]:
+    try:
+        return _entries_by_key(user_file(device_name), device_name)
+    except (OSError, RuntimeError) as error:
+        if os.environ.get(CACHE_VARIABLE):
+            raise ValueError(
+                f"{user_file(device_name)} cannot be read: {error}; {CACHE_VARIABLE} must name a folder that can be"
+            ) from error
+        return {}  # in containers and services there may be no home folder, or one of somebody else
 
 
 @functools.cache

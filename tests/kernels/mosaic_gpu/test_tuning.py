@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -174,6 +175,7 @@ def changed(**changes):
     ("content", "message"),
     [
         ("{", "is not JSON"),
+        (b'"\xff"', "is not JSON: 'utf-8' codec can't decode"),
         ([], "must be an object of format, device and entries"),
         ({"format": 2, "device": "h200", "entries": []}, "format must be 1, got 2"),
         ({"format": 1, "device": "h100", "entries": []}, "device must be 'h200', got 'h100'"),
@@ -199,10 +201,59 @@ def test_a_broken_file_is_an_error_that_names_the_file_and_the_entry(content, me
     file.parent.mkdir(parents=True)
     if isinstance(content, list) and content:
         content = {"format": 1, "device": "h200", "entries": content}
-    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         tuned_tiles("rows", SHAPE, "h200")
     assert str(file) in str(error.value)
+
+
+def refuse_to_read(error):
+    def read_text(self, **kwargs):
+        if "cache" in self.parts:
+            raise error
+        return READ_TEXT(self, **kwargs)
+
+    return read_text
+
+
+READ_TEXT = Path.read_text
+UNREADABLE = [
+    PermissionError("permission denied"),
+    NotADirectoryError("not a directory"),
+    OSError("input/output error"),
+]
+
+
+@pytest.mark.parametrize("error", UNREADABLE, ids=repr)
+def test_a_file_that_cannot_be_read_is_an_error_in_the_folder_that_was_asked_for(error, monkeypatch):
+    monkeypatch.setattr(Path, "read_text", refuse_to_read(error))
+    with pytest.raises(ValueError, match=f"h200.json cannot be read: {error}; MOE_JAX_CACHE must name") as raised:
+        tuned_tiles("rows", SHAPE, "h200")
+    assert str(tuning.user_file("h200")) in str(raised.value)
+
+
+@pytest.mark.parametrize("error", UNREADABLE, ids=repr)
+def test_a_file_that_cannot_be_read_counts_as_absent_in_the_platforms_folder(error, monkeypatch, tmp_path):
+    monkeypatch.delenv("MOE_JAX_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(Path, "read_text", refuse_to_read(error))
+    assert tuned_tiles("rows", SHAPE, "h200") is None
+    write_entries(tuning.committed_file("h200"), "h200", [entry()])
+    assert tuned_tiles("rows", SHAPE, "h200").tiles == TILES
+
+
+def test_without_a_home_folder_the_user_has_no_entries(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("MOE_JAX_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert tuned_tiles("rows", SHAPE, "h200") is None
 
 
 def test_unknown_kernels_are_refused():
@@ -243,12 +294,34 @@ def test_candidates_exist_differ_and_are_accepted_by_their_kernel(kernel, device
             check_tiles(tiles, shape, GPU_DEVICES[device])
 
 
-@pytest.mark.parametrize("device", ["h100", "h200", "b200"])
-def test_committed_entries_can_be_read_and_are_accepted_by_their_kernels(device, monkeypatch):
+def check_committed_file(file):
+    """Raise ValueError unless its entries can be used on the device that it is named after, and gain something there."""
+    for entry in read_entries(file, file.stem):
+        check_tiles(entry.tiles, entry.shape, GPU_DEVICES[file.stem])
+        if not entry.microseconds < entry.default_microseconds:
+            raise ValueError(f"{entry} is not faster than the default")
+
+
+def test_committed_entries_can_be_read_are_accepted_by_their_kernels_and_gain_something(monkeypatch):
     monkeypatch.undo()
-    for entry in read_entries(tuning.committed_file(device), device):
-        check_tiles(entry.tiles, entry.shape, GPU_DEVICES[device])
-        assert entry.microseconds < entry.default_microseconds
+    files = sorted(tuning.committed_file("h200").parent.glob("*"))
+    assert [file.name for file in files] == ["h200.json"]
+    for file in files:
+        check_committed_file(file)
+
+
+def test_the_check_of_committed_entries_accepts_a_good_one_and_finds_a_bad_one(tmp_path):
+    file = tmp_path / "h200.json"
+    write_entries(file, "h200", [entry()])
+    check_committed_file(file)
+    too_large = dataclasses.replace(TILES, stages=64)
+    for bad, message in (
+        (entry(tiles=too_large), "shared memory"),
+        (entry(microseconds=12.5), "not faster than the default"),
+    ):
+        write_entries(file, "h200", [bad])
+        with pytest.raises(ValueError, match=message):
+            check_committed_file(file)
 
 
 @pytest.mark.parametrize("kernel", ["rows", "rows_gradient"])
