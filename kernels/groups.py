@@ -15,14 +15,17 @@ class Groups(NamedTuple):
 
     @classmethod
     def of(cls, group_sizes: Int[Array, "Gall"], group_offset: int | Array, num_groups: int) -> Self:
-        """The `num_groups` groups from `group_offset` on, of all the groups whose sizes are given."""
+        """The `num_groups` groups from `group_offset` on, of all the groups whose sizes are given.
+
+        An offset below 0, or with which there would be fewer groups than that, counts as the nearest one that there is.
+        """
         sizes = group_sizes.astype(jnp.int32)
         starts = sums_until(sizes) - sizes
         if sizes.shape[0] == num_groups:
             return cls(starts, sizes)
         return cls(
-            jax.lax.dynamic_slice_in_dim(starts, group_offset, num_groups),
-            jax.lax.dynamic_slice_in_dim(sizes, group_offset, num_groups),
+            jax.lax.dynamic_slice_in_dim(starts, group_offset, num_groups, allow_negative_indices=False),
+            jax.lax.dynamic_slice_in_dim(sizes, group_offset, num_groups, allow_negative_indices=False),
         )
 
     def contain(self, num_rows: int) -> Bool[Array, "M"]:

@@ -65,7 +65,7 @@ def expert_parallel_moe(
 
     Raises:
         ValueError: shapes that do not fit, an unknown activation or implementation.
-        TypeError: dtypes other than those above.
+        TypeError: dtypes other than those above, a layer that is not one integer.
         NotImplementedError: an implementation asked for by name cannot compute these arguments.
     """
     block = BlockRequest.of(

@@ -69,7 +69,7 @@ def fused_moe(
 
     Raises:
         ValueError: shapes that do not fit, an unknown activation or implementation.
-        TypeError: dtypes other than those above.
+        TypeError: dtypes other than those above, an offset or layer that is not one integer.
         NotImplementedError: an implementation asked for by name cannot compute these arguments.
 
     Source: spec 10.2; vLLM `fused_moe/fused_moe.py` (`fused_experts_impl`).

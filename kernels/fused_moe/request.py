@@ -10,6 +10,7 @@ from jax import Array
 
 from ..activations import Activation
 from ..device import gpu_device_of, tpu_device_of
+from ..integers import check_integer_scalar
 from ..selection import check_known_sizes, platform_of
 from ..varying import equally_varying
 from .expert_block import ExpertMatrices
@@ -94,10 +95,14 @@ class Request:
         Raises:
             ValueError: sizes that are symbolic, shapes that do not fit each other, an illegal activation, or more rows expected
                 than there can be.
-            TypeError: dtypes that are not floating (arrays) or integer (ids), or that differ.
+            TypeError: dtypes that are not floating (arrays) or integer (ids), or that differ; an offset or layer that is not one
+                integer.
         """
         activation = Activation.of(activation)
         check_known_sizes(x=x, topk_ids=topk_ids, gate_up_proj=gate_up_proj)
+        check_integer_scalar("expert_offset", expert_offset)
+        if layer is not None:
+            check_integer_scalar("layer", layer)
         if x.ndim != 2:
             raise ValueError(f"x must be [T, H], got shape {x.shape}")
         if topk_ids.ndim != 2 or topk_ids.shape[0] != x.shape[0] or topk_ids.shape[1] < 1:

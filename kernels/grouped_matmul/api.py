@@ -37,14 +37,15 @@ def grouped_matmul(
         bias: added to each row of its group, in float32.
         group_offset: which of the groups of `group_sizes` the first matrix of `weights` belongs to, when a device holds only
             the groups `[group_offset, group_offset + G)`. Rows of other groups are not computed; their result is zero, so
-            results of all devices add up to the whole.
+            results of all devices add up to the whole. An array outside `[0, Gall - G]` counts as the nearest offset that there
+            is; an int is refused.
         preferred_element_type: dtype of the result; None: that of `rows`.
         implementation: "pallas_gpu", "pallas_tpu", "xla" or "reference"; None chooses by device and shape, see
             `explain_grouped_matmul`.
 
     Raises:
         ValueError: shapes that do not fit, an offset that is out of range, an unknown implementation.
-        TypeError: dtypes other than those above.
+        TypeError: dtypes other than those above, an offset that is not one integer.
         NotImplementedError: an implementation asked for by name cannot compute these arguments.
     """
     request = Request.of(rows, weights, group_sizes, bias, group_offset, preferred_element_type)

@@ -10,6 +10,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from ..device import gpu_device_of, tpu_device_of
+from ..integers import check_integer_scalar
 from ..selection import check_known_sizes, platform_of
 from ..varying import equally_varying
 
@@ -44,9 +45,11 @@ class Request:
 
         Raises:
             ValueError: sizes that are symbolic, shapes that do not fit each other.
-            TypeError: dtypes that are not floating (arrays) or integer (sizes, offset), or that differ.
+            TypeError: dtypes that are not floating (arrays) or integer (sizes, offset), or that differ; an offset that is not one
+                integer.
         """
         check_known_sizes(rows=rows, weights=weights, group_sizes=group_sizes)
+        check_integer_scalar("group_offset", group_offset)
         if rows.ndim != 2:
             raise ValueError(f"rows must be [M, D], got shape {rows.shape}")
         if weights.ndim != 3:

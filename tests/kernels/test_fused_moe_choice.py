@@ -41,6 +41,16 @@ GATE_UP, DOWN = jnp.ones((3, 2, 6, 4)), jnp.ones((3, 4, 6))
         (ValueError, r"down_bias must be \[E, H\] = \(3, 4\)", {"down_bias": jnp.ones((3, 6))}),
         (TypeError, "topk_ids must be integer, got float32", {"topk_ids": W}),
         (TypeError, "topk_weights must be floating, got int32", {"topk_weights": IDS}),
+        (TypeError, "expert_offset must be one integer, got 1.7", {"expert_offset": 1.7}),
+        (TypeError, "expert_offset must be one integer, got True", {"expert_offset": True}),
+        (TypeError, r"expert_offset must be one integer, got float32 of shape \(\)", {"expert_offset": jnp.float32(1)}),
+        (
+            TypeError,
+            r"expert_offset must be one integer, got int32 of shape \(1,\)",
+            {"expert_offset": jnp.ones(1, int)},
+        ),
+        (TypeError, "layer must be one integer, got 0.5", {"layer": 0.5}),
+        (TypeError, "layer must be one integer, got False", {"layer": False}),
         (
             TypeError,
             "down_proj must have the dtype of x, float32, or float32.*got bfloat16",

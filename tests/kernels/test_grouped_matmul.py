@@ -150,6 +150,14 @@ def test_bias_is_added_to_the_rows_of_its_group_only(implementation, group_sizes
     np.testing.assert_array_equal(result[used:], 0)
 
 
+@pytest.mark.parametrize(("offset", "nearest"), [(-1, 0), (-7, 0), (2, 1), (7, 1)])
+def test_of_offsets_that_there_are_not_the_nearest_is_taken(offset, nearest, rng):
+    rows, weights = jnp.asarray(rng.normal(size=(9, 4))), jnp.asarray(rng.normal(size=(2, 5, 4)))
+    sizes = (2, 3, 4)
+    result = grouped_matmul(rows, weights, jnp.array(sizes), group_offset=jnp.int32(offset))
+    assert_close(result, oracle.grouped_matmul(rows, weights, sizes, group_offset=nearest), 1e-5)
+
+
 @each_implementation
 @pytest.mark.parametrize("group_sizes", [(6, 0, 17, 3, 9), (6, 0, 97, 3, 9)], ids=str)
 def test_results_of_devices_that_hold_parts_of_the_groups_add_up(implementation, group_sizes, rng):
@@ -307,6 +315,15 @@ ROWS, WEIGHTS, SIZES = jnp.ones((6, 4)), jnp.ones((3, 5, 4)), jnp.array([1, 2, 3
         (ValueError, "at least the 3 groups", {"group_sizes": SIZES[:2]}),
         (ValueError, r"bias must be \[G, N\] = \(3, 5\), got shape \(5,\)", {"bias": jnp.ones(5)}),
         (ValueError, r"group_offset must be in \[0, 0\].*got 1", {"group_offset": 1}),
+        (TypeError, "group_offset must be one integer, got 0.7", {"group_offset": 0.7}),
+        (TypeError, "group_offset must be one integer, got False", {"group_offset": False}),
+        (TypeError, r"group_offset must be one integer, got float32 of shape \(\)", {"group_offset": jnp.float32(0)}),
+        (TypeError, r"group_offset must be one integer, got bool of shape \(\)", {"group_offset": np.bool_(0)}),
+        (
+            TypeError,
+            r"group_offset must be one integer, got int32 of shape \(1,\)",
+            {"group_offset": jnp.zeros(1, int)},
+        ),
         (TypeError, "rows must be floating, got int32", {"rows": jnp.ones((6, 4), jnp.int32)}),
         (
             TypeError,
