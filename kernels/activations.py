@@ -106,8 +106,8 @@ class Activation:
     ========================  ==========================================================  =========================
 
     Raises:
-        ValueError: unknown name, a parameter that the activation does not take, a missing mandatory limit, or a limit that
-            is not a positive number. `situ` is refused by name: its formula is not published.
+        ValueError: unknown name, a parameter that the activation does not take, a missing mandatory limit, a limit that is not
+            positive, or a parameter that is not finite. `situ` is refused by name: its formula is not published.
     """
 
     name: str
@@ -120,7 +120,7 @@ class Activation:
     """Added to the clamped up projection."""
 
     def __post_init__(self) -> None:
-        name = _ALIASES.get(self.name, self.name)
+        name = _ALIASES.get(self.name, self.name) if isinstance(self.name, str) else None
         if name == "situ":
             raise ValueError(f"activation 'situ' is not supported, its formula is unpublished; {_legal_names()}")
         if name not in _FORMS:
@@ -138,11 +138,19 @@ class Activation:
                 object.__setattr__(self, parameter, form.defaults[parameter])
         if self.limit is not None and not (self.limit > 0 and math.isfinite(self.limit)):
             raise ValueError(f"limit of activation {name!r} must be positive and finite, got {self.limit}")
+        for parameter in ("alpha", "beta"):
+            value = getattr(self, parameter)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{parameter} of activation {name!r} must be finite, got {value}")
 
     @classmethod
     def of(cls, activation: "str | Activation") -> "Activation":
-        """The activation itself, or the one of that name with its default parameters."""
-        return Activation(activation) if isinstance(activation, str) else activation
+        """The activation itself, or the one of that name with its default parameters.
+
+        Raises:
+            ValueError: there is no activation of that name, or it is no name.
+        """
+        return activation if isinstance(activation, Activation) else Activation(activation)
 
     def filled(self, *parameters: str) -> tuple[float, ...]:
         """The values of parameters that this activation has."""

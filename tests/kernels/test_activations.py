@@ -1,5 +1,7 @@
 """Activations: published numbers, an independent oracle, and the rules about their parameters."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,6 +121,12 @@ def test_unknown_name_is_refused_with_the_legal_ones():
     assert all(name in str(error.value) for name in (*ACTIVATIONS, "gelu_pytorch_tanh"))
 
 
+@pytest.mark.parametrize("value", [None, 3, ["silu"]])
+def test_what_is_no_name_is_refused(value):
+    with pytest.raises(ValueError, match=re.escape(f"unknown activation {value!r}; legal are silu")):
+        Activation.of(value)
+
+
 def test_situ_is_refused_because_its_formula_is_unpublished():
     with pytest.raises(ValueError, match="'situ' is not supported, its formula is unpublished"):
         Activation("situ")
@@ -133,6 +141,8 @@ def test_situ_is_refused_because_its_formula_is_unpublished():
         ("silu_no_mul", {"limit": 7.0}, "takes no parameters"),
         ("silu", {"limit": 0.0}, "must be positive"),
         ("swiglustep", {"limit": float("inf")}, "must be positive and finite"),
+        ("swigluoai", {"alpha": float("nan")}, "alpha of activation 'swigluoai' must be finite, got nan"),
+        ("swigluoai_uninterleave", {"limit": 7.0, "beta": float("inf")}, "beta .* must be finite, got inf"),
     ],
 )
 def test_illegal_parameters_are_refused(name, parameters, message):
