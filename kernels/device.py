@@ -1,6 +1,7 @@
 """The accelerator that a kernel is built for: the one at hand, or one that is named because it is not."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar
@@ -194,7 +195,8 @@ def gpu_device_of(*arrays: object) -> GpuDevice | None:
     if capability is None or "." not in str(capability):
         return None  # ROCm reports an architecture's name
     major, minor = (int(part) for part in str(capability).split("."))
-    known = next((known for known in GPU_DEVICES.values() if known.name.upper() in device.device_kind.upper()), None)
+    words = re.split(r"[^A-Z0-9]+", device.device_kind.upper())  # an H200 is no GH200
+    known = next((known for known in GPU_DEVICES.values() if known.name.upper() in words), None)
     if known is None:
         known = next(
             (known for known in GPU_DEVICES.values() if known.compute_capability[0] == major), GPU_DEVICES["a100"]

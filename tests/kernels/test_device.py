@@ -55,7 +55,12 @@ def present(monkeypatch, kind, capability, multiprocessors=100):
 
 @pytest.mark.parametrize(
     ("kind", "capability", "name"),
-    [("NVIDIA H200", "9.0", "h200"), ("NVIDIA H100 80GB HBM3", "9.0", "h100"), ("NVIDIA B200", "10.0", "b200")],
+    [
+        ("NVIDIA H200", "9.0", "h200"),
+        ("NVIDIA H100 80GB HBM3", "9.0", "h100"),
+        ("NVIDIA B200", "10.0", "b200"),
+        ("NVIDIA A100-SXM4-80GB", "8.0", "a100"),
+    ],
 )
 def test_a_known_device_is_recognised_and_reports_its_own_multiprocessors(kind, capability, name, monkeypatch):
     assert present(monkeypatch, kind, capability) == dataclasses.replace(GPU_DEVICES[name], multiprocessors=100)
@@ -65,6 +70,7 @@ def test_a_known_device_is_recognised_and_reports_its_own_multiprocessors(kind, 
     ("kind", "capability", "like"),
     [
         ("NVIDIA GH300 Next", "9.0", "h100"),
+        ("NVIDIA GH200 480GB", "9.0", "h100"),
         ("NVIDIA B300 SXM6", "10.3", "b200"),
         ("NVIDIA L4", "8.9", "a100"),
         ("Tesla T4", "7.5", "a100"),
