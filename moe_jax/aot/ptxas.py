@@ -205,25 +205,29 @@ def dumping_to(file: Path) -> Iterator[None]:
     (It can also write to a folder, but then dumps all its passes, which takes longer than compiling.)
     """
     libc = ctypes.CDLL(None)
-    before = {name: os.environ.get(name) for name in _DUMPED}
-    sys.stdout.flush()
-    libc.fflush(None)
-    standard_output = os.dup(1)
-    with file.open("wb") as opened:
-        os.dup2(opened.fileno(), 1)
-    os.environ.update(dict.fromkeys(_DUMPED, "1"))
-    try:
-        yield
-    finally:
+
+    def flush() -> None:
         sys.stdout.flush()
         libc.fflush(None)
-        os.dup2(standard_output, 1)
-        os.close(standard_output)
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+
+    with file.open("wb") as opened, contextlib.ExitStack() as undo:
+        for name in _DUMPED:
+            undo.callback(_set_variable, name, os.environ.get(name))
+            os.environ[name] = "1"
+        standard_output = os.dup(1)
+        undo.callback(os.close, standard_output)
+        flush()
+        undo.callback(os.dup2, standard_output, 1)
+        os.dup2(opened.fileno(), 1)
+        undo.callback(flush)
+        yield
+
+
+def _set_variable(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
 
 
 def _find(pattern: str, text: str) -> tuple[str, ...]:

@@ -32,15 +32,18 @@ class WorkerProcess:
         )
         self._requests = cast(IO[str], self._process.stdin)
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        threading.Thread(target=self._read, args=(cast(IO[str], self._process.stdout),), daemon=True).start()
+        answers = cast(IO[str], self._process.stdout)
+        self._reader = threading.Thread(target=self._read, args=(answers,), daemon=True)
+        self._reader.start()
 
     def _read(self, answers: IO[str]) -> None:
         """In a thread of its own, because reading a line can't be given up; an empty line is the end."""
-        for line in answers:
-            if line.startswith("{"):
-                self._lines.put(line)
-            else:  # what a library printed would otherwise be taken for the answer, and every answer for the next request
-                sys.stderr.write(line)
+        with answers:
+            for line in answers:
+                if line.startswith("{"):
+                    self._lines.put(line)
+                else:  # what a library printed would otherwise be taken for the answer, and every answer for the next request
+                    sys.stderr.write(line)
         self._lines.put("")
 
     def request(self, action: str, **arguments: Any) -> dict[str, Any]:
@@ -74,6 +77,7 @@ class WorkerProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._reader.join(1)  # it closes the pipe; one that a child of the process holds too stays open until that ends
 
 
 @contextlib.contextmanager

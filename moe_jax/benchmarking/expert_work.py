@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from moe_jax.benchmarking.expert_shapes import ExpertShape
+from moe_jax.kernels.activations import Activation
 
 Routing = Literal["uniform", "zipf"]
 ROUTINGS: tuple[Routing, ...] = ("uniform", "zipf")
@@ -34,6 +35,11 @@ def local_group_sizes(shape: ExpertShape, topk_ids: Int[np.ndarray, "T K"]) -> I
     return np.bincount(topk_ids.reshape(-1), minlength=shape.num_experts)[: shape.local_experts]
 
 
+def matrices_per_expert(activation: Activation) -> int:
+    """Gate (if the activation is gated), up and down."""
+    return 3 if activation.is_gated else 2
+
+
 @dataclasses.dataclass(frozen=True)
 class ExpertWork:
     """What one forward pass of the experts must do at least."""
@@ -52,7 +58,7 @@ class ExpertWork:
         """The work for groups of these sizes."""
         rows, touched = int(group_sizes.sum()), int(np.count_nonzero(group_sizes))
         matrix = shape.hidden_size * shape.intermediate_size
-        matrices = 3 if shape.activation.is_gated else 2
+        matrices = matrices_per_expert(shape.activation)
         weight_bytes = touched * matrices * matrix * itemsize
         if shape.has_bias:
             biases = (matrices - 1) * shape.intermediate_size + shape.hidden_size

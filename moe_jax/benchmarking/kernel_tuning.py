@@ -180,7 +180,7 @@ def measure_on_device(
         (row, cotangent, weights, jnp.asarray(size, jnp.int32))
         for row, cotangent, size in zip(rows, cotangents, sizes, strict=False)
     ]
-    members = [np.asarray(aligned_groups(given[3]).contain(problem.layout_rows)) for given in sets[:1]]
+    is_member = np.asarray(aligned_groups(sets[0][3]).contain(problem.layout_rows))
     expected: list[Array] = []
     compiled: dict[Tiles | None, Program] = {}
 
@@ -190,13 +190,16 @@ def measure_on_device(
         outcomes: list[Timing | str] = []
         for tiles in tried:
             program = compiled[tiles]
+            if tiles is not None and not expected:
+                outcomes.append("the default, with whose result it would be compared, has none")
+                continue
             if program.call is None:
                 outcomes.append(str(program.failure))
                 continue
             try:
                 result = program.call(*sets[0])
                 if problem.kernel != "weights_gradient":  # rows of no group hold anything
-                    result = jnp.where(members[0][:, None], result, 0)
+                    result = jnp.where(is_member[:, None], result, 0)
                 if tiles is None and not expected:
                     expected.append(result)
                 difference = jnp.linalg.norm((result - expected[0]).astype(jnp.float32))

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moe_jax.benchmarking.expert_work import matrices_per_expert
 from moe_jax.config import MoEConfig
+from moe_jax.kernels.activations import Activation
 from moe_jax.runner import MoERunner
 
 
@@ -61,7 +63,7 @@ def measure_moe_block(config: MoEConfig, *, tokens: int, rounds: int = 10, seed:
         started = time.perf_counter()
         compiled(state, x).block_until_ready()
         seconds.append(time.perf_counter() - started)
-    matrices = 3  # gate, up and down
+    matrices = matrices_per_expert(Activation.of(config.activation))
     return MoEBlockSpeed(
         tokens=tokens,
         compile_seconds=compile_seconds,

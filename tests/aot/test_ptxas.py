@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from moe_jax.aot.ptxas import KernelReport
+from moe_jax.aot.ptxas import KernelReport, dumping_to
 from moe_jax.kernels.device import GPU_DEVICES
 
 RESOURCES = (
@@ -174,3 +174,13 @@ except KeyError:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout.split("\n") == ["before", "after None", ""]
     assert (tmp_path / "dump.txt").read_text() == "from C, buffered, 1\n"
+
+
+def test_a_file_that_cannot_be_written_leaves_no_descriptor_open(tmp_path):
+    free = os.dup(1)
+    os.close(free)
+    with pytest.raises(FileNotFoundError), dumping_to(tmp_path / "no folder" / "dump.txt"):
+        pass
+    free_again = os.dup(1)
+    os.close(free_again)
+    assert free_again == free

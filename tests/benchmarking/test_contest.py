@@ -110,3 +110,10 @@ def test_a_worker_that_does_not_end_by_itself_is_ended_with_the_block():
     with worker([sys.executable, "-c", "import time; time.sleep(60)"], environment=os.environ) as process:
         process.close(patience=0.1)
     assert process._process.returncode == -9
+
+
+def test_no_pipe_to_a_worker_outlives_it():
+    with worker([sys.executable, "-c", ECHO], environment=os.environ) as process:
+        assert process.request("hello")
+    assert process._process.stdin.closed
+    assert process._process.stdout.closed

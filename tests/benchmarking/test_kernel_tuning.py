@@ -4,8 +4,10 @@ import dataclasses
 
 import pytest
 
+from moe_jax.benchmarking import kernel_tuning
 from moe_jax.benchmarking.device_timer import Timing
-from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES
+from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES, ExpertShape
+from moe_jax.benchmarking.gpu_programs import Program
 from moe_jax.benchmarking.kernel_tuning import Problem, chosen_tiles, problems, tune
 from moe_jax.kernels import explain_fused_moe
 from moe_jax.kernels.device import GPU_DEVICES, targeting
@@ -92,6 +94,23 @@ def test_candidates_that_fail_are_reported_and_passed_over():
 def test_a_default_that_fails_is_an_error():
     with pytest.raises(RuntimeError, match="the default tiles cannot be measured: out of memory"):
         tune(PROBLEM, H200, timer({None: "out of memory"}))
+
+
+def test_when_the_default_fails_its_failure_is_reported_and_no_candidate_is_run(monkeypatch):
+    def must_not_run(*arguments):
+        raise AssertionError("a candidate ran")
+
+    def compile_all(programs, threads):
+        return {tiles: Program(None, "no room") if tiles is None else Program(must_not_run) for tiles in programs}
+
+    monkeypatch.setattr(kernel_tuning, "compile_all", compile_all)
+    shape = ExpertShape(name="tiny", hidden_size=16, intermediate_size=8, num_experts=2, top_k=1)
+    measure = kernel_tuning.measure_on_device(
+        dataclasses.replace(PROBLEM, shape=shape, tokens=4), H200, device_events=False
+    )
+    default, candidate = measure([None, CANDIDATES[0]])
+    assert default == "no room"
+    assert candidate == "the default, with whose result it would be compared, has none"
 
 
 def test_no_more_candidates_are_tried_than_asked_for():
