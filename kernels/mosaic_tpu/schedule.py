@@ -17,6 +17,7 @@ from jaxtyping import Array, Int
 
 from ..groups import Groups
 from ..varying import varying_like
+from .rounding import ceil_div, round_up
 
 ROW_ALIGNMENT = 16
 
@@ -24,12 +25,12 @@ ROW_ALIGNMENT = 16
 def aligned_num_rows(num_rows: int, num_groups: int) -> int:
     """Rows that hold `num_rows` rows of `num_groups` groups, each of which starts at a multiple of 16."""
     padding = (ROW_ALIGNMENT - 1) * min(num_groups, num_rows)
-    return -(-(num_rows + padding) // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    return round_up(num_rows + padding, ROW_ALIGNMENT)
 
 
 def aligned_groups(sizes: Int[Array, "G"]) -> Groups:
     """Groups of these sizes, each of which starts at a multiple of 16, so that no two share 16 rows."""
-    spaces = _round_up(sizes)
+    spaces = round_up(sizes, ROW_ALIGNMENT)
     return Groups(jnp.cumsum(spaces) - spaces, sizes)
 
 
@@ -86,14 +87,14 @@ class VisitTable(NamedTuple):
         begin = _round_down(groups.starts)
         end = groups.starts + groups.sizes
         offset = groups.starts - begin
-        visits_of_group = jnp.where(groups.sizes > 0, _ceil_div(end - begin, tile_rows), int(visit_empty))
+        visits_of_group = jnp.where(groups.sizes > 0, ceil_div(end - begin, tile_rows), int(visit_empty))
         # A group of s rows has at most (s + 15 + tile_rows - 1) / tile_rows visits.
         occupied = num_groups if visit_empty else min(num_groups, num_rows)
         most = (num_rows + (ROW_ALIGNMENT + tile_rows - 2) * occupied) // tile_rows
         if zero_outside:
             visited_begin = jnp.where(end[-1] > groups.starts[0], begin[0], 0)
-            visited_end = jnp.where(end[-1] > groups.starts[0], _round_up(end[-1]), 0)
-            before, after = _ceil_div(visited_begin, tile_rows), _ceil_div(num_rows - visited_end, tile_rows)
+            visited_end = jnp.where(end[-1] > groups.starts[0], round_up(end[-1], ROW_ALIGNMENT), 0)
+            before, after = ceil_div(visited_begin, tile_rows), ceil_div(num_rows - visited_end, tile_rows)
             most += 2
         else:
             visited_begin = visited_end = before = after = jnp.int32(0)
@@ -122,7 +123,7 @@ class VisitTable(NamedTuple):
         next_row = jnp.concatenate([row[1:], jnp.zeros(1, jnp.int32)])
         next_row = jnp.where(own == -1, visited_begin, next_row)
         no_next = visit == count - 1
-        stop = jnp.where(is_own, row + _round_up(last), jnp.minimum(row + tile_rows, num_rows))
+        stop = jnp.where(is_own, row + round_up(last, ROW_ALIGNMENT), jnp.minimum(row + tile_rows, num_rows))
         stored = jnp.where(no_next, stop, next_row) - row
         exists = visit < count
         group, source, row, first, last, stored = (
@@ -136,16 +137,8 @@ class VisitTable(NamedTuple):
         return self.group[visit] + self.first_matrix[0]
 
 
-def _ceil_div(value: Array | int, divisor: int) -> Array | int:
-    return -(-value // divisor)
-
-
 def _round_down(value: Array) -> Array:
     return value // ROW_ALIGNMENT * ROW_ALIGNMENT
-
-
-def _round_up(value: Array) -> Array:
-    return -(-value // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 def one_hot(index: Int[Array, "visits"], size: int) -> Array:

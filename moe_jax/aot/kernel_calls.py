@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun  # pyright: ignore[reportPrivateImportUsage]
-from jax.sharding import NamedSharding
+from jax.extend.core import ClosedJaxpr, JaxprEqn  # pyright: ignore[reportPrivateImportUsage]
 
-from moe_jax.aot.jaxprs import equations
+from moe_jax.aot.jaxprs import compile_alone, equations
 from moe_jax.aot.ptxas import KernelReport, dumping_to
 from moe_jax.aot.targets import GpuTarget
 
@@ -84,18 +83,8 @@ class KernelCall:
         Raises:
             ValueError: the compilers did not report. They do so only the first time that a process compiles a kernel.
         """
-        variables = tuple(v for v in dict.fromkeys(v for v in self.equation.invars if not isinstance(v, Literal)))
-        alone = Jaxpr(
-            constvars=(),
-            invars=variables,
-            outvars=self.equation.outvars,
-            eqns=(self.equation,),
-            effects=self.equation.effects,
-        )
-        sharding = target.one_device()
-        arguments = [_array(variable, sharding) for variable in variables]
-        with target.lowering(), dumping_to(dump):
-            jax.jit(jaxpr_as_fun(ClosedJaxpr(alone, ()))).lower(*arguments).compile()
+        with dumping_to(dump):
+            compile_alone(self.equation, target)
         return KernelReport.of_dump(dump.read_text())
 
 
@@ -108,8 +97,8 @@ def kernel_calls(program: ClosedJaxpr) -> tuple[KernelCall, ...]:
     )
 
 
-def _array(variable: Any, sharding: NamedSharding | None = None) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype, sharding=sharding)
+def _array(variable: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype)
 
 
 def _buffer(aval: Any, transforms: tuple[Any, ...]) -> str:

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun  # pyright: ignore[reportPrivateImportUsage]
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal  # pyright: ignore[reportPrivateImportUsage]
 
 from moe_jax.aot.bundles import DELAY_SLOTS, Schedule
-from moe_jax.aot.jaxprs import equations
+from moe_jax.aot.jaxprs import compile_alone, equations
 from moe_jax.aot.scalar_unit import Execution, execute
 from moe_jax.aot.targets import TpuTarget
 
@@ -78,19 +78,7 @@ class TpuKernelCall:
 
     def compile_alone(self, target: TpuTarget) -> None:
         """Compile the kernel for `target`; whatever the compiler raises tells why it cannot be, vector memory included."""
-        variables = tuple(dict.fromkeys(v for v in self.equation.invars if not isinstance(v, Literal)))
-        alone = Jaxpr(
-            constvars=(),
-            invars=variables,
-            outvars=self.equation.outvars,
-            eqns=(self.equation,),
-            effects=self.equation.effects,
-        )
-        sharding = target.one_device()
-        avals: list[Any] = [variable.aval for variable in variables]
-        arguments = [jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding) for aval in avals]
-        with target.lowering():
-            jax.jit(jaxpr_as_fun(ClosedJaxpr(alone, ()))).lower(*arguments).compile()
+        compile_alone(self.equation, target)
 
     def schedule_alone(self, target: TpuTarget, dumps: Path) -> Schedule:
         """Compile the kernel for `target`, and read and delete what its compiler wrote into `dumps`.

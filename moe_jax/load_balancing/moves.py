@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from moe_jax.placement.ranks import slots_per_rank
+
 
 class Moves(NamedTuple):
     """Where the content of every slot comes from."""
@@ -32,9 +34,7 @@ def plan_moves(
     if old.shape != new.shape:
         raise ValueError(f"the new placement must have the old one's shape {old.shape}, got {new.shape}")
     num_layers, num_slots = old.shape
-    if num_ranks < 1 or num_slots % num_ranks:
-        raise ValueError(f"the number of ranks must divide the {num_slots} physical slots, got {num_ranks}")
-    rank_of = np.arange(num_slots) // (num_slots // num_ranks)
+    rank_of = np.arange(num_slots) // slots_per_rank(num_slots, num_ranks)
     source = np.broadcast_to(np.arange(num_slots, dtype=np.int32), old.shape).copy()
     sent = copied = 0
     for layer in range(num_layers):

@@ -80,6 +80,17 @@ class ParallelRanks:
         return self.use_ep and (self.dp_size > 1 or self.pcp_size > 1 or self.sp_size > 1)
 
 
+def slots_per_rank(num_slots: int, num_ranks: int) -> int:
+    """Physical slots of each rank.
+
+    Raises:
+        ValueError: slots that cannot be split over the ranks.
+    """
+    if num_ranks < 1 or num_slots % num_ranks:
+        raise ValueError(f"the number of ranks must divide the {num_slots} physical slots, got {num_ranks}")
+    return num_slots // num_ranks
+
+
 def _check_rank(kind: str, rank: int, size: int) -> None:
     if size < 1:
         raise ValueError(f"{kind}_size must be positive, got {size}")

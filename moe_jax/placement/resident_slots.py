@@ -3,6 +3,8 @@
 import numpy as np
 from jaxtyping import Int
 
+from .ranks import slots_per_rank
+
 
 def preserve_resident_slots(
     physical_to_logical: Int[np.ndarray, "L P"], num_ranks: int, old_physical_to_logical: Int[np.ndarray, "L P"]
@@ -23,10 +25,8 @@ def preserve_resident_slots(
             f"got {old_physical_to_logical.shape}"
         )
     num_layers, num_slots = physical_to_logical.shape
-    if num_ranks < 1 or num_slots % num_ranks:
-        raise ValueError(f"the number of ranks must divide the {num_slots} physical slots, got {num_ranks}")
     # The same for every rank of every layer: rows of what was there and what will be there.
-    new = physical_to_logical.reshape(num_layers * num_ranks, -1)
+    new = physical_to_logical.reshape(num_layers * num_ranks, slots_per_rank(num_slots, num_ranks))
     old = old_physical_to_logical.reshape(new.shape)
     rows = np.arange(len(new))
     result = np.empty_like(new)
