@@ -3,7 +3,9 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Num
+from jaxtyping import Float, Int, Num
+
+from .ranks import slots_per_rank
 
 
 class LoadStatistics(NamedTuple):
@@ -24,9 +26,7 @@ def rank_load(physical_load: Num[np.ndarray, "L P"], num_ranks: int) -> Num[np.n
         ValueError: slots that cannot be split over the ranks.
     """
     num_layers, num_slots = physical_load.shape
-    if num_ranks < 1 or num_slots % num_ranks:
-        raise ValueError(f"the number of ranks must divide the {num_slots} physical slots, got {num_ranks}")
-    return physical_load.reshape(num_layers, num_ranks, -1).sum(axis=-1)
+    return physical_load.reshape(num_layers, num_ranks, slots_per_rank(num_slots, num_ranks)).sum(axis=-1)
 
 
 def load_statistics(load: Num[np.ndarray, "L D"]) -> LoadStatistics:
@@ -39,18 +39,35 @@ def load_statistics(load: Num[np.ndarray, "L D"]) -> LoadStatistics:
 
 
 def logical_load(
-    physical_load: Num[np.ndarray, "L P"], physical_to_logical: np.ndarray, num_experts: int
+    physical_load: Num[np.ndarray, "L P"], physical_to_logical: Int[np.ndarray, "L P"], num_experts: int
 ) -> Float[np.ndarray, "L E"]:
-    """What each logical expert got in all its slots, float64."""
+    """What each logical expert got in all its slots, float64. What empty slots (-1) got counts for none.
+
+    Raises:
+        ValueError: a slot holds an expert outside `[0, num_experts)`.
+    """
+    _check_experts(physical_to_logical, num_experts)
+    layers, slots = np.nonzero(physical_to_logical >= 0)
     total = np.zeros((len(physical_load), num_experts))
-    np.add.at(total, (np.arange(len(total))[:, None], physical_to_logical), physical_load)
+    np.add.at(total, (layers, physical_to_logical[layers, slots]), physical_load[layers, slots])
     return total
 
 
 def expected_physical_load(
-    load: Num[np.ndarray, "L E"], physical_to_logical: np.ndarray, num_experts: int
+    load: Num[np.ndarray, "L E"], physical_to_logical: Int[np.ndarray, "L P"], num_experts: int
 ) -> Float[np.ndarray, "L P"]:
-    """What each slot would get if the copies of an expert shared its load evenly, float64."""
-    ones = np.ones(np.shape(physical_to_logical))
-    count = logical_load(ones, physical_to_logical, num_experts)
-    return np.take_along_axis(load / np.maximum(count, 1), physical_to_logical, axis=1)
+    """What each slot would get if the copies of an expert shared its load evenly, float64; empty slots (-1) get nothing.
+
+    Raises:
+        ValueError: a slot holds an expert outside `[0, num_experts)`.
+    """
+    count = logical_load(np.ones(physical_to_logical.shape), physical_to_logical, num_experts)
+    is_held = physical_to_logical >= 0
+    shares = np.take_along_axis(load / np.maximum(count, 1), np.where(is_held, physical_to_logical, 0), axis=1)
+    return np.where(is_held, shares, 0.0)
+
+
+def _check_experts(physical_to_logical: Int[np.ndarray, "L P"], num_experts: int) -> None:
+    wrong = physical_to_logical[(physical_to_logical < -1) | (physical_to_logical >= num_experts)]
+    if wrong.size:
+        raise ValueError(f"slots must hold experts in [0, {num_experts}), or -1 for none; got {wrong[0]}")

@@ -147,6 +147,22 @@ def test_copies_add_up_to_the_load_of_their_expert_and_share_it_evenly(rng):
     assert len(np.unique(shared[0][placement[0] == 0].round(6))) == 1
 
 
+def test_empty_slots_count_for_no_expert_and_get_no_load():
+    placement = np.array([[0, -1, 1, 2], [2, 2, 1, 0]])
+    logical = logical_load(np.array([[5, 100, 7, 9], [1, 2, 3, 4]]), placement, 3)
+    np.testing.assert_array_equal(logical, [[5, 7, 9], [4, 3, 3]])
+    np.testing.assert_array_equal(expected_physical_load(logical, placement, 3), [[5, 0, 7, 9], [1.5, 1.5, 3, 4]])
+
+
+@pytest.mark.parametrize("expert", [3, -2])
+def test_slots_with_experts_that_there_are_not_are_refused(expert):
+    placement, message = np.array([[0, expert]]), rf"experts in \[0, 3\), or -1 for none; got {expert}"
+    with pytest.raises(ValueError, match=message):
+        logical_load(np.ones((1, 2)), placement, 3)
+    with pytest.raises(ValueError, match=message):
+        expected_physical_load(np.ones((1, 3)), placement, 3)
+
+
 @st.composite
 def loads_and_sizes(draw):
     """Loads of E experts and sizes (replicas, groups, nodes, ranks) that divide as they must."""
