@@ -27,6 +27,10 @@ def sum_replica_gradients(model: nnx.Module, gradients: Any, layers: tuple[Balan
 
     Returns:
         The gradients in the same tree.
+
+    Raises:
+        ValueError: a layer without placement tables (`layer.replicas`; an `ExpertLoadBalancer` of the model adds them), or a
+            gradient of expert weights without the axis of physical experts.
     """
     leaves, structure = jax.tree.flatten(gradients)
     for arrays in list(find_expert_arrays(gradients, layers, num_physical_experts(model, layers))):

@@ -58,7 +58,14 @@ class Rearrangement:
 def write_balance_picture(path: str | Path, rearrangement: Rearrangement, title: str = "Load of the ranks") -> None:
     """Two heat maps, layers by ranks, before and after: how much of its even share each rank got.
 
-    The ending of `path` says the format (.png, .svg, .pdf).
+    Args:
+        path: the file, which is replaced if there is one; its ending says the format (.png, .svg, .pdf).
+        rearrangement: the change of placement.
+        title: stands above both maps.
+
+    Raises:
+        ValueError: a format that matplotlib does not know.
+        OSError: the file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no display
     from matplotlib.figure import Figure

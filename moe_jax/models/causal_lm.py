@@ -180,21 +180,23 @@ class CausalLM(nnx.Module):
 
         Args:
             input_ids: token ids; with a cache, only the new ones.
-            attention_mask: 1 at real tokens of `input_ids`, 0 at padding, which may stand on either side.
+            attention_mask: 1 at real tokens of `input_ids`, 0 at padding, which may stand on either side; of the shape of
+                `input_ids`, with a cache too. None: all are real.
             positions: for the rotary embedding; by default tokens are counted from the row's first real one, those in
                 the cache included.
             cache: earlier tokens, see `init_cache`; rows may hold different numbers of them. A row that outgrows it gets NaN
                 logits.
             with_aux: also return the routing of all MoE layers.
-            forced_ids: experts to use, per MoE layer, as `MoEAux.topk_ids` reports them.
+            forced_ids: experts to use instead of the chosen ones, as `MoEAux.topk_ids` reports them: for each of the L MoE
+                layers and each token of `input_ids`, padding included, the ids of K = top_k experts.
 
         Returns:
             Logits `[B, S, V]` float32 (meaningless at padding); with a cache `(logits, cache)`; with `with_aux` a
             `MoEAux` follows, whose arrays have a leading axis of the L MoE layers (None if there are none).
 
         Raises:
-            ValueError: shapes that do not fit, or more tokens than the cache has slots and no `attention_mask`, which could say
-                that some are padding.
+            ValueError: `attention_mask` or `forced_ids` of another shape, or more tokens than the cache has slots and no
+                `attention_mask`, which could say that some are padding.
         """
         hidden, new_cache, aux = self.hidden_states(
             input_ids,
@@ -224,6 +226,21 @@ class CausalLM(nnx.Module):
         """What `logits` makes logits of: the normalised hidden states, with the cache and aux of `__call__`.
 
         Prompts are long and only their last token's logits are needed: take its hidden state and call `logits` on that.
+
+        Args:
+            input_ids: as for `__call__`.
+            attention_mask: as for `__call__`.
+            positions: as for `__call__`.
+            cache: as for `__call__`.
+            with_aux: as for `__call__`.
+            forced_ids: as for `__call__`.
+
+        Returns:
+            Hidden states in the computation dtype, meaningless at padding; the cache with the new tokens, or None without one;
+            the routing, or None without `with_aux` or MoE layers.
+
+        Raises:
+            ValueError: `attention_mask` or `forced_ids` of another shape.
         """
         num_moe_layers = len(self.decoder.moe_layers)
         if forced_ids is not None and forced_ids.shape[:3] != (num_moe_layers, *input_ids.shape):
@@ -296,9 +313,12 @@ class CausalLM(nnx.Module):
         return jnp.einsum("...h,vh->...v", hidden_states, table, preferred_element_type=jnp.float32)
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
-        """An empty cache for rows of up to `max_length` tokens, in `dtype` (default: the computation dtype).
+        """An empty cache, split over `mesh` as the model is.
 
-        `max_length` counts the prompt and all new tokens: a row that outgrows it gets NaN logits.
+        Args:
+            batch_size: rows.
+            max_length: real tokens that a row may hold, earlier and new ones; one that outgrows them gets NaN logits.
+            dtype: of keys and values; None: the computation dtype.
         """
         plan = tuple(stack.segment for stack in self.stacks)
         dtype = self.dtype if dtype is None else dtype

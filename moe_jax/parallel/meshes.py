@@ -44,6 +44,9 @@ def arrange_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh:
     Args:
         sizes: axis name -> positions along it, which multiply to the number of devices.
         devices: of this machine, or of a topology.
+
+    Raises:
+        ValueError: more positions than devices.
     """
     shape, names, types = tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes)
     try:

@@ -17,6 +17,10 @@ class ExpertMapManager:
 
     Immutable: `update` returns a new manager with every table rebuilt, so nothing can be stale, and topologies may
     change in any direction (1 rank to many included). Tables are static, read-only numpy arrays.
+
+    Raises:
+        ValueError: no expert at all, a number of redundant or fused shared experts that is out of range, an unknown strategy,
+            or a `placement_strategy` asked for by name that cannot hold; the message carries the unmet condition.
     """
 
     global_num_experts: int

@@ -55,8 +55,18 @@ class ParallelRanks:
         All ranks are flattened in the order data, context, tensor; the flat group is the expert-parallel one if
         `enable_expert_parallel`, and the tensor-parallel one otherwise.
 
+        Args:
+            tp_size: ranks of the tensor-parallel group.
+            dp_size: ranks that hold different tokens.
+            enable_expert_parallel: deal whole experts out to all ranks instead of slicing each; nothing to do for one rank.
+            pcp_size: ranks that hold different parts of a prompt.
+            tp_rank: this rank's place in the tensor-parallel group.
+            dp_rank: this rank's place among those with different tokens.
+            pcp_rank: this rank's place among those with different parts of a prompt.
+            sequence_parallel: the tensor-parallel ranks hold different parts of the sequence inside the layer.
+
         Raises:
-          ValueError: a rank lies outside its group.
+            ValueError: a size is not positive, or a rank lies outside its group.
         """
         for kind, rank, size in (("tp", tp_rank, tp_size), ("dp", dp_rank, dp_size), ("pcp", pcp_rank, pcp_size)):
             _check_rank(kind, rank, size)

@@ -25,6 +25,15 @@ def split_zero_experts(
     vLLM gives such a slot to expert 0 with weight 0; here it is -1 unless `placeholder_id` says otherwise, so that no
     expert computes rows that count for nothing.
 
+    Args:
+        topk_weights: router weights of all slots.
+        topk_ids: ids of real experts, below `num_experts`, and of zero experts, from there upwards.
+        num_experts: E, real experts.
+        placeholder_id: what takes the place of a zero expert's id.
+
+    Returns:
+        Weights and ids for the routed experts, and what each token is to be multiplied by; no slot counts in both.
+
     Source: vLLM `ZeroExpertRouter`; spec 2.8.
     """
     is_zero_expert = topk_ids >= num_experts
