@@ -1,5 +1,6 @@
 """`moe-jax bench`."""
 
+import dataclasses
 import json
 import re
 
@@ -25,6 +26,33 @@ def test_bench_generate_shows_every_round_and_the_median(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert re.search(r"decode +[\d.,]+ tokens/s \(median\)", text)
     assert len(re.findall(r"^ +[123]( +[\d.,]+){2} *$", text, re.MULTILINE)) == 3
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", None])
+def test_bench_generate_loads_the_model_in_the_dtype_that_was_asked_for(dtype, capsys, monkeypatch):
+    loaded = []
+
+    def load(source, dtype):
+        loaded.append((source, None if dtype is None else dtype.name))
+        return FadingMemoryModel(np.eye(11, dtype=np.float32))
+
+    monkeypatch.setattr("moe_jax.pretrained.from_pretrained", load)
+    options = ["--prompt-tokens", "2", "--new-tokens", "2", "--rounds", "1", *(("--dtype", dtype) if dtype else ())]
+    assert main(["bench", "generate", "model", *options]) == 0
+    assert loaded == [("model", dtype)]
+
+
+def test_bench_moe_block_prints_median_fastest_and_slowest_in_milliseconds(capsys, monkeypatch):
+    from moe_jax.benchmarking import moe_block_speed
+
+    def measured(config, *, tokens, rounds):
+        return dataclasses.replace(measure(config, tokens=tokens, rounds=rounds), seconds=(0.5, 0.002, 0.125))
+
+    measure = moe_block_speed.measure_moe_block
+    monkeypatch.setattr(moe_block_speed, "measure_moe_block", measured)
+    sizes = ["--hidden-size", "16", "--intermediate-size", "8", "--experts", "4", "--top-k", "2"]
+    assert main(["bench", "moe-block", *sizes, "--tokens", "3", "--rounds", "3"]) == 0
+    assert re.search(r"^ +3 +125 +2 +500 ", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_bench_moe_block_measures_every_number_of_tokens(capsys):

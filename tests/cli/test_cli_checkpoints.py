@@ -148,6 +148,25 @@ def test_export_keeps_the_form_unless_told_otherwise(converted, exported, tmp_pa
     assert fused.keys() == load_file(CASE.folder("fused") / "model.safetensors").keys()
 
 
+def test_convert_lays_its_output_out_for_as_many_devices_as_asked_for(tmp_path, capsys):
+    for number, shards in enumerate(((), ("--shards", "3"))):
+        run("convert", SOURCE, str(tmp_path / str(number)), *shards)
+    manifests = [json.loads((tmp_path / str(number) / "moe_jax.json").read_text()) for number in range(2)]
+    assert [manifest["shards"] for manifest in manifests] == [1, 3]
+
+
+def test_export_has_the_dtype_that_was_asked_for_and_replaces_only_if_told_to(converted, tmp_path, capsys):
+    output = tmp_path / "out"
+    run("export", converted, str(output), "--dtype", "bfloat16")
+    tensors = load_file(output / "model.safetensors")
+    assert {tensor.dtype.name for tensor in tensors.values()} == {"bfloat16"}
+    capsys.readouterr()
+    run("export", converted, str(output), status=2)
+    assert "--overwrite" in capsys.readouterr().err
+    run("export", converted, str(output), "--overwrite")
+    assert {tensor.dtype.name for tensor in load_file(output / "model.safetensors").values()} == {"float32"}
+
+
 def test_verify_names_what_differs_with_status_1(exported, tmp_path, capsys):
     folder = shutil.copytree(exported, tmp_path / "changed")
     tensors = load_file(folder / "model.safetensors")

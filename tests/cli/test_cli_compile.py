@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+import jax
 import jax.numpy as jnp
 import pytest
 from support.compiled_programs import GROUPED_QUERY, decoder_of, recorded
@@ -123,6 +124,61 @@ def test_a_model_is_compiled_and_reported_as_one_document(tmp_path):
         assert "all-reduce" in {row["kind"] for row in program["collectives"]}
         assert program["roofline"]["seconds"] > 0
     assert "2 devices of h200:1x2 as data=1,expert=2,tensor=1" in finished.stderr
+
+
+@pytest.fixture
+def compiled_with(monkeypatch):
+    """Stands in for the compilers: two of this machine's devices are the target's, and a plan of `argument_bytes` is theirs."""
+
+    class Topology:
+        devices = jax.devices()[:2]
+
+    def compile_with(*arguments, argument_bytes=3_000_000):
+        seen = {}
+
+        def compile_generation(model, target, sizes, on_start):
+            seen.update(model=model, sizes=sizes)
+            planned = [
+                MemoryUse(argument_bytes=size, output_bytes=0, temporary_bytes=0, code_bytes=0)
+                for size in (argument_bytes, 5_000_000)
+            ]
+            return [
+                CompiledProgram(name=name, seconds=1.0, memory=plan, refused=None, text=recorded("loops_h200_1x4"))
+                for name, plan in zip(("prefill", "decode"), planned, strict=True)
+            ]
+
+        monkeypatch.setattr(targets.GpuTarget, "topology", lambda self: Topology)
+        monkeypatch.setattr("moe_jax.aot.model_programs.compile_generation", compile_generation)
+        status = main(["compile", str(DEMO), "--target", "h200:1x2", *arguments])
+        return status, seen["model"], seen["sizes"]
+
+    return compile_with
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["text", "json"])
+def test_the_status_is_that_of_a_failed_check_if_a_program_does_not_fit(options, compiled_with, capsys):
+    assert compiled_with(*options)[0] == 0
+    capsys.readouterr()
+    assert compiled_with(*options, argument_bytes=10**15)[0] == 1
+    output = capsys.readouterr().out
+    assert json.loads(output)["fits"] is False if options else "DOES NOT FIT" in output
+
+
+def test_options_reach_the_model_that_is_compiled(compiled_with):
+    _, model, sizes = compiled_with("--prompt-length", "32")
+    assert model.dtype.name == json.loads((DEMO / "config.json").read_text())["dtype"]
+    assert (sizes.batch_size, sizes.prompt_length, sizes.cache_length) == (8, 32, 64)
+    options = ("--dtype", "float16", "--strategy", "ragged_all_to_all", "--implementation", "xla")
+    _, model, sizes = compiled_with(*options, "--batch", "4", "--cache-length", "4096", "--mesh", "expert=2")
+    mixture = model.stacks[-1].blocks[model.stacks[-1].moe_positions[0]].feed_forward.config
+    assert (model.dtype.name, mixture.parallel.strategy, mixture.implementation) == options[1::2]
+    assert dict(model.mesh.shape)["expert"] == 2
+    assert (sizes.batch_size, sizes.cache_length) == (4, 4096)
+
+
+def test_each_program_stands_in_its_own_column(compiled_with, capsys):
+    compiled_with()
+    assert re.search(r"weights, cache and inputs +3.00 MB +5.00 MB", capsys.readouterr().out)
 
 
 def test_a_report_is_printed_with_both_programs_side_by_side(capsys):

@@ -302,6 +302,26 @@ def test_stats_count_the_experts_of_prompts_and_new_tokens(checkpoint, ending, c
     assert f"expert load written to {file}" in capsys.readouterr().err
 
 
+def test_the_ending_of_a_file_of_stats_may_be_in_capitals(checkpoint):
+    file = checkpoint.folder / "LOAD.JSON"
+    run(checkpoint, "--prompt", "abc", "--stats", str(file), *LIMIT)
+    tokens_read = checkpoint.tokenizer.encode("abc") + checkpoint.tokens("abc")[:-1]
+    np.testing.assert_array_equal(json.loads(file.read_text())["expert_load"], expected_load(tokens_read))
+
+
+def test_remarks_on_what_a_mesh_does_not_split_go_to_stderr(checkpoint, capsys, monkeypatch):
+    def load(folder, *, dtype, mesh):
+        model = FadingMemoryModel(checkpoint.table, checkpoint.decoder.max_positions)
+        model.partitioning_remarks = ("2 heads cannot be split over 4 ranks",)
+        return model
+
+    monkeypatch.setattr("moe_jax.pretrained.from_pretrained", load)
+    run(checkpoint, "--prompt", "ab", "--mesh", "tensor=4", *LIMIT)
+    captured = capsys.readouterr()
+    assert captured.out == f"ab{checkpoint.text('ab')}\n"
+    assert captured.err.startswith("2 heads cannot be split over 4 ranks\n")
+
+
 def test_stats_of_a_model_without_experts_are_refused_before_it_is_loaded(checkpoint, capsys):
     checkpoint.decoder = dataclasses.replace(checkpoint.decoder, moe_layers=())
     run(checkpoint, "--prompt", "abc", "--stats", str(checkpoint.folder / "load.json"), *LIMIT, status=2)

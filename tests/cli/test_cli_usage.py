@@ -119,8 +119,11 @@ def test_a_defect_of_the_program_shows_its_traceback_with_a_status_that_no_check
     [
         MemoryError(),
         jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nbuffers:\n1 2 3"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room"),
+        jax.errors.JaxRuntimeError("INTERNAL: Out of memory while trying to allocate 99 bytes."),
+        jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory"),
     ],
-    ids=lambda error: type(error).__name__,
+    ids=repr,
 )
 def test_too_little_memory_is_no_defect_but_a_message_that_says_what_to_reduce(error, monkeypatch, capsys):
     def run(arguments):
@@ -133,6 +136,18 @@ def test_too_little_memory_is_no_defect_but_a_message_that_says_what_to_reduce(e
     assert message.count("\n") == 2
     assert main(["generate", "anything", "--debug"]) == 2
     assert capsys.readouterr().err.startswith("Traceback")
+
+
+@pytest.mark.parametrize("error", [OSError, ValueError, NotImplementedError])
+def test_what_cannot_be_done_with_the_input_is_a_message_on_stderr_alone(error, monkeypatch, capsys):
+    """NotImplementedError is what a dispatch strategy or an implementation raises that cannot run what was asked for."""
+
+    def run(arguments):
+        raise error("not like this")
+
+    monkeypatch.setattr(COMMANDS["inspect"], "run", run)
+    assert main(["inspect", "anything"]) == 2
+    assert capsys.readouterr() == ("", "moe-jax inspect: not like this\n")
 
 
 def test_another_error_of_the_runtime_is_a_defect(monkeypatch, capsys):
@@ -161,11 +176,20 @@ def test_help_needs_none_of_the_slow_packages():
     assert finished.returncode == 0, finished.stderr
 
 
-def test_a_reader_that_goes_away_ends_the_command_quietly():
-    """As in `moe-jax inspect ... | true`: the pipe is closed before anything is written."""
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["text", "json"])
+def test_a_reader_that_goes_away_ends_the_command_quietly(options):
+    """As in `moe-jax inspect ... | true`: the pipe is closed before anything is written; JSON is, when the command ends."""
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "moe_jax.cli", "inspect", str(golden_cases("mixtral")[0].folder("fused"))]
-    finished = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "moe_jax.cli",
+        "inspect",
+        str(golden_cases("mixtral")[0].folder("fused")),
+        *options,
+    ]
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}  # as a shell has it, whatever runs the tests
+    finished = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False, env=environment)
     os.close(writing)
     assert (finished.returncode, finished.stderr) == (141, "")

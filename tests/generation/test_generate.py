@@ -75,6 +75,43 @@ def test_padding_does_not_matter_wherever_it_is(model, table, rng, side):
     assert [result.row(row) for row in range(3)] == [expected_greedy(table, prompt, 6) for prompt in prompts]
 
 
+@pytest.mark.parametrize("nonzero", [-1, 2, True, 0.5], ids=str)
+def test_a_mask_is_nonzero_at_tokens_whatever_its_numbers(model, table, rng, nonzero):
+    (prompt,) = draw_prompts(rng, 5)
+    mask = np.array([[0, 0, 1, 1, 1, 1, 1]]) * np.asarray(nonzero)
+    result = generate(model, np.array([[3, 3, *prompt]]), GenerationSettings(max_new_tokens=6), attention_mask=mask)
+    assert result.row(0) == expected_greedy(table, prompt, 6)
+
+
+def test_without_settings_128_tokens_are_generated(model, table, rng):
+    (prompt,) = draw_prompts(rng, 3)
+    assert generate(model, [prompt]).row(0) == expected_greedy(table, prompt, 128)
+
+
+def test_compiling_does_not_count_as_reading_the_prompts(model, rng, monkeypatch):
+    """By a clock that moves only while programs are compiled and when it is looked at."""
+    from moe_jax.generation import text_generation
+
+    now = 0.0
+
+    def clock():
+        nonlocal now
+        now += 1.0
+        return now
+
+    def compile_slowly(signature):
+        nonlocal now
+        now += 1000.0
+        return compile_programs(signature)
+
+    monkeypatch.setattr(text_generation.time, "perf_counter", clock)
+    monkeypatch.setattr(text_generation, "compile_programs", compile_slowly)
+    timing = generate(model, draw_prompts(rng, 3), GenerationSettings(max_new_tokens=4)).timing
+    assert timing.compile_seconds > 1000
+    assert 0 < timing.prefill_seconds < 100
+    assert 0 < timing.decode_seconds < 100
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_each_row_stops_at_its_own_end_and_is_filled_with_padding(model, table, rng, streamed):
     prompts = draw_prompts(rng, 2, 6, 4)
@@ -256,6 +293,9 @@ def test_tokens_of_all_steps_and_rows_are_drawn_independently(rng):
     for equal in (tokens[:, 1:] == tokens[:, :-1], tokens[1:] == tokens[:-1]):
         deviation = np.sqrt(equal.size * (VOCAB - 1)) / VOCAB
         assert abs(equal.sum() - equal.size / VOCAB) < 6 * deviation
+        # Nor does one step repeat another one in all rows, or a row another one in all steps; the first step is prefill's.
+        assert not equal.all(axis=0).any()
+        assert not equal.all(axis=1).any()
 
 
 def test_expert_load_counts_prompt_and_new_tokens_but_neither_padding_nor_ended_rows(model, table, rng):

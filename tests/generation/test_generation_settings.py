@@ -11,6 +11,7 @@ from moe_jax.generation import GenerationSettings, read_generation_settings, set
 def test_a_checkpoint_without_generation_config_is_greedy_and_ends_as_its_config_says():
     assert settings_from_hf({}, {"eos_token_id": 2}) == GenerationSettings(eos_token_ids=(2,), pad_token_id=2)
     assert settings_from_hf({}, {"eos_token_id": None}) == GenerationSettings()
+    assert settings_from_hf({}, {"eos_token_id": [7, 2]}).pad_token_id == 7  # the first, as in transformers
 
 
 def test_every_supported_setting_is_read():
@@ -107,7 +108,22 @@ def test_customary_ways_to_switch_a_setting_off_are_understood(generation_config
     [
         ("num_beams", 4),
         ("encoder_repetition_penalty", 1.05),
+        ("num_beam_groups", 2),
+        ("num_return_sequences", 2),
+        ("penalty_alpha", 0.6),
+        ("dola_layers", "low"),
         ("no_repeat_ngram_size", 3),
+        ("encoder_no_repeat_ngram_size", 3),
+        ("min_length", 5),
+        ("exponential_decay_length_penalty", [5, 1.5]),
+        ("force_words_ids", [[7]]),
+        ("constraints", [{}]),
+        ("sequence_bias", [[[7], -10.0]]),
+        ("begin_suppress_tokens", [5]),
+        ("forced_bos_token_id", 2),
+        ("forced_decoder_ids", [[1, 5]]),
+        ("watermarking_config", {"bias": 2.5}),
+        ("max_time", 1.5),
         ("suppress_tokens", [5]),
         ("bad_words_ids", [[7]]),
         ("min_new_tokens", 2),
@@ -132,6 +148,10 @@ def test_settings_of_sampling_matter_only_when_sampling():
     with pytest.raises(ValueError, match=r"min_p=0\.1, typical_p=0\.9"):
         settings_from_hf({"min_p": 0.1, "typical_p": 0.9, "do_sample": True}, {})
     settings_from_hf({"min_p": 0.1, "do_sample": True}, {}, do_sample=False)
+    for name, value in (("epsilon_cutoff", 0.1), ("eta_cutoff", 0.1), ("top_h", 0.5)):
+        settings_from_hf({name: value}, {})
+        with pytest.raises(ValueError, match=f"{name}={value}"):
+            settings_from_hf({name: value, "do_sample": True}, {})
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,8 @@ def test_balance_is_drawn(rng, tmp_path):
     before = balancer.statistics(state)
     _, report = balancer.rearrange(layer, state)
     assert report.before == before
+    # Of one rank nothing is sent.
+    assert (report.sent, report.copied) == (0, (report.old_physical_to_logical != report.new_physical_to_logical).sum())
     assert str(report).startswith(f"balancedness {before.balancedness:.3f} -> {report.after.balancedness:.3f}")
     write_balance_picture(tmp_path / "balance.png", report)
     assert (tmp_path / "balance.png").read_bytes().startswith(b"\x89PNG")
@@ -220,7 +222,10 @@ def test_experts_of_a_group_share_a_machine_and_those_that_stay_on_their_rank_ke
     for _ in range(2):
         before = balancer.physical_to_logical(layer).reshape(ranks, 5)
         load = rng.permutation(np.arange(1, 21) ** 2)[None]
-        _, report = balancer.rearrange(layer, balancer.record(balancer.init(), jnp.asarray(load, jnp.int32)))
+        state = balancer.record(balancer.init(), jnp.asarray(load, jnp.int32))
+        statistics = balancer.statistics(state)
+        _, report = balancer.rearrange(layer, state)
+        assert statistics == report.before == load_statistics(load.reshape(1, ranks, 5).sum(axis=2))
         after = report.new_physical_to_logical.reshape(ranks, 5)
         machine_of = np.arange(20) // 10
         for group in range(groups):

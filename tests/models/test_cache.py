@@ -7,7 +7,9 @@ import pytest
 from flax import nnx
 from support import golden_cases
 from support.golden_models import TOLERANCE, compiled, golden_model, relative_error
+from support.small_models import small_decoder
 
+from moe_jax.models import CausalLM
 from moe_jax.models.cache import KVCache
 
 CASES = golden_cases.golden_cases()
@@ -61,6 +63,43 @@ def test_chunks_may_hold_padding_on_either_side(family, side):
     real = np.asarray(logits)[padded_mask == 1]
     assert relative_error(real, getattr(expected, f"{side}_logits")[mask == 1]) < TOLERANCE
     np.testing.assert_array_equal(cache.lengths, expected.lengths)
+
+
+@pytest.fixture(scope="module")
+def small_model():
+    return CausalLM(small_decoder(num_hidden_layers=2), rngs=nnx.Rngs(0))
+
+
+def test_tokens_without_a_mask_are_counted_on_from_those_in_the_cache(small_model, rng):
+    """All rows full, as between turns of a conversation; positions and visible keys are those of the full pass."""
+    ids = jnp.asarray(rng.integers(0, 16, (2, 7)))
+    expected, cache, got = small_model(ids), small_model.init_cache(2, max_length=7), []
+    for chunk in jnp.split(ids, [3, 6], axis=1):
+        logits, cache = small_model(chunk, cache=cache)
+        got.append(logits)
+    assert relative_error(np.concatenate(got, axis=1), np.asarray(expected)) < 1e-5
+    np.testing.assert_array_equal(cache.lengths, [7, 7])
+
+
+def test_padding_does_not_touch_a_row_that_fills_its_cache(small_model, rng):
+    ids, mask = jnp.asarray(rng.integers(0, 16, (2, 4))), jnp.array([[1, 1, 1, 1], [1, 1, 0, 0]])
+    _, full = small_model(ids, attention_mask=mask, cache=small_model.init_cache(2, max_length=4))
+    _, later = small_model(ids[:, :1], attention_mask=jnp.array([[0], [1]]), cache=full)
+    np.testing.assert_array_equal(later.lengths, [4, 3])
+    for before, after in zip(jax.tree.leaves(full.segments), jax.tree.leaves(later.segments), strict=True):
+        np.testing.assert_array_equal(after[:, 0], before[:, 0])
+        np.testing.assert_array_equal(after[:, 1, :2], before[:, 1, :2])
+        assert np.any(after[:, 1, 2] != before[:, 1, 2])
+
+
+def test_positions_may_be_given(small_model, rng):
+    """Twice the positions with half the frequencies are the same angles."""
+    ids = jnp.asarray(rng.integers(0, 16, (2, 7)))
+    halved = small_decoder(num_hidden_layers=2, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    places = jnp.broadcast_to(2 * jnp.arange(7), (2, 7))
+    expected, given = np.asarray(small_model(ids)), np.asarray(small_model(ids, positions=places))
+    assert relative_error(np.asarray(CausalLM(halved, rngs=nnx.Rngs(0))(ids, positions=places)), expected) < 1e-5
+    assert relative_error(given, expected) > 1e-3
 
 
 def test_a_row_that_outgrows_its_cache_says_so_with_nan_and_leaves_the_others_alone():

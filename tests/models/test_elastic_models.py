@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 from support import golden_cases
 from support.golden_models import QUICK_TO_COMPILE, TOLERANCE, golden_model, relative_error
+from support.small_models import small_decoder
 
 from moe_jax import ParallelConfig, from_pretrained
-from moe_jax.models import elastic
+from moe_jax.models import CausalLM, elastic
 from moe_jax.models.elastic import move_model
-from moe_jax.parallel import create_mesh
+from moe_jax.parallel import create_mesh, parallel_of
 
 CASE = golden_cases.golden_case("qwen3_moe", "raw_probabilities")  # 12 experts, a dense layer and stacked sparse ones
 ALL_AXES = {"data": 2, "expert": 2, "tensor": 2}
@@ -77,7 +79,9 @@ def placements(model):
     return [np.asarray(mixture.replicas.physical_to_logical[...]) for mixture in mixtures(model)]
 
 
-def test_a_placement_of_load_balancing_moves_along_where_there_are_as_many_slots(rng):
+@pytest.mark.parametrize("block_bytes", [1, elastic.BLOCK_BYTES], ids=["by layers", "whole"])
+def test_a_placement_of_load_balancing_moves_along_where_there_are_as_many_slots(block_bytes, rng, monkeypatch):
+    monkeypatch.setattr(elastic, "BLOCK_BYTES", block_bytes)
     model = load({"expert": 4}, num_redundant_experts=4)
     rearranged(model, rng)
     before, weights = placements(model), [np.asarray(one.routed_experts.down_proj[...]) for one in mixtures(model)]
@@ -87,6 +91,13 @@ def test_a_placement_of_load_balancing_moves_along_where_there_are_as_many_slots
         np.testing.assert_array_equal(mixture.routed_experts.down_proj[...], expected)
     move_model(model, create_mesh({"expert": 2}), num_redundant_experts=2)  # other slots: as in a fresh model
     assert_same_model(model, load({"expert": 2}, num_redundant_experts=2))
+
+
+def test_a_model_that_leaves_its_mesh_goes_to_the_first_device_of_it():
+    mesh = jax.make_mesh((2,), ("expert",), axis_types=(AxisType.Auto,), devices=jax.devices()[4:6])
+    model = CausalLM(small_decoder(num_hidden_layers=1), rngs=nnx.Rngs(0), mesh=mesh, parallel=parallel_of(mesh))
+    move_model(model, None)
+    assert {device for leaf in jax.tree.leaves(nnx.state(model)) for device in leaf.devices()} == {jax.devices()[4]}
 
 
 @pytest.mark.slow

@@ -84,8 +84,11 @@ def test_a_decoding_step_updates_the_cache_in_place():
     assert memory.temp_size_in_bytes < nbytes
 
 
-def test_a_model_computes_in_its_dtype_and_gives_float32_logits():
-    model = abstract_model(qwen3(2), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_computes_in_its_dtype_and_gives_float32_logits(tied):
+    config = {**qwen3(2), "tie_word_embeddings": tied}
+    model = abstract_model(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    assert (model.lm_head is None) == tied
     ids = jax.ShapeDtypeStruct((2, 3), jnp.int32)
     hidden, _, _ = nnx.eval_shape(lambda model, ids: model.hidden_states(ids), model, ids)
     assert hidden.dtype == jnp.bfloat16

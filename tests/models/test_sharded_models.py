@@ -153,6 +153,17 @@ def test_axes_that_split_the_batch_split_no_dense_part():
     assert partitioning.batch_axes_for(3) == ()
 
 
+def test_axes_are_taken_in_the_order_of_the_mesh_and_from_the_first_one_on():
+    partitioning = Partitioning.of(
+        ParallelConfig(expert_axis="expert", tensor_axis="tensor"), create_mesh({"tensor": 4, "expert": 2})
+    )
+    assert partitioning.shared == ("tensor", "expert")
+    assert partitioning.axes_for(8) == ("tensor", "expert")
+    assert partitioning.axes_for(4) == ("tensor",)
+    # Not over `expert` alone, whose ranks would hold other heads than their queries'.
+    assert partitioning.axes_for(2) == ()
+
+
 @functools.cache
 def created(**sizes):
     """Three stacked layers, which two ranks do not divide."""

@@ -52,10 +52,36 @@ def test_scores_are_float32_and_may_be_large(with_sinks, rng):
     assert actual.dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_large_scores_that_differ_little_are_told_apart(with_sinks, rng):
+    """All about 256, where bfloat16 numbers are 2 apart, so that rounded scores would be other probabilities."""
+    query, key, value = (rng.normal(size=(2, 5, heads, 8)) for heads in (6, 3, 3))
+    query[..., 0] = key[..., 0] = 16
+    sinks = np.full(6, 256.0) if with_sinks else None
+    query, key, value, sinks = (None if x is None else jnp.asarray(x, jnp.bfloat16) for x in (query, key, value, sinks))
+    mask = jnp.ones((2, 1, 5, 5), bool)
+    actual = attend(query, key, value, mask, scale=1.0, sinks=sinks)
+    exact = [None if x is None else np.asarray(x, np.float64) for x in (query, key, value, sinks)]
+    expected = attend_by_definition(*exact[:3], np.asarray(mask), 1.0, exact[3])
+    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, atol=0.03)
+
+
 def test_a_token_that_sees_nothing_gets_numbers_not_nan(rng):
     x = jnp.asarray(rng.normal(size=(1, 3, 2, 4)), jnp.float32)
     for sinks in (None, jnp.zeros(2)):
         assert np.isfinite(attend(x, x, x, jnp.zeros((1, 1, 3, 3), bool), scale=1.0, sinks=sinks)).all()
+
+
+def test_a_sink_far_above_all_scores_takes_everything_and_leaves_finite_gradients(rng):
+    x = jnp.asarray(rng.normal(size=(1, 3, 2, 4)), jnp.float32)
+
+    def output(x, sinks):
+        return attend(x, x, x, jnp.ones((1, 1, 3, 3), bool), scale=1.0, sinks=sinks)
+
+    sinks = jnp.array([200.0, 300.0])
+    np.testing.assert_allclose(output(x, sinks), 0, atol=1e-30)
+    for gradient in jax.grad(lambda x, sinks: output(x, sinks).sum(), argnums=(0, 1))(x, sinks):
+        np.testing.assert_allclose(gradient, 0, atol=1e-30)
 
 
 def draw(rng, *, queries=37, keys=43, value_width=6, with_sinks=False):
