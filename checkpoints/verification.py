@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.families import Decoder, Family
+from moe_jax.families import Decoder
 
 from .casting import overflowed
 from .checkpoint import Checkpoint
-from .errors import CheckpointError
 from .hub import resolve_source
 from .opening import open_checkpoint
 from .parts import Slice, plan_parts
@@ -43,19 +42,21 @@ class VerificationReport:
     source: Path
     output: Path
     tensors: int
-    """Tensors compared, by the source's names."""
+    """Tensors compared, by the source's names; 0 if the models' parameters are not the same, see `settings`."""
     nbytes: int
     """Bytes compared, in the output's dtypes."""
     dropped: Mapping[str, str]
     """Tensors of the source left out on purpose -> why."""
     converted: Mapping[str, str]
     """Parameters whose dtype was changed -> "float32 -> bfloat16"."""
+    settings: tuple[str, ...]
+    """What their `config.json` say differently of how the model computes, one line for each setting with both values."""
     differences: tuple[Difference, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether every value is the same, bit by bit."""
-        return not self.differences
+        """Whether the models compute alike and every value is the same, bit by bit."""
+        return not self.settings and not self.differences
 
 
 def verify(
@@ -69,7 +70,8 @@ def verify(
 
     Either may be a Hugging Face folder, in either form, or a converted folder. Where the output has another dtype, the
     source's values are rounded to it first; quantized weights are decoded. Of their `config.json`, what says how a model
-    computes must be the same: the rest, such as dtype and quantization, may differ.
+    computes must be the same: the rest, such as dtype and quantization, may differ. Models whose parameters have other
+    names or shapes are different, and none of their values is compared.
 
     Args:
         source: Folder or hub id of the original.
@@ -78,17 +80,21 @@ def verify(
         progress: Called with `Progress(done_bytes, total_bytes, label)` after each slice.
 
     Raises:
-        CheckpointError: One of them isn't whole, or they are models of different configuration; each field that differs
-            is named.
+        CheckpointError: One of them isn't whole.
     """
     original, copy = open_checkpoint(resolve_source(source, revision)), open_checkpoint(output)
-    if original.family is not copy.family:
-        raise CheckpointError(
-            f"{source} and {output} are different models: {_describe(original.family, original)} "
-            f"against {_describe(copy.family, copy)}"
+    settings = tuple(_unequal_settings(original, copy))
+    if original.family is not copy.family or original.shapes != copy.shapes:
+        return VerificationReport(
+            source=Path(source),
+            output=Path(output),
+            tensors=0,
+            nbytes=0,
+            dropped=original.dropped,
+            converted={},
+            settings=settings,
+            differences=(),
         )
-    if unequal := _unequal_settings(original.decoder, copy.decoder):
-        raise CheckpointError(f"{source} and {output} are different models, by their config.json:", unequal)
     plan = plan_tensors(original.decoder, original.family, original.form)
     sizes = {}
     for path, shape in original.shapes.items():
@@ -117,15 +123,19 @@ def verify(
             for path in original.shapes
             if original.dtype_of(path) != copy.dtype_of(path)
         },
+        settings=settings,
         differences=tuple(differences.values()),
     )
 
 
-def _describe(family: Family, checkpoint: Checkpoint) -> str:
-    return f"{family.model_type} with {len(checkpoint.decoder.layers)} layers and {len(checkpoint.shapes)} parameters"
+def _unequal_settings(original: Checkpoint, copy: Checkpoint) -> list[str]:
+    """The families if they differ, because their fields tell nothing then; else every field that differs."""
+    if original.family is not copy.family:
+        return [f"model_type: {original.family.model_type!r} against {copy.family.model_type!r}"]
+    return _unequal_decoders(original.decoder, copy.decoder)
 
 
-def _unequal_settings(original: Decoder, copy: Decoder) -> list[str]:
+def _unequal_decoders(original: Decoder, copy: Decoder) -> list[str]:
     """Every field that differs with both values; one that differs alike in several layers is named once."""
     found: dict[str, list[int]] = {}
     if len(original.layers) != len(copy.layers):

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny_checkpoint as tiny
+from support.golden_cases import golden_cases
 
 from moe_jax.checkpoints import CheckpointError, convert, open_checkpoint, verify
 
@@ -111,18 +112,24 @@ def test_a_missing_part_is_reported_by_name(source, output):
         verify(source, output)
 
 
-def test_models_of_different_shape_are_not_compared(tmp_path, source, rng):
-    config = {**tiny.QWEN3, "num_experts": 6}
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"num_experts": 6}, "num_experts: 5 against 6"), ({"num_hidden_layers": 3}, "layers: 2 against 3")],
+    ids=str,
+)
+def test_models_of_different_shape_or_depth_differ_and_no_value_is_compared(tmp_path, source, rng, change, words):
+    config = {**tiny.QWEN3, **change}
     other = tiny.write_folder(tmp_path / "other", tiny.random_tensors(rng, config), config)
-    with pytest.raises(CheckpointError, match=r"different models(.|\n)*num_experts: 5 against 6"):
-        verify(source, other)
+    report = verify(source, other)
+    assert not report.ok
+    assert any(words in setting for setting in report.settings)
+    assert (report.tensors, report.differences) == (0, ())
 
 
-def test_models_of_different_depth_are_not_compared(tmp_path, source, rng):
-    config = {**tiny.QWEN3, "num_hidden_layers": 3}
-    other = tiny.write_folder(tmp_path / "other", tiny.random_tensors(rng, config), config)
-    with pytest.raises(CheckpointError, match=r"different models(.|\n)*layers: 2 against 3"):
-        verify(source, other)
+def test_models_of_different_families_differ_by_their_name(source):
+    report = verify(source, golden_cases("mixtral")[0].folder("per_expert"))
+    assert not report.ok
+    assert report.settings == ("model_type: 'qwen3_moe' against 'mixtral'",)
 
 
 @pytest.mark.parametrize(
@@ -141,12 +148,13 @@ def test_models_of_different_depth_are_not_compared(tmp_path, source, rng):
     ids=str,
 )
 def test_a_setting_that_changes_what_is_computed_is_a_difference_though_every_value_is_the_same(
-    source, output, change, words
+    source, output, tensors, change, words
 ):
     (output / "config.json").write_text(json.dumps({**tiny.QWEN3, **change}))
-    with pytest.raises(CheckpointError, match="different models") as caught:
-        verify(source, output)
-    assert [problem for problem in caught.value.problems if words in problem] == list(caught.value.problems)
+    report = verify(source, output)
+    assert not report.ok
+    assert [setting for setting in report.settings if words in setting] == list(report.settings) != []
+    assert (report.tensors, report.differences) == (len(tensors), ())
 
 
 def test_settings_that_change_nothing_may_differ(source, output):

@@ -181,6 +181,20 @@ def test_verify_names_what_differs_with_status_1(exported, tmp_path, capsys):
     assert "model.norm.weight" in capsys.readouterr().out
 
 
+def test_a_setting_that_differs_is_status_1_too(exported, tmp_path, capsys):
+    folder = shutil.copytree(exported, tmp_path / "changed")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "norm_topk_prob": not config["norm_topk_prob"]}))
+    document = run_json(capsys, "verify", SOURCE, str(folder), status=1)
+    assert (document["ok"], document["differences"]) == (False, [])
+    (setting,) = document["settings"]
+    assert setting.endswith("renormalize: True against False")
+    run("verify", SOURCE, str(folder), status=1)
+    text = capsys.readouterr().out
+    assert "different  1 setting\n" in text
+    assert "renormalize" in text
+
+
 def test_a_difference_of_nan_is_null_in_json(exported, tmp_path, capsys):
     folder = shutil.copytree(exported, tmp_path / "changed")
     tensors = load_file(folder / "model.safetensors")

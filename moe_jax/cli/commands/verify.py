@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 SUMMARY = "compare a converted or exported checkpoint with its source"
 DESCRIPTION = """\
 Compare every value of SRC with OUT, bit by bit; each may be a Hugging Face folder or a converted one. Where OUT has another
-dtype, SRC is rounded to it first. The exit status is 1 if anything differs.
+dtype, SRC is rounded to it first. What their config.json say of how the model computes is compared, too. The exit status is 1 if
+anything differs.
 """
 EXAMPLES = """\
   moe-jax verify Qwen3-30B-A3B/ converted/
@@ -59,17 +60,19 @@ def print_report(report: "VerificationReport") -> None:
     """Print a report as text."""
     from moe_jax.cli.output import format_bytes, print_facts, print_table
 
+    counts = {"setting": len(report.settings), "tensor": len(report.differences)}
+    different = [f"{count:,} {what}{'s' * (count > 1)}" for what, count in counts.items() if count]
+    compared = f"{report.tensors:,} tensors, {format_bytes(report.nbytes)}"
     facts = [
-        ("compared", f"{report.tensors:,} tensors, {format_bytes(report.nbytes)}"),
-        (
-            "different",
-            f"{len(report.differences):,} tensors" if report.differences else "none: every value is the same",
-        ),
+        ("compared", compared if report.tensors else "no tensor: the models have different parameters"),
+        ("different", " and ".join(different) or "none: every value is the same"),
     ]
     facts += [
         ("rounded", f"{count:,} parameters {change}") for change, count in Counter(report.converted.values()).items()
     ]
     print_facts(f"{report.source} and {report.output}", facts)
+    if report.settings:
+        print_table("Settings that differ, by config.json", ["SRC against OUT"], [(one,) for one in report.settings])
     if report.differences:
         print_table(
             "Tensors that differ",
