@@ -13,6 +13,7 @@ Some environment variables are read when jax is imported, so they have to be set
 
 import contextlib
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from importlib import metadata
@@ -35,6 +36,10 @@ TPU_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MUL
 """What must be set before jax is imported, to compile for TPUs."""
 TPU_TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
 """The smallest topology that the compiler knows of each generation; `tpu7x:2x2x1` has two devices per chip."""
+LARGEST_SLICES = {"v5e": (16, 16), "v5p": (16, 20, 28), "v6e": (16, 16), "7x": (16, 16, 36)}
+"""Chips along each axis of a whole pod of each generation. The compiler takes larger slices, too, and ends the process on them.
+
+Source: the TPU system architecture pages of Google Cloud, which for 7x say 9,216 chips."""
 
 
 class UnfitEnvironmentError(RuntimeError):
@@ -127,17 +132,20 @@ class TpuTarget:
         """The target of that name: of a device, which stands for its smallest slice, or of a slice, as in "v6e:16x16".
 
         Raises:
-            ValueError: unknown name.
+            ValueError: unknown name, or a slice that is larger than a pod.
         """
-        slice_name = TPU_TOPOLOGIES.get(name, name)
-        generation, colon, _ = slice_name.partition(":")
+        generation, colon, shape = name.partition(":")
         device = TPU_DEVICES.get(generation.removeprefix("tpu"))
-        if device is None or not colon:
+        if device is None:
             raise ValueError(
                 f"unknown TPU {name!r}; legal are {', '.join(TPU_TOPOLOGIES)}, and slices such as"
                 f" {', '.join(TPU_TOPOLOGIES.values())}"
             )
-        return cls(device=device, slice_name=slice_name)
+        smallest = TPU_TOPOLOGIES[device.name]
+        if not colon:
+            return cls(device=device, slice_name=smallest)
+        _check_shape(name, shape, device)
+        return cls(device=device, slice_name=f"{smallest.partition(':')[0]}:{shape}")
 
     @property
     def name(self) -> str:
@@ -177,6 +185,19 @@ class TpuTarget:
         return targeting(self.device)
 
 
+def _check_shape(name: str, shape: str, device: TpuDevice) -> None:
+    """ValueError unless `shape` is chips along each axis, and fits into a pod in some orientation."""
+    pod = LARGEST_SLICES[device.name]
+    sizes = shape.split("x")
+    legal = f"chips along each axis, at most {'x'.join(map(str, pod))}, as in {TPU_TOPOLOGIES[device.name]}"
+    if not all(size.isascii() and size.isdecimal() and int(size) for size in sizes):
+        raise ValueError(f"the shape of {name!r} must be {legal}; got {shape!r}")
+    longest_first = sorted(map(int, sizes), reverse=True)
+    largest = itertools.zip_longest(longest_first, sorted(pod, reverse=True), fillvalue=1)
+    if any(size > most for size, most in largest):
+        raise ValueError(f"there is no slice {name!r}: its shape must be {legal}")
+
+
 Target = GpuTarget | TpuTarget
 
 
@@ -186,7 +207,7 @@ def target_named(name: str) -> Target:
     A name without a shape stands for the smallest: one GPU, or the smallest slice of TPUs.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or a slice that is larger than a pod.
     """
     kind, colon, shape = name.partition(":")
     if kind.removeprefix("tpu") in TPU_DEVICES:

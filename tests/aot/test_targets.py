@@ -6,12 +6,14 @@ from jax.experimental.mosaic.gpu import utils as mosaic_gpu_utils
 from moe_jax.aot import targets
 from moe_jax.aot.targets import (
     GPU_PLUGINS,
+    LARGEST_SLICES,
     TPU_ENVIRONMENT,
     TPU_TOPOLOGIES,
     GpuTarget,
     TpuTarget,
     check_environment,
     target_config,
+    target_named,
 )
 from moe_jax.kernels.device import GPU_DEVICES, TPU_DEVICES, gpu_device_of, tpu_device_of
 
@@ -83,6 +85,27 @@ def test_pods_are_targets_and_unknown_tpus_are_refused_with_the_legal_ones():
         ValueError, match="unknown TPU 'v9:2x2'; legal are v5e, v5p, v6e, 7x, and slices such as v5e:2x2"
     ):
         TpuTarget.named("v9:2x2")
+
+
+@pytest.mark.parametrize("name", ["7x:2x4x4", "tpu7x:2x4x4"])
+def test_a_slice_is_named_as_the_compiler_names_it_whichever_name_its_generation_is_given(name):
+    assert target_named(name) == TpuTarget(device=TPU_DEVICES["7x"], slice_name="tpu7x:2x4x4")
+
+
+@pytest.mark.parametrize("generation", TPU_DEVICES)
+def test_a_whole_pod_is_a_target_in_any_orientation_and_nothing_larger_is(generation):
+    pod = LARGEST_SLICES[generation]
+    for orientation in (pod, pod[::-1]):
+        assert target_named(f"{generation}:{'x'.join(map(str, orientation))}").device == TPU_DEVICES[generation]
+    for larger in ((64,) * len(pod), (*pod, 2), (pod[-1] * 2, *pod[1:])):
+        with pytest.raises(ValueError, match=f"at most {'x'.join(map(str, pod))}, as in "):
+            target_named(f"{generation}:{'x'.join(map(str, larger))}")
+
+
+@pytest.mark.parametrize("shape", ["", "0x2", "2x", "-1x2", "a", "2x²"])
+def test_a_shape_that_is_not_made_of_positive_numbers_is_refused(shape):
+    with pytest.raises(ValueError, match=r"the shape of 'v6e:.*' must be chips along each axis, at most 16x16"):
+        target_named(f"v6e:{shape}")
 
 
 def test_compiling_for_tpus_needs_its_variables_and_libtpu(monkeypatch):

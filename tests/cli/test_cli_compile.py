@@ -60,6 +60,18 @@ def test_without_the_compilers_the_extra_is_named(target, capsys, monkeypatch):
     ("arguments", "message"),
     [
         (["--target", "h300:2x8"], "unknown target 'h300:2x8'"),
+        (
+            ["--target", "v5e:64x64"],
+            "there is no slice 'v5e:64x64': its shape must be chips along each axis, at most 16x16",
+        ),
+        (
+            ["--target", "v6e:2x2", "--implementation", "pallas_gpu"],
+            "--implementation pallas_gpu cannot be compiled for v6e:2x2; legal are pallas_tpu and xla",
+        ),
+        (
+            ["--target", "h200:1x8", "--implementation", "pallas_tpu"],
+            "--implementation pallas_tpu cannot be compiled for h200:1x8; legal are pallas_gpu and xla",
+        ),
         (["--target", "v6e:2x2", "--prompt-length", "64", "--cache-length", "64"], "must exceed prompt_length=64"),
     ],
 )

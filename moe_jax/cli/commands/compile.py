@@ -23,7 +23,7 @@ EXAMPLES = """\
   moe-jax compile examples/demo_model --target v6e:2x2
   moe-jax compile deepseek-ai/DeepSeek-V3 --target v5p:4x4x4 --batch 64
   moe-jax compile MODEL/config.json --target h200:2x8 --mesh expert=16 --json
-  moe-jax compile MODEL --target tpu7x:2x2x1 --strategy ragged_all_to_all --batch 8
+  moe-jax compile MODEL --target 7x:2x2x1 --strategy ragged_all_to_all --batch 8
   moe-jax compile MODEL --target v5e:4x4 --prompt-length 4096 --cache-length 8192 --dtype bfloat16
 """
 
@@ -57,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target",
         required=True,
         metavar="NAME",
-        help="TPU slice (v6e:16x16, v5p:4x4x4, tpu7x:2x2x1 ...) or hosts x GPUs per host (h200:2x8 ...)",
+        help="TPU slice (v6e:16x16, v5p:4x4x4, 7x:2x2x1 ...) or hosts x GPUs per host (h200:2x8 ...); without a shape, the "
+        "smallest slice, or one GPU",
     )
     sizes = parser.add_argument_group("what is generated")
     sizes.add_argument(
@@ -121,6 +122,11 @@ def run(arguments: argparse.Namespace) -> int:
     from moe_jax.json_files import read_json_object
 
     target = target_named(arguments.target)
+    if arguments.implementation not in (None, "xla", f"pallas_{target.device.platform}"):
+        raise ValueError(
+            f"--implementation {arguments.implementation} cannot be compiled for {target.name}; legal are "
+            f"pallas_{target.device.platform} and xla"
+        )
     sizes = Sizes(
         batch_size=arguments.batch,
         prompt_length=arguments.prompt_length,
