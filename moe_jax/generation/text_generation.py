@@ -219,28 +219,42 @@ def token_ids_of(number: int, prompt: Any) -> Int[np.ndarray, "length"]:
     return ids
 
 
-def check_prompts(rows: Sequence[Int[np.ndarray, "length"]], settings: GenerationSettings, decoder: Any) -> int:
-    """How many new tokens to generate; ValueError unless the model can continue every prompt by that many."""
+def check_prompts(
+    rows: Sequence[Int[np.ndarray, "length"]],
+    settings: GenerationSettings,
+    decoder: Any,
+    names: Sequence[str] | None = None,
+) -> int:
+    """How many new tokens to generate; ValueError unless the model can continue every prompt by that many.
+
+    `names` is what messages call the prompts; None: their indices.
+    """
     if not rows:
         raise ValueError("there is no prompt to continue")
-    for number, row in enumerate(rows):
+    if names is None:
+        names = [f"prompt {number}" for number in range(len(rows))]
+    for name, row in zip(names, rows, strict=True):
         if row.size == 0:
-            raise ValueError(f"prompt {number} has no tokens; a prompt needs at least one")
+            raise ValueError(f"{name} has no tokens; a prompt needs at least one")
         if row.min() < 0 or row.max() >= decoder.vocab_size:
             raise ValueError(
-                f"prompt {number} holds token ids from {row.min()} to {row.max()}; "
-                f"legal are 0 to {decoder.vocab_size - 1}"
+                f"{name} holds token ids from {row.min()} to {row.max()}; legal are 0 to {decoder.vocab_size - 1}"
             )
-    longest = max(map(len, rows))
-    max_new_tokens = settings.max_new_tokens
-    if max_new_tokens is None:
-        max_new_tokens = max(1, min(settings.default_new_tokens, decoder.max_positions - longest))
-    if longest + max_new_tokens > decoder.max_positions:
+    longest, name = max(zip(map(len, rows), names, strict=True), key=lambda length_and_name: length_and_name[0])
+    room = decoder.max_positions - longest
+    if room < 1:
         raise ValueError(
-            f"a prompt has {longest} tokens, which with max_new_tokens={max_new_tokens} exceeds the model's "
+            f"{name} has {longest} tokens, which leaves no room for a new one in the model's "
             f"{decoder.max_positions} positions"
         )
-    return max_new_tokens
+    if settings.max_new_tokens is None:
+        return min(settings.default_new_tokens, room)
+    if settings.max_new_tokens > room:
+        raise ValueError(
+            f"{name} takes {longest} of the model's {decoder.max_positions} positions, which leaves {room} for new tokens, "
+            f"not {settings.max_new_tokens}"
+        )
+    return settings.max_new_tokens
 
 
 def pad_left(

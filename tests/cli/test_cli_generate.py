@@ -112,7 +112,8 @@ def test_an_empty_line_of_standard_input_is_refused_with_its_number(checkpoint, 
 def test_standard_input_that_is_not_utf8_is_refused(checkpoint, capsys, monkeypatch, arguments):
     give_stdin(monkeypatch, b"tea\ncaf\xe9\n")
     run(checkpoint, *arguments, status=2)
-    assert re.fullmatch(r"moe-jax generate: a prompt is not valid UTF-8 after '.*caf'\n", capsys.readouterr().err)
+    name = "the prompt" if arguments else "line 2 of standard input"
+    assert re.fullmatch(rf"moe-jax generate: {name} is not valid UTF-8 after '.*caf'\n", capsys.readouterr().err)
     assert checkpoint.loaded_with == []
 
 
@@ -156,7 +157,10 @@ def test_the_model_is_not_loaded_if_one_of_the_prompts_is_too_long(checkpoint, c
     run(checkpoint, "--batch", "1", "--max-new-tokens", "2", status=2)
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "a prompt has 99 tokens" in captured.err
+    assert (
+        "line 2 of standard input takes 99 of the model's 100 positions, which leaves 1 for new tokens, not 2"
+        in captured.err
+    )
     assert checkpoint.loaded_with == []
 
 
@@ -357,11 +361,20 @@ def test_stats_are_drawn_as_a_picture(checkpoint, ending, magic):
         (("--prompt", "x", "--temperature", "-1"), "temperature must be positive and finite, got -1.0"),
         (("--prompt", "x", "--system", "y"), "--system needs --chat"),
         (("--prompt", "x", "--chat-option", "thinking=true"), "--chat-option needs --chat"),
-        (("--prompt", ""), "a prompt is empty"),
-        (("--prompt", "caf\udce9"), "a prompt is not valid UTF-8 after 'caf'"),  # how Python hands over other bytes
+        (("--prompt", ""), "the prompt is empty"),
+        (("--prompt", "x", "--prompt", ""), "prompt 2 of 2 is empty"),
+        (("--prompt", "x", "--prompt", "\udce9", "--prompt", "y"), "prompt 2 of 3 is not valid UTF-8"),
+        (("--prompt", "caf\udce9"), "the prompt is not valid UTF-8 after 'caf'"),  # how Python hands over other bytes
         (("--prompt", "x", "--chat", "--chat-option", "a=\udce9"), "--chat-option is not valid UTF-8"),
         (("--prompt", "x", "--chat", "--system", "\udce9"), "--system is not valid UTF-8 after ''"),
-        (("--prompt", "x" * 99, "--max-new-tokens", "2"), "99 tokens, .* exceeds the model's 100 positions"),
+        (
+            ("--prompt", "x", "--max-new-tokens", "1000000"),
+            "the prompt takes 1 of the model's 100 positions, which leaves 99 for new tokens, not 1000000$",
+        ),
+        (
+            ("--prompt", "x", "--prompt", "x" * 100),
+            "prompt 2 of 2 has 100 tokens, which leaves no room for a new one in the model's 100 positions$",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_one_message_and_status_2(checkpoint, arguments, message, capsys):

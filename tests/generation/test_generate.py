@@ -363,8 +363,17 @@ def test_lengths_are_padded_to_powers_of_two(length, padded):
         ([[1], []], 4, "prompt 1 has no tokens"),
         ([[1, VOCAB]], 4, f"legal are 0 to {VOCAB - 1}"),
         ([[3, -1]], 4, "token ids from -1 to 3"),
-        ([[1] * 500], 13, "exceeds the model's 512 positions"),
-        ([[1] * 512], None, "exceeds the model's 512 positions"),
+        (
+            [[1], [1] * 500, [1]],
+            13,
+            "prompt 1 takes 500 of the model's 512 positions, which leaves 12 for new tokens, not 13$",
+        ),
+        (
+            [[1] * 512],
+            None,
+            "prompt 0 has 512 tokens, which leaves no room for a new one in the model's 512 positions$",
+        ),
+        ([[1] * 600], 5, "prompt 0 has 600 tokens, which leaves no room for a new one in the model's 512 positions$"),
         (
             [1, 2, 3],
             4,

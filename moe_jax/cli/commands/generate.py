@@ -121,7 +121,8 @@ def run(arguments: argparse.Namespace) -> int:
         ("--system", arguments.system or ""),
         ("--chat-option", json.dumps(arguments.chat_option, ensure_ascii=False)),
     ]
-    for name, text in [("a prompt", prompt) for prompt in prompts] + chat:
+    names = prompt_names(arguments.prompt, len(prompts))
+    for name, text in [*zip(names, prompts, strict=True), *chat]:
         check_utf8(name, text)
     write_stats: Any = None
     if arguments.stats is not None:
@@ -148,7 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
     processes.check_agreement(prompt_ids, settings, arguments.seed)
     # Weights may take minutes to load, so what `config.json` tells is checked before.
     _, decoder = describe(read_checkpoint_json(folder / CONFIG_NAME), folder / CONFIG_NAME)
-    check_prompts(unpadded(prompt_ids, None), settings, decoder)
+    check_prompts(unpadded(prompt_ids, None), settings, decoder, names)
     if write_stats is not None and not decoder.moe_layers:
         raise ValueError("--stats counts how often experts are chosen, and no layer of the model has any")
     model = from_pretrained(folder, dtype=shared.dtype_named(arguments.dtype), mesh=mesh)
@@ -243,9 +244,19 @@ def read_prompts(given: Sequence[str] | None) -> list[str]:
         return lines_of(standard_input())
     text = standard_input() if "-" in given else ""
     prompts = [text.removesuffix("\n") if prompt == "-" else prompt for prompt in given]
-    if not all(prompts):
-        raise ValueError("a prompt is empty")
+    for name, prompt in zip(prompt_names(given, len(prompts)), prompts, strict=True):
+        if not prompt:
+            raise ValueError(f"{name} is empty")
     return prompts
+
+
+def prompt_names(given: Sequence[str] | None, count: int) -> list[str]:
+    """What messages call each of the `count` prompts, whose `--prompt` are `given`; people count from 1."""
+    if given is None:
+        return [f"line {number} of standard input" for number in range(1, count + 1)]
+    if count == 1:
+        return ["the prompt"]
+    return [f"prompt {number} of {count}" for number in range(1, count + 1)]
 
 
 def standard_input() -> str:
