@@ -40,9 +40,25 @@ def dtype_named(name: str | None) -> "jnp.dtype | None":
     return None if name is None else jnp.dtype(name)
 
 
+def number(text: str) -> float:
+    """A number, for `type=`."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+
+
+def whole_number(text: str) -> int:
+    """An integer, for `type=`."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+
+
 def positive_int(text: str) -> int:
     """An integer of at least 1, for `type=`."""
-    value = int(text)
+    value = whole_number(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value

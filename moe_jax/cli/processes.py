@@ -6,8 +6,14 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from moe_jax.cli import arguments as shared
+
 if TYPE_CHECKING:
     from jax.sharding import Mesh
+
+
+PROCESS_OPTIONS = ("--coordinator", "--num-processes", "--process-id")
+"""What is given of each process where jax does not find it out."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="this is one of several processes that run the same command; SLURM, Open MPI, Kubernetes jobs and TPU pods are "
         "detected, elsewhere give the three options below; process 0 prints",
     )
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
-    group.add_argument("--num-processes", type=int, metavar="N", help="how many processes there are")
-    group.add_argument("--process-id", type=int, metavar="I", help="number of this process, from 0")
+    group.add_argument("--coordinator", type=host_and_port, metavar="HOST:PORT", help="address of process 0")
+    group.add_argument("--num-processes", type=shared.positive_int, metavar="N", help="how many processes there are")
+    group.add_argument("--process-id", type=shared.whole_number, metavar="I", help="number of this process, from 0")
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
@@ -47,6 +53,17 @@ def mesh_sizes(text: str) -> dict[str, int]:
     return sizes
 
 
+def host_and_port(text: str) -> str:
+    """The address of `--coordinator`, as it is, for `type=`."""
+    from moe_jax.parallel.distributed import parse_address
+
+    try:
+        parse_address(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be like host0:1234, got {text!r}") from None
+    return text
+
+
 def join(arguments: argparse.Namespace) -> "Mesh | None":
     """Join the other processes if there are any, and make the mesh of `--mesh`; before anything uses a device.
 
@@ -54,16 +71,31 @@ def join(arguments: argparse.Namespace) -> "Mesh | None":
         ValueError: options that don't go together, or devices that don't make up the mesh.
     """
     manual = (arguments.coordinator, arguments.num_processes, arguments.process_id)
-    if any(value is not None for value in manual) and not arguments.distributed:
-        raise ValueError("--coordinator, --num-processes and --process-id need --distributed")
+    missing = [option for option, value in zip(PROCESS_OPTIONS, manual, strict=True) if value is None]
+    is_manual = len(missing) < len(PROCESS_OPTIONS)
+    if is_manual and not arguments.distributed:
+        raise ValueError(f"{', '.join(PROCESS_OPTIONS)} need --distributed")
+    if is_manual and missing:
+        raise ValueError(f"{', '.join(PROCESS_OPTIONS)} go together; missing: {', '.join(missing)}")
+    if is_manual and not 0 <= arguments.process_id < arguments.num_processes:
+        raise ValueError(
+            f"--process-id must be from 0 to {arguments.num_processes - 1}, because --num-processes is "
+            f"{arguments.num_processes}; got {arguments.process_id}"
+        )
     if arguments.distributed and arguments.mesh is None:
         raise ValueError("--distributed needs --mesh, which says how the devices of all processes share the model")
     if arguments.mesh is None:
         return None
     from moe_jax.parallel import create_mesh, initialize_distributed
+    from moe_jax.parallel.distributed import NO_CLUSTER
 
     if arguments.distributed:
-        initialize_distributed(*manual)
+        try:
+            initialize_distributed(*manual)
+        except ValueError as error:
+            if is_manual:
+                raise
+            raise ValueError(f"{NO_CLUSTER}: give {', '.join(PROCESS_OPTIONS)}") from error
         keep_stdout_for_results()
     return create_mesh(arguments.mesh)
 

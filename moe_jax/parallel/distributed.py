@@ -11,6 +11,9 @@ jax waits 100 seconds. Heartbeats come from a thread of their own, so neither co
 SHUTDOWN_TIMEOUT_SECONDS = 10
 """How long a process that ends waits for the others to end too; jax waits 300 seconds, also for one that is gone."""
 
+NO_CLUSTER = "no cluster was found that jax knows (SLURM, Open MPI, a Kubernetes job, a TPU pod)"
+"""Why processes must be told who they are."""
+
 
 def initialize_distributed(
     coordinator_address: str | None = None,
@@ -49,9 +52,7 @@ def initialize_distributed(
     if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
         raise ValueError(f"process_id must be in [0, num_processes={num_processes}), got {process_id}")
     if coordinator_address is not None:
-        host, _, port = coordinator_address.rpartition(":")
-        if not (host and port.isdecimal()):
-            raise ValueError(f"coordinator_address must be host:port, got {coordinator_address!r}")
+        parse_address(coordinator_address)
     try:
         jax.distributed.initialize(
             coordinator_address,
@@ -62,8 +63,13 @@ def initialize_distributed(
         )
     except ValueError as error:
         if missing:
-            raise ValueError(
-                "no cluster was found that jax knows (SLURM, Open MPI, a Kubernetes job, a TPU pod): "
-                f"give {', '.join(given)} ({error})"
-            ) from error
+            raise ValueError(f"{NO_CLUSTER}: give {', '.join(given)} ({error})") from error
         raise
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """Host and port of "host:port"; ValueError if it is anything else."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+        raise ValueError(f"coordinator_address must be host:port, got {address!r}")
+    return host.removeprefix("[").removesuffix("]"), int(port)

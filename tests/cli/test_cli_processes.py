@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import pytest
 from support import processes
 
@@ -10,6 +11,8 @@ from moe_jax.cli.processes import mesh_sizes
 
 DEMO_MODEL = str(Path(__file__).parents[2] / "examples/demo_model")
 GENERATE = [DEMO_MODEL, "--prompt", "At dawn the crew", "--max-new-tokens", "8", "--dtype", "float32"]
+
+MANUAL = ["--mesh", "expert=2", "--distributed", "--coordinator", "host0:1234"]
 
 
 def test_a_mesh_is_written_as_axes_and_sizes():
@@ -30,7 +33,18 @@ def test_what_is_no_mesh_is_refused(text, capsys):
     [
         (["--distributed"], "--distributed needs --mesh"),
         (["--mesh", "expert=2", "--process-id", "0"], "need --distributed"),
-        (["--mesh", "expert=2", "--distributed", "--num-processes", "2"], "go together; missing: coordinator_address"),
+        (
+            ["--mesh", "expert=2", "--distributed", "--num-processes", "2"],
+            "go together; missing: --coordinator, --process-id",
+        ),
+        (
+            [*MANUAL, "--num-processes", "2", "--process-id", "2"],
+            "--process-id must be from 0 to 1, because --num-processes is 2",
+        ),
+        (
+            [*MANUAL, "--num-processes", "2", "--process-id", "-1"],
+            "must be from 0 to 1, because --num-processes is 2; got -1",
+        ),
         (["--mesh", "expert=16"], "the mesh expert=16 needs 16 devices, got 8"),
         (["--mesh", "expert=2", "--distributed", "--prompt", "-"], "--distributed needs --prompt TEXT"),
     ],
@@ -38,6 +52,31 @@ def test_what_is_no_mesh_is_refused(text, capsys):
 )
 def test_options_that_do_not_go_together_are_refused(arguments, message, capsys):
     assert main(["generate", *GENERATE, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_cluster_the_options_that_take_its_place_are_named(capsys, monkeypatch):
+    def not_found(*given, **timeouts):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", not_found)
+    assert main(["generate", *GENERATE, "--mesh", "expert=2", "--distributed"]) == 2
+    assert "a TPU pod): give --coordinator, --num-processes, --process-id\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-processes", "0", "--process-id", "0"], "argument --num-processes: must be at least 1, got 0"),
+        (["--process-id", "first"], "argument --process-id: must be a whole number, got 'first'"),
+        (["--coordinator", "host0"], "argument --coordinator: must be like host0:1234, got 'host0'"),
+        (["--coordinator", "host0:65536"], "argument --coordinator: must be like host0:1234, got 'host0:65536'"),
+    ],
+    ids=" ".join,
+)
+def test_what_says_nothing_about_a_process_is_wrong_usage(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", *GENERATE, *arguments])
     assert message in capsys.readouterr().err
 
 

@@ -67,15 +67,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choice = parser.add_argument_group("how tokens are chosen")
     choice.add_argument("--greedy", action="store_true", help="always take the most likely token")
     choice.add_argument(
-        "--temperature", type=float, metavar="X", help="draw tokens; below 1 sharpens, above 1 flattens; 0 is --greedy"
+        "--temperature",
+        type=shared.number,
+        metavar="X",
+        help="draw tokens; below 1 sharpens, above 1 flattens; 0 is --greedy",
     )
     choice.add_argument("--top-k", type=shared.positive_int, metavar="N", help="draw from the N most likely tokens")
     choice.add_argument(
-        "--top-p", type=float, metavar="P", help="draw from the smallest set that reaches probability P"
+        "--top-p", type=probability, metavar="P", help="draw from the smallest set that reaches probability P"
     )
     choice.add_argument(
         "--repetition-penalty",
-        type=float,
+        type=shared.number,
         metavar="X",
         help="above 1 makes tokens less likely that are in the prompt or were already generated; 1 switches it off",
     )
@@ -215,9 +218,17 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return {**always, "do_sample": True if given else None, **sampling}
 
 
+def probability(text: str) -> float:
+    """A probability from which tokens can be drawn, for `type=`."""
+    value = shared.number(text)
+    if not 0 < value <= 1:  # said so that NaN is refused
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, which draws from all tokens; got {value}")
+    return value
+
+
 def seed_number(text: str) -> int:
     """A seed that JAX takes, for `type=`."""
-    value = int(text)
+    value = shared.whole_number(text)
     if not -(2**63) <= value < 2**63:
         raise argparse.ArgumentTypeError(f"must be from -2^63 to 2^63 - 1, got {value}")
     return value
