@@ -69,6 +69,7 @@ def join(arguments: argparse.Namespace) -> "Mesh | None":
 
     Raises:
         ValueError: options that don't go together, or devices that don't make up the mesh.
+        TimeoutError: process 0 cannot be reached.
     """
     manual = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     missing = [option for option, value in zip(PROCESS_OPTIONS, manual, strict=True) if value is None]
@@ -86,12 +87,13 @@ def join(arguments: argparse.Namespace) -> "Mesh | None":
         raise ValueError("--distributed needs --mesh, which says how the devices of all processes share the model")
     if arguments.mesh is None:
         return None
+    from moe_jax.cli.output import remark
     from moe_jax.parallel import create_mesh, initialize_distributed
     from moe_jax.parallel.distributed import NO_CLUSTER
 
     if arguments.distributed:
         try:
-            initialize_distributed(*manual)
+            initialize_distributed(*manual, on_wait=remark)
         except ValueError as error:
             if is_manual:
                 raise

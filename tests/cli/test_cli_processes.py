@@ -1,11 +1,13 @@
 """`moe-jax generate` on a mesh and as several processes."""
 
+from functools import partial
 from pathlib import Path
 
 import jax
 import pytest
 from support import processes
 
+from moe_jax import parallel
 from moe_jax.cli import main
 from moe_jax.cli.processes import mesh_sizes
 
@@ -62,6 +64,18 @@ def test_without_a_cluster_the_options_that_take_its_place_are_named(capsys, mon
     monkeypatch.setattr(jax.distributed, "initialize", not_found)
     assert main(["generate", *GENERATE, "--mesh", "expert=2", "--distributed"]) == 2
     assert "a TPU pod): give --coordinator, --num-processes, --process-id\n" in capsys.readouterr().err
+
+
+def test_a_first_process_that_cannot_be_reached_is_one_message_after_one_that_says_so_at_once(capsys, monkeypatch):
+    address = f"localhost:{processes.free_port()}"
+    monkeypatch.setattr(
+        parallel, "initialize_distributed", partial(parallel.initialize_distributed, initialization_timeout_seconds=1)
+    )
+    job = ["--mesh", "expert=2", "--distributed", "--coordinator", address, "--num-processes", "2", "--process-id", "1"]
+    assert main(["generate", *GENERATE, *job]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"waiting for process 0 at {address} (")
+    assert second.startswith(f"moe-jax generate: process 0 cannot be reached at {address} (")
 
 
 @pytest.mark.parametrize(
