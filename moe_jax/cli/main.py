@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from moe_jax.cli import exit_codes
 from moe_jax.cli.commands import bench, compile, convert, export, generate, inspect, verify  # noqa: A004
+from moe_jax.cli.interrupts import interrupts_not_lost
 
 
 class Command(Protocol):
@@ -117,17 +118,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: the arguments are wrong (status 2), or help was asked for (status 0).
     """
+    open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character must not end the command
             stream.reconfigure(errors="replace")
     try:
-        status = run_command(build_parser().parse_args(argv))
-        sys.stdout.flush()
+        with interrupts_not_lost():
+            status = run_command(build_parser().parse_args(argv))
+            sys.stdout.flush()
+    except KeyboardInterrupt:  # while arguments are parsed
+        return interrupted("moe-jax")
     except BrokenPipeError:
         # Python flushes stdout once more when it exits, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exit_codes.BROKEN_PIPE
     return status
+
+
+def open_closed_streams() -> None:
+    """Give the standard streams that were closed when the process started, which are None, to `os.devnull`.
+
+    In their order, so that each takes its own number, and no file of the command becomes what libraries write to.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - stays open until the process ends
 
 
 def run_command(arguments: argparse.Namespace) -> int:
@@ -138,8 +153,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
-        print(f"\nmoe-jax {arguments.command}: interrupted", file=sys.stderr)
-        return exit_codes.INTERRUPTED
+        return interrupted(f"moe-jax {arguments.command}")
     except BrokenPipeError:
         raise
     except BAD_INPUT_ERRORS as error:
@@ -155,6 +169,12 @@ def run_command(arguments: argparse.Namespace) -> int:
         else:
             print(f"moe-jax {arguments.command}: {OUT_OF_MEMORY}\n{first_line(error)}", file=sys.stderr)
         return exit_codes.BAD_INPUT if out_of_memory else exit_codes.DEFECT
+
+
+def interrupted(what: str) -> int:
+    """Say so on standard error; returns the exit status."""
+    print(f"\n{what}: interrupted", file=sys.stderr)
+    return exit_codes.INTERRUPTED
 
 
 def is_out_of_memory(error: Exception) -> bool:

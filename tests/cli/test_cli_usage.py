@@ -1,9 +1,15 @@
 """What every command has in common: help, errors, exit statuses, and who reads the output."""
 
+import gc
+import importlib
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import jax
 import pytest
@@ -11,6 +17,8 @@ from support.golden_cases import golden_cases
 
 from moe_jax.cli import exit_codes, main
 from moe_jax.cli.main import COMMANDS
+
+DEMO = str(Path(__file__).parents[2] / "examples" / "demo_model")
 
 
 def run_usage(*arguments):
@@ -101,6 +109,77 @@ def test_an_interrupt_is_status_130(capsys, monkeypatch):
     monkeypatch.setattr(COMMANDS["inspect"], "run", interrupted)
     assert main(["inspect", "anything"]) == 130
     assert capsys.readouterr().err == "\nmoe-jax inspect: interrupted\n"
+
+
+def test_an_interrupt_while_arguments_are_parsed_is_status_130(capsys, monkeypatch):
+    def interrupted(text):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moe_jax.parallel.distributed.parse_address", interrupted)
+    assert main(["generate", "anything", "--coordinator", "host0:1234"]) == 130
+    assert capsys.readouterr().err == "\nmoe-jax: interrupted\n"
+
+
+def test_an_interrupt_that_arrives_in_a_callback_of_the_garbage_collector_ends_the_command_too(capsys, monkeypatch):
+    def collect(phase, info):
+        callbacks.remove(collect)
+        raise KeyboardInterrupt
+
+    def run(arguments):
+        callbacks.append(collect)
+        gc.collect()
+        time.sleep(60)
+
+    callbacks = gc.callbacks
+    monkeypatch.setattr(COMMANDS["inspect"], "run", run)
+    assert main(["inspect", "anything"]) == 130
+    assert capsys.readouterr().err == "\nmoe-jax inspect: interrupted\n"
+
+
+def test_an_interrupt_waits_until_what_is_being_imported_is_whole(capsys, monkeypatch, tmp_path):
+    module = "import signal\nsignal.raise_signal(signal.SIGINT)\nsignal.raise_signal(signal.SIGINT)\nis_whole = True\n"
+    (tmp_path / "interrupted_module.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def run(arguments):
+        importlib.import_module("interrupted_module")
+        time.sleep(60)
+
+    monkeypatch.setattr(COMMANDS["inspect"], "run", run)
+    assert main(["inspect", "anything"]) == 130
+    assert capsys.readouterr().err == "\nmoe-jax inspect: interrupted\n"
+    assert sys.modules.pop("interrupted_module").is_whole
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_while_the_command_line_is_imported_is_status_130():
+    program = (
+        "import argparse, builtins, sys\nimported = builtins.__import__\n"
+        "def interrupted(name, *others):\n"
+        "    if name == 'moe_jax.cli.commands':\n        raise KeyboardInterrupt\n    return imported(name, *others)\n"
+        "builtins.__import__ = interrupted\nimport moe_jax.cli\n"
+    )
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (finished.returncode, finished.stderr) == (130, "\nmoe-jax: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("closed", "arguments", "status"),
+    [
+        ("<&-", ("generate", DEMO), 2),
+        (">&-", ("inspect", DEMO), 0),
+        ("2>&-", ("inspect", "absent"), 2),
+        ("<&- >&- 2>&-", ("inspect", DEMO, "--json"), 0),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_closed_standard_stream_is_no_defect(closed, arguments, status):
+    command = shlex.join([sys.executable, "-m", "moe_jax.cli", *arguments])
+    finished = subprocess.run(f"{command} {closed}", shell=True, capture_output=True, text=True, check=False)
+    assert finished.returncode == status, finished.stderr
+    assert finished.stderr == (
+        "moe-jax generate: there is no prompt: standard input is empty\n" if closed == "<&-" else ""
+    )
 
 
 def test_a_defect_of_the_program_shows_its_traceback_with_a_status_that_no_check_has(monkeypatch, capsys):
