@@ -54,7 +54,7 @@ ALLOWED = {
         "parallel",
         "runner",
     },
-    "generation": {"device_layouts", "json_files", "json_types"},
+    "generation": {"config_checks", "device_layouts", "json_files", "json_types"},
     "chat_template": set(),
     "tokenization": {"chat_template", "json_files"},
     "aot": {"config", "kernels", "families", "parallel", "models", "generation"},
