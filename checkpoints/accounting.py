@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import cast
 
 import numpy as np
@@ -20,6 +20,8 @@ from .tensor_plan import FORMS, StoredTensor, TensorPlan, plan_tensors
 
 OUTPUT_TABLE = "lm_head.kernel"
 ROTARY_BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")
+PREDICTION_TENSOR = "eh_proj.weight"
+"""What every layer for multi-token prediction has and no other: it joins a hidden state and the next token's embedding."""
 SCALE_SUFFIX = "_scale_inv"
 BLOCKS_SUFFIX, SCALES_SUFFIX = "_blocks", "_scales"
 
@@ -60,8 +62,9 @@ def account(
     decoder: Decoder,
     tensors: Mapping[str, TensorEntry],
     quantization: Quantization | None,
+    prediction_layers: int,
 ) -> Accounting:
-    """Compare the tensors that are there with the plan."""
+    """Compare the tensors that are there with the plan; so many layers after the decoder's may be left out."""
     matcher = _Matcher(tensors, quantization)
     rows: dict[str, StoredRows] = {}
     for stored in plan:
@@ -69,10 +72,11 @@ def account(
             rows[stored.name] = found
     problems = matcher.problems + list(_mixed_dtypes(plan, rows))
     dropped: dict[str, str] = {}
+    left_out = _prediction_layers(tensors, family, len(decoder.layers), prediction_layers)
     for name, entry in tensors.items():
         if name in matcher.used:
             continue
-        reason = _reason_to_drop(name, family, decoder)
+        reason = _reason_to_drop(name, family, decoder, left_out)
         if reason is None:
             problems.append(f"{entry.file}: {name}: unexpected tensor, {_form_phrase(plan.form)} has none of that name")
         else:
@@ -84,14 +88,22 @@ def _form_phrase(form: CheckpointForm) -> str:
     return f"a checkpoint of this configuration in the {form} form"
 
 
-def _reason_to_drop(name: str, family: Family, decoder: Decoder) -> str | None:
+def _prediction_layers(tensors: Iterable[str], family: Family, depth: int, most: int) -> set[int]:
+    """Numbers of the layers for multi-token prediction, of which there are at most so many after the decoder's.
+
+    Each must look like one, too: a number of layers that is too small would make it of a layer of the decoder.
+    """
+    numbers = {_layer_number(name, family) for name in tensors if name.endswith(f".{PREDICTION_TENSOR}")}
+    return {number for number in numbers if number is not None and depth <= number < depth + most}
+
+
+def _reason_to_drop(name: str, family: Family, decoder: Decoder, prediction_layers: set[int]) -> str | None:
     for pattern in family.dropped:
         if re.fullmatch(pattern, name):
             return f"left out in {family.model_type}"
-    depth = len(decoder.layers)
     layer = _layer_number(name, family)
-    if layer is not None and layer >= depth:
-        return f"layer {layer} of a decoder with {depth} layers (multi-token prediction)"
+    if layer in prediction_layers:
+        return f"layer {layer} of a decoder with {len(decoder.layers)} layers (multi-token prediction)"
     if ROTARY_BUFFERS.fullmatch(name):
         return "rotary frequencies follow from the configuration"
     if decoder.tie_word_embeddings and name == family.names.get(OUTPUT_TABLE):

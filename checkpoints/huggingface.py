@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.families.names import CheckpointForm
+from moe_jax.families.settings import resolve
 
 from .accounting import OUTPUT_TABLE, account, detect_form
 from .checkpoint import SlicedReader, describe, target_dtype
@@ -52,7 +53,8 @@ class HuggingFaceCheckpoint(SlicedReader):
         self._decoded_dtype = np.dtype(ASSUMED_DTYPE) if quantization is None else named_dtype(self.config, where)
         self.tensors = list_tensors(folder) if tensors is None else tensors
         self.plan: TensorPlan = detect_form(self.family, self.decoder, self.tensors)
-        accounting = account(self.plan, self.family, self.decoder, self.tensors, quantization)
+        prediction_layers = resolve(self.family.prediction_layers, self.config)
+        accounting = account(self.plan, self.family, self.decoder, self.tensors, quantization, prediction_layers)
         if accounting.problems:
             raise CheckpointError(f"{folder}: not a whole {self.family.model_type} checkpoint:", accounting.problems)
         self.form: CheckpointForm = self.plan.form

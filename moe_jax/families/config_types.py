@@ -36,7 +36,7 @@ CONFIG_TYPES: Mapping[str, JSONType] = {
     **dict.fromkeys(
         (
             "sliding_window", "max_window_layers", "shared_expert_intermediate_size", "n_shared_experts",
-            "first_k_dense_replace",
+            "first_k_dense_replace", "num_nextn_predict_layers",
         ),
         NATURAL,
     ),

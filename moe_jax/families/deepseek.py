@@ -51,6 +51,11 @@ LATENT_ATTENTION_KEYS = ("head_dim", "qk_head_dim")
 """Keys that `transformers` writes for its own use; both follow from others."""
 
 
+PREDICTION_LAYERS = key("num_nextn_predict_layers", default=1)
+"""Layers for multi-token prediction (DeepSeek-V3, section 2.2). A config that doesn't say has one, as in DeepSeek's own
+configuration class and in those of `transformers`."""
+
+
 def one_kv_head_per_head(config: HFConfig) -> tuple[int, ...]:
     """Latent attention has a key and a value per query head."""
     return (resolve(NUM_HEADS, config),)

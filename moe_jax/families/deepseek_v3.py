@@ -9,6 +9,7 @@ from moe_jax.families.deepseek import (
     LATENT_ATTENTION_KEYS,
     MIXTURE,
     MIXTURE_KEYS,
+    PREDICTION_LAYERS,
     SIGMOID_ROUTER,
     has_groups,
     one_kv_head_per_head,
@@ -40,6 +41,7 @@ DEEPSEEK_V3 = Family(
         ignored=LATENT_ATTENTION_KEYS,
     ),
     names={**DECODER_NAMES, **shared_expert_names("shared_experts")},
+    prediction_layers=PREDICTION_LAYERS,
 )
 
 KIMI_K2 = dataclasses.replace(DEEPSEEK_V3, model_type="kimi_k2")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 from moe_jax.families.decoder import Decoder
 from moe_jax.families.names import CheckpointForm, ExpertNames
-from moe_jax.families.settings import HFConfig
+from moe_jax.families.settings import HFConfig, Setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,5 +27,6 @@ class Family:
     native_form: CheckpointForm = "per_expert"
     """The form of published checkpoints."""
     dropped: tuple[str, ...] = ()
-    """Regular expressions (full match) of tensors that are left out on purpose, such as multi-token prediction layers.
-    Tensors of layers at or beyond the decoder's depth are left out in every family."""
+    """Regular expressions (full match) of tensors that are left out on purpose."""
+    prediction_layers: Setting = 0
+    """How many layers for multi-token prediction its checkpoints have, at most, after the decoder's: they are left out."""

@@ -6,6 +6,7 @@ from moe_jax.families.deepseek import (
     BIASED_GROUP_LIMIT,
     MIXTURE,
     MIXTURE_KEYS,
+    PREDICTION_LAYERS,
     SIGMOID_ROUTER,
     has_groups,
     shared_experts_size,
@@ -41,4 +42,5 @@ GLM4_MOE = Family(
         read=("use_qk_norm", *MIXTURE_KEYS),
     ),
     names={**DECODER_NAMES, **shared_expert_names("shared_experts")},
+    prediction_layers=PREDICTION_LAYERS,
 )

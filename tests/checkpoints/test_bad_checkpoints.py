@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny_checkpoint as tiny
+from support import golden_cases
 
 from moe_jax.checkpoints import CheckpointError, convert, inspect, open_checkpoint, verify, write_converted
 
@@ -251,6 +252,34 @@ def test_all_problems_of_a_checkpoint_are_reported_at_once(source, tensors):
         f"{file}: model.layers.0.mlp.surprise.weight: unexpected",
     )
     assert len(error.problems) == 4
+
+
+def test_a_layer_that_the_configuration_does_not_count_is_refused(source, tensors):
+    """Multi-token prediction or not: the family has none, so it would be a layer of the decoder that is left out."""
+    surplus = {"model.layers.2.eh_proj.weight": np.zeros((8, 16), np.float32)}
+    tiny.write_folder(source, {**tensors, **surplus}, {**tiny.QWEN3, "num_nextn_predict_layers": 1})
+    refuses(source, "model.layers.2.eh_proj.weight: unexpected tensor")
+    tiny.write_folder(source, tensors, {**tiny.QWEN3, "num_hidden_layers": 1})
+    error = refuses(source, "model.layers.1.mlp.experts.3.up_proj.weight: unexpected tensor")
+    assert len(error.problems) == sum(name.startswith("model.layers.1.") for name in tensors)
+
+
+@pytest.mark.parametrize(
+    ("changes", "surplus"),
+    [
+        ({"num_nextn_predict_layers": 0}, [3]),  # it says that there is none
+        ({"num_hidden_layers": 2}, [2, 3]),  # of two, one is a layer of the decoder, the other one too deep
+        ({"num_hidden_layers": 2, "num_nextn_predict_layers": 2}, [2]),
+        ({"num_hidden_layers": 1, "num_nextn_predict_layers": 1}, [1, 2, 3]),
+    ],
+    ids=str,
+)
+def test_no_layer_of_the_decoder_is_taken_for_one_of_multi_token_prediction(source, changes, surplus):
+    case = golden_cases.golden_case("glm4_moe", "qk_norm")  # three layers and one for multi-token prediction
+    case.write_hub_style_folder("per_expert", source)
+    (source / "config.json").write_text(json.dumps({**case.config(), **changes}))
+    error = refuses(source, *(f"model.layers.{layer}.input_layernorm.weight: unexpected" for layer in surplus[:1]))
+    assert {int(problem.partition("model.layers.")[2].partition(".")[0]) for problem in error.problems} == set(surplus)
 
 
 def test_a_transposed_expert_is_a_wrong_shape(source, tensors):

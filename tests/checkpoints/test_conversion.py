@@ -209,14 +209,12 @@ def test_dtypes_that_parameters_cannot_have_are_refused(source, output, dtype):
     assert not output.exists()
 
 
-def test_multi_token_prediction_layers_rotary_buffers_and_a_tied_output_table_are_left_out_and_named(tmp_path, rng):
+def test_rotary_buffers_and_a_tied_output_table_are_left_out_and_named(tmp_path, rng):
     config = {**tiny.QWEN3, "tie_word_embeddings": True}
     tensors = tiny.random_tensors(rng)
     dropped = {
         "lm_head.weight": "tied to the embedding table",
         "model.layers.0.self_attn.rotary_emb.inv_freq": "rotary frequencies follow from the configuration",
-        "model.layers.2.eh_proj.weight": "layer 2 of a decoder with 2 layers (multi-token prediction)",
-        "model.layers.17.mlp.experts.0.up_proj.weight": "layer 17 of a decoder with 2 layers (multi-token prediction)",
     }
     tensors |= {name: np.ones(2, np.float32) for name in dropped if name != "lm_head.weight"}
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
@@ -225,6 +223,20 @@ def test_multi_token_prediction_layers_rotary_buffers_and_a_tied_output_table_ar
     assert report.dropped == dropped
     assert verify(source, tmp_path / "output").dropped == dropped
     assert inspect(tmp_path / "output").dropped == dropped
+
+
+@pytest.mark.parametrize("said", [{"num_nextn_predict_layers": 1}, {"num_nextn_predict_layers": 2}, {}], ids=str)
+@pytest.mark.parametrize("name", ["deepseek_v3-negative_bias", "glm4_moe-qk_norm"])
+def test_layers_for_multi_token_prediction_are_left_out_and_named(tmp_path, name, said):
+    """`transformers` assumes one where config.json doesn't say how many."""
+    case = golden_cases.golden_case(*name.split("-"))
+    source = case.write_hub_style_folder("per_expert", tmp_path / "source")
+    config = {key: value for key, value in case.config().items() if key != "num_nextn_predict_layers"}
+    (source / "config.json").write_text(json.dumps({**config, **said}))
+    depth = config["num_hidden_layers"]
+    report = convert(source, tmp_path / "output")
+    assert set(report.dropped) == set(case.dropped_tensors)
+    assert set(report.dropped.values()) == {f"layer {depth} of a decoder with {depth} layers (multi-token prediction)"}
 
 
 def test_blocks_are_those_of_transformers_where_the_configuration_gives_no_size(tmp_path, rng):

@@ -34,8 +34,10 @@ def keys_of(value):
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_key_that_a_family_reads_has_a_type(model_type):
-    row = FAMILIES[model_type].build_decoder
-    read = keys_of(row) | set(row.read) | set(row.refused) | set(ROPE_KEYS) | READ_BY_EVERY_DECODER
+    family = FAMILIES[model_type]
+    row = family.build_decoder
+    read = keys_of(row) | keys_of(family.prediction_layers) | set(row.read) | set(row.refused)
+    read |= set(ROPE_KEYS) | READ_BY_EVERY_DECODER
     assert read <= CONFIG_TYPES.keys() | ONLY_DECODERS.keys()
 
 
