@@ -72,11 +72,11 @@ class Checkpoint(Protocol):
         ...
 
     def dtype_of(self, path: str) -> np.dtype:
-        """Dtype in which a parameter is read by default."""
+        """Dtype in which a parameter is read by default; CheckpointError for an unknown path."""
         ...
 
     def sliced_axis(self, path: str) -> int:
-        """The axis along which `read_slice` takes slices."""
+        """The axis along which `read_slice` takes slices; CheckpointError for an unknown path."""
         ...
 
     def read(self, path: str, *, experts: range | None = None, dtype: Any = None) -> np.ndarray:
@@ -95,7 +95,11 @@ class Checkpoint(Protocol):
         ...
 
     def read_slice(self, path: str, start: int, stop: int, dtype: Any = None) -> np.ndarray:
-        """Elements `start` up to `stop` of the axis `sliced_axis(path)`; otherwise as `read`."""
+        """Elements `start` up to `stop` of the axis `sliced_axis(path)`; otherwise as `read`.
+
+        Raises:
+            CheckpointError: As `read`, or the axis has no such elements.
+        """
         ...
 
     def read_region(self, path: str, region: Region, dtype: Any = None) -> np.ndarray:
@@ -104,11 +108,18 @@ class Checkpoint(Protocol):
         Along `sliced_axis(path)` Hugging Face folders do, and for experts all. Otherwise it takes a folder that was
         converted for the devices that share it (`convert(..., shards=)`); elsewhere the rest of what is read is thrown
         away.
+
+        Raises:
+            CheckpointError: As `read`, or the parameter has no such region.
         """
         ...
 
     def file_ranges(self, path: str, start: int, stop: int, dtype: Any = None) -> Sequence[FileRange] | None:
-        """Where exactly the bytes that `read_slice` would return are found, one after the other; None: nowhere."""
+        """Where exactly the bytes that `read_slice` would return are found, one after the other; None: nowhere.
+
+        Raises:
+            CheckpointError: Unknown path, the sliced axis has no such elements, or an illegal dtype.
+        """
         ...
 
 
@@ -136,25 +147,48 @@ def describe(config: Mapping[str, Any], where: object) -> tuple[Family, Decoder]
 
 
 class SlicedReader:
-    """The part of `Checkpoint` that follows from `read_slice`."""
+    """The part of `Checkpoint` that follows from `_read_slice`: what is asked for is checked here, for all of them."""
 
     shapes: Mapping[str, Shape]
 
     def sliced_axis(self, path: str) -> int:
         """Outputs of a linear map, else the first axis."""
+        self.shape_of(path)
         return default_sliced_axis(path)
 
     def read_slice(self, path: str, start: int, stop: int, dtype: Any = None) -> np.ndarray:
         """See `Checkpoint.read_slice`."""
-        raise NotImplementedError
+        self._check_slice(path, start, stop)
+        return self._read_slice(path, start, stop, dtype)
 
     def read_region(self, path: str, region: Region, dtype: Any = None) -> np.ndarray:
         """See `Checkpoint.read_region`."""
-        axis = self.sliced_axis(path)
-        part = self.read_slice(path, region[axis].start, region[axis].stop, dtype)
-        return part[tuple(slice(None) if index == axis else wanted for index, wanted in enumerate(region))]
+        shape = self.shape_of(path)
+        if len(region) != len(shape) or not all(map(_is_within, region, shape)):
+            raise CheckpointError(f"a region of {path} must be slices of step 1 within {list(shape)}, got {region}")
+        return self._read_region(path, region, dtype)
 
     def file_ranges(self, path: str, start: int, stop: int, dtype: Any = None) -> Sequence[FileRange] | None:
+        """See `Checkpoint.file_ranges`."""
+        self._check_slice(path, start, stop)
+        return self._file_ranges(path, start, stop, dtype)
+
+    def _check_slice(self, path: str, start: int, stop: int) -> None:
+        length = self.shape_of(path)[self.sliced_axis(path)]
+        if not 0 <= start <= stop <= length:
+            raise CheckpointError(f"a slice of {path} must be within 0..{length}, got {start}..{stop}")
+
+    def _read_slice(self, path: str, start: int, stop: int, dtype: Any) -> np.ndarray:
+        """A slice that is there."""
+        raise NotImplementedError
+
+    def _read_region(self, path: str, region: Region, dtype: Any) -> np.ndarray:
+        """A region that is there."""
+        axis = self.sliced_axis(path)
+        part = self._read_slice(path, region[axis].start, region[axis].stop, dtype)
+        return part[tuple(slice(None) if index == axis else wanted for index, wanted in enumerate(region))]
+
+    def _file_ranges(self, path: str, start: int, stop: int, dtype: Any) -> Sequence[FileRange] | None:
         """Nowhere."""
         return None
 
@@ -174,6 +208,10 @@ class SlicedReader:
         if path not in self.shapes:
             raise CheckpointError(f"there is no parameter {path!r} in this checkpoint")
         return self.shapes[path]
+
+
+def _is_within(wanted: slice, length: int) -> bool:
+    return wanted.step in (None, 1) and 0 <= wanted.start <= wanted.stop <= length
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,9 +248,8 @@ class InMemoryCheckpoint(SlicedReader):
         self.shape_of(path)
         return np.dtype(self.leaves[path].dtype)
 
-    def read_slice(self, path: str, start: int, stop: int, dtype: Any = None) -> np.ndarray:
-        """See `Checkpoint.read_slice`."""
-        shape, leaf = self.shape_of(path), self.leaves[path]
+    def _read_slice(self, path: str, start: int, stop: int, dtype: Any) -> np.ndarray:
+        shape, leaf = self.shapes[path], self.leaves[path]
         if tuple(leaf.shape) != shape:
             raise CheckpointError(f"{path}: shape must be {list(shape)}, got {list(leaf.shape)}")
         window = (slice(None),) * self.sliced_axis(path) + (slice(start, stop),)

@@ -129,14 +129,13 @@ class ConvertedCheckpoint(SlicedReader):
         self.shape_of(path)
         return self.manifest.leaves[path].dtype
 
-    def read_slice(self, path: str, start: int, stop: int, dtype: Any = None) -> np.ndarray:
-        """See `Checkpoint.read_slice`."""
-        region = [slice(0, length) for length in self.shape_of(path)]
+    def _read_slice(self, path: str, start: int, stop: int, dtype: Any) -> np.ndarray:
+        region = [slice(0, length) for length in self.shapes[path]]
         region[self.sliced_axis(path)] = slice(start, stop)
-        return self.read_region(path, tuple(region), dtype)
+        return self._read_region(path, tuple(region), dtype)
 
-    def read_region(self, path: str, region: Region, dtype: Any = None) -> np.ndarray:
-        """See `Checkpoint.read_region`: of every part, the chunks that the region touches are read."""
+    def _read_region(self, path: str, region: Region, dtype: Any) -> np.ndarray:
+        """Of every part, the chunks that the region touches are read."""
         from .orbax_part import read_part_into
 
         leaf, axis = self.manifest.leaves[path], self.sliced_axis(path)

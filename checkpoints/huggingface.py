@@ -105,8 +105,8 @@ class HuggingFaceCheckpoint(SlicedReader):
         self.shape_of(path)
         return self._rows[self.plan.tensors[path][0].name].dtype or self._decoded_dtype
 
-    def file_ranges(self, path: str, start: int, stop: int, dtype: Any = None) -> Sequence[FileRange] | None:
-        """See `Checkpoint.file_ranges`: the tensors' bytes, if their order, numbers and dtype are ours already."""
+    def _file_ranges(self, path: str, start: int, stop: int, dtype: Any) -> Sequence[FileRange] | None:
+        """The tensors' bytes, if their order, numbers and dtype are ours already."""
         stored = self.dtype_of(path)
         if target_dtype(path, stored, dtype) != stored:
             return None
@@ -119,9 +119,9 @@ class HuggingFaceCheckpoint(SlicedReader):
                 ranges.append(source.entry.range_of(rows))
         return ranges
 
-    def read_slice(self, path: str, start: int, stop: int, dtype: Any = None) -> np.ndarray:
-        """See `Checkpoint.read_slice`; tensors are read and decoded by several threads."""
-        shape, axis = list(self.shape_of(path)), self.sliced_axis(path)
+    def _read_slice(self, path: str, start: int, stop: int, dtype: Any) -> np.ndarray:
+        """Tensors are read and decoded by several threads."""
+        shape, axis = list(self.shapes[path]), self.sliced_axis(path)
         shape[axis] = stop - start
         part = np.empty(shape, target_dtype(path, self.dtype_of(path), dtype))
         wanted = [(tensor, rows) for tensor in self.plan.tensors[path] if (rows := tensor.rows(start, stop))]

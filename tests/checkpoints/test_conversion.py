@@ -182,9 +182,50 @@ def test_experts_of_a_parameter_without_them_are_refused(source):
         open_checkpoint(source).read("final_norm.scale", experts=range(1))
 
 
-def test_an_unknown_parameter_is_refused(source):
-    with pytest.raises(CheckpointError, match=r"'layers\.9\.nothing'"):
-        open_checkpoint(source).read("layers.9.nothing")
+def all_readers(source, output):
+    """The same model as every kind of checkpoint."""
+    convert(source, output)
+    reader = open_checkpoint(source)
+    leaves = {path: reader.read(path) for path in reader.shapes}
+    return reader, open_checkpoint(output), InMemoryCheckpoint(config=reader.config, leaves=leaves)
+
+
+def test_an_unknown_parameter_is_refused_whatever_is_asked_of_it(source, output):
+    path = "layers.9.nothing"
+    for reader in all_readers(source, output):
+        questions = [
+            lambda reader: reader.read(path),
+            lambda reader: reader.read_slice(path, 0, 1),
+            lambda reader: reader.read_region(path, (slice(0, 1),)),
+            lambda reader: reader.file_ranges(path, 0, 1),
+            lambda reader: reader.dtype_of(path),
+            lambda reader: reader.sliced_axis(path),
+        ]
+        for ask in questions:
+            with pytest.raises(CheckpointError, match=r"there is no parameter 'layers\.9\.nothing'"):
+                ask(reader)
+
+
+@pytest.mark.parametrize(
+    "path", [GATE_UP, "embedder.embedding", "layers.0.attention.q_proj.kernel", "final_norm.scale"]
+)
+def test_slices_and_regions_that_are_not_there_are_refused(source, output, path):
+    for reader in all_readers(source, output):
+        shape = reader.shapes[path]
+        whole = [slice(0, length) for length in shape]
+        regions = [tuple(whole[1:]), (*whole, slice(0, 1)), (slice(0, shape[0], 2), *whole[1:])]
+        for axis, length in enumerate(shape):
+            for start, stop in [(0, length + 1), (length, length + 1), (-1, length), (-1, 0), (1, 0)]:
+                regions.append((*whole[:axis], slice(start, stop), *whole[axis + 1 :]))
+                if axis != reader.sliced_axis(path):
+                    continue
+                for ask in (reader.read_slice, reader.file_ranges):
+                    words = rf"a slice of {path} must be within 0\.\.{length}, got {start}\.\.{stop}"
+                    with pytest.raises(CheckpointError, match=words):
+                        ask(path, start, stop)
+        for region in regions:
+            with pytest.raises(CheckpointError, match=f"a region of {path} must be slices of step 1 within"):
+                reader.read_region(path, region)
 
 
 def test_dtype_converts_everything_but_what_must_stay_float32(tmp_path, output):
