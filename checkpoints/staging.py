@@ -146,9 +146,19 @@ def exclusive(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise CheckpointError(f"{folder}: another process is writing to it") from error
+        if not _is_at(descriptor, folder):  # who held it has renamed it, and what has the name now is free for others
+            raise CheckpointError(f"{folder}: another process was writing to it, and has just finished")
         yield
     finally:
         os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open folder is still the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def sync(path: Path) -> None:

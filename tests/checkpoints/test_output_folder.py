@@ -1,6 +1,7 @@
 """Output folders: what may be overwritten, what happens without space, and that two writers don't meet."""
 
 import collections
+import fcntl
 import shutil
 import subprocess
 import sys
@@ -284,6 +285,27 @@ def test_what_comes_to_the_output_while_work_goes_on_is_not_replaced(source, out
     assert done[0].done_bytes == done[0].total_bytes  # nothing is written again
     assert verify(source, output).ok
     assert not output.with_name("output.incomplete").exists()
+
+
+@pytest.mark.parametrize("somebody_begins_again", [False, True])
+def test_a_folder_that_is_finished_just_before_it_is_locked_is_not_taken_for_the_work(
+    tmp_path, monkeypatch, somebody_begins_again
+):
+    work = tmp_path / "output.incomplete"
+    lock = fcntl.flock
+
+    def finish_before(descriptor, how):
+        work.rename(tmp_path / "output")
+        if somebody_begins_again:
+            work.mkdir()
+        lock(descriptor, how)
+
+    monkeypatch.setattr("fcntl.flock", finish_before)
+    with pytest.raises(CheckpointError, match="another process was writing to it"), exclusive(work):
+        pytest.fail("works in a folder that others may lock")
+    monkeypatch.undo()
+    with exclusive(work):
+        pass
 
 
 def test_two_conversions_to_the_same_output_do_not_mix(source, output):
