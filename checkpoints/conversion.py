@@ -96,7 +96,7 @@ def convert(
     shards: int = 1,
     overwrite: bool = False,
     revision: str | None = None,
-    expert_group_bytes: int = DEFAULT_PART_BYTES,
+    part_bytes: int = DEFAULT_PART_BYTES,
     progress: ProgressCallback | None = None,
 ) -> ConversionReport:
     """Convert a checkpoint; call it again after an interruption and it goes on where it was.
@@ -112,25 +112,28 @@ def convert(
         overwrite: Replace `output` if it exists, and discard what an interrupted conversion with another source or
             other options has left.
         revision: Branch, tag or commit of a model on the hub; None: its newest.
-        expert_group_bytes: Size of a part, at most, unless a single expert's weights are larger.
+        part_bytes: Size of a part, at most, unless a single expert's weights are larger.
         progress: Called with `Progress(done_bytes, total_bytes, label)` after each part.
 
     Returns:
         What was converted, and which tensors were left out on purpose.
 
     Raises:
-        CheckpointError: `shards` isn't positive, the source isn't whole (every problem is listed, nothing
-            is written), the output exists or holds the source, there is no space left, an interrupted conversion of
-            something else is in the way, or a value is beyond the range of `dtype`.
+        CheckpointError: `dtype` is none that parameters may have, `shards` or `part_bytes` isn't positive, the source
+            isn't whole (every problem is listed, nothing is written), the output exists or holds the source, there is no
+            space left, an interrupted conversion of something else is in the way, or a value is beyond the range of
+            `dtype`.
     """
-    check_output(output_folder(output), overwrite, source)  # before anything is downloaded
+    # Before anything is downloaded:
+    _check_options(dtype, shards, part_bytes)
+    check_output(output_folder(output), overwrite, source)
     return write_converted(
         open_checkpoint(resolve_source(source, revision)),
         output,
         dtype=dtype,
         shards=shards,
         overwrite=overwrite,
-        expert_group_bytes=expert_group_bytes,
+        part_bytes=part_bytes,
         progress=progress,
     )
 
@@ -142,7 +145,7 @@ def write_converted(
     dtype: Any = None,
     shards: int = 1,
     overwrite: bool = False,
-    expert_group_bytes: int = DEFAULT_PART_BYTES,
+    part_bytes: int = DEFAULT_PART_BYTES,
     progress: ProgressCallback | None = None,
 ) -> ConversionReport:
     """Write any checkpoint as a converted folder; arguments and errors are those of `convert`.
@@ -150,9 +153,10 @@ def write_converted(
     A reader without a digest (a model in memory) is always written from the beginning.
     """
     started = time.monotonic()
+    asked = _check_options(dtype, shards, part_bytes)
     output = output_folder(output)
     check_output(output, overwrite, reader.folder)
-    manifest = plan_conversion(reader, None if dtype is None else weight_dtype(dtype), expert_group_bytes, shards)
+    manifest = plan_conversion(reader, asked, part_bytes, shards)
     work = incomplete_folder(output)
     with write_errors(work), exclusive(work):
         _prepare(work, manifest, overwrite)
@@ -181,16 +185,25 @@ def write_converted(
     )
 
 
-def read_as_written(reader: Checkpoint) -> None:
+def _check_options(dtype: Any, shards: int, part_bytes: int) -> np.dtype | None:
+    """The dtype that is asked for; CheckpointError for an option that is illegal whatever the source is."""
+    if shards < 1:
+        raise CheckpointError(f"shards must be positive, got {shards}")
+    if part_bytes < 1:
+        raise CheckpointError(f"part_bytes must be positive, got {part_bytes}")
+    return None if dtype is None else weight_dtype(dtype)
+
+
+def read_as_written(reader: Checkpoint, done: int = 0) -> None:
     """Read everything as `write_converted(reader, ...)` does, in the same order, and drop it.
 
     Where reading takes several processes, because their devices hold the values together, one writes and the others do
     this.
     """
     manifest = plan_conversion(reader, None, DEFAULT_PART_BYTES)
-    for part in manifest.parts:
-        for s in _divide(reader, manifest, part)[1]:
-            reader.read_slice(s.path, s.start, s.stop, manifest.leaves[s.path].dtype)
+    slices = (s for part in manifest.parts for s in _divide(reader, manifest, part)[1])
+    for s in itertools.islice(slices, done, None):
+        reader.read_slice(s.path, s.start, s.stop, manifest.leaves[s.path].dtype)
 
 
 def check_unfinished_conversion(work: Path, digest: str | None, overwrite: bool) -> None:

@@ -48,7 +48,7 @@ from .staging import (
     write_errors,
     write_file,
 )
-from .tensor_plan import StoredTensor, TensorPlan, plan_tensors
+from .tensor_plan import StoredTensor, TensorPlan, check_form, plan_tensors
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 """What the Hugging Face libraries use."""
@@ -107,10 +107,16 @@ def export(
         progress: Called with `Progress(done_bytes, total_bytes, label)` after each slice.
 
     Raises:
-        CheckpointError: The source isn't whole, the family has no such form, the output exists or holds the source, there
-            is no space left, or a value is beyond the range of `dtype`.
+        CheckpointError: `form` is unknown, `dtype` is none that parameters may have, `max_shard_bytes` isn't positive, the
+            source isn't whole, the family has no such form, the output exists or holds the source, there is no space left,
+            or a value is beyond the range of `dtype`.
     """
     started = time.monotonic()
+    if form is not None:
+        check_form(form)
+    asked = None if dtype is None else weight_dtype(dtype)
+    if max_shard_bytes < 1:
+        raise CheckpointError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
     output = output_folder(output)
     if isinstance(source, str | os.PathLike):
         check_output(output, overwrite, source)  # before anything is downloaded
@@ -118,10 +124,7 @@ def export(
     else:
         reader = source
     check_output(output, overwrite, reader.folder)
-    if max_shard_bytes < 1:
-        raise CheckpointError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
     plan = plan_tensors(reader.decoder, reader.family, form or reader.form)
-    asked = None if dtype is None else weight_dtype(dtype)
     dtypes = {path: target_dtype(path, reader.dtype_of(path), asked) for path in plan.shapes}
     shards = _shards(plan, dtypes, max_shard_bytes)
     total = sum(_nbytes(tensor, dtypes) for tensor in plan)

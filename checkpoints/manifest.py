@@ -189,18 +189,12 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def plan_conversion(reader: Checkpoint, dtype: Any, group_bytes: int, shards: int = 1) -> Manifest:
-    """What converting `reader` will write.
-
-    Raises:
-        CheckpointError: `shards` isn't positive.
-    """
+def plan_conversion(reader: Checkpoint, dtype: np.dtype | None, part_bytes: int, shards: int = 1) -> Manifest:
+    """What converting `reader` will write, with options that are those of `convert`."""
     leaves = {
         path: Leaf(shape=shape, dtype=target_dtype(path, reader.dtype_of(path), dtype), axis=reader.sliced_axis(path))
         for path, shape in reader.shapes.items()
     }
-    if shards < 1:
-        raise CheckpointError(f"shards must be positive, got {shards}")
     sizes = {path: (leaf.shape[leaf.axis], leaf.slice_bytes) for path, leaf in leaves.items()}
     shares = {}
     for path, leaf in leaves.items():
@@ -213,10 +207,10 @@ def plan_conversion(reader: Checkpoint, dtype: Any, group_bytes: int, shards: in
         digest=reader.digest,
         quantization=reader.quantization,
         dropped=reader.dropped,
-        dtype=None if dtype is None else np.dtype(dtype).name,
+        dtype=None if dtype is None else dtype.name,
         shards=shards,
         leaves=leaves,
-        parts=plan_parts(sizes, group_bytes, shares),
+        parts=plan_parts(sizes, part_bytes, shares),
     )
 
 

@@ -96,14 +96,19 @@ def default_sliced_axis(path: str) -> int:
     return LINEAR.sliced_axis if path.endswith(".kernel") else 0
 
 
+def check_form(form: object) -> None:
+    """CheckpointError unless `form` is one that some family has."""
+    if form not in FORMS:
+        raise CheckpointError(f"form must be one of {', '.join(FORMS)}; got {form!r}")
+
+
 def plan_tensors(decoder: Decoder, family: Family, form: CheckpointForm) -> TensorPlan:
     """The tensors of `form` for this decoder.
 
     Raises:
         CheckpointError: The family has no such form, or `form` is unknown.
     """
-    if form not in FORMS:
-        raise CheckpointError(f"form must be one of {', '.join(FORMS)}; got {form!r}")
+    check_form(form)
     if form == "per_expert" and family.experts.per_expert_block is None:
         raise CheckpointError(f"{family.model_type} checkpoints have no per_expert form; its form is fused")
     shapes = parameter_shapes(decoder)

@@ -114,9 +114,9 @@ def test_a_part_is_restored_by_orbax_onto_a_mesh(source, output):
     np.testing.assert_array_equal(restored, expected)
 
 
-@pytest.mark.parametrize("group_bytes", [400, 2000, 10**9])
-def test_some_experts_are_read_without_touching_the_files_of_the_others(source, output, group_bytes):
-    convert(source, output, expert_group_bytes=group_bytes)
+@pytest.mark.parametrize("part_bytes", [400, 2000, 10**9])
+def test_some_experts_are_read_without_touching_the_files_of_the_others(source, output, part_bytes):
+    convert(source, output, part_bytes=part_bytes)
     reader = open_checkpoint(output)
     expected = reader.read(GATE_UP)
     chunks = {}
@@ -133,9 +133,9 @@ def test_some_experts_are_read_without_touching_the_files_of_the_others(source, 
         reader.read(GATE_UP)
 
 
-@pytest.mark.parametrize("group_bytes", [200, 3000, 10**9])
-def test_the_size_of_parts_changes_nothing_that_is_read(source, output, group_bytes):
-    convert(source, output, expert_group_bytes=group_bytes)
+@pytest.mark.parametrize("part_bytes", [200, 3000, 10**9])
+def test_the_size_of_parts_changes_nothing_that_is_read(source, output, part_bytes):
+    convert(source, output, part_bytes=part_bytes)
     original, copy = open_checkpoint(source), open_checkpoint(output)
     for path in original.shapes:
         np.testing.assert_array_equal(copy.read(path), original.read(path), err_msg=path)
@@ -365,7 +365,7 @@ def test_one_multiplier_per_matrix_is_decoded_when_there_is_no_block_size(tmp_pa
 
 def test_progress_starts_at_zero_grows_and_ends_at_the_total(source, output):
     events = []
-    report = convert(source, output, expert_group_bytes=1000, progress=events.append)
+    report = convert(source, output, part_bytes=1000, progress=events.append)
     done = [event.done_bytes for event in events]
     assert done == sorted(done)
     assert done[0] == 0

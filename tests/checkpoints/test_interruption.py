@@ -19,7 +19,7 @@ from moe_jax.checkpoints import (
     write_converted,
 )
 
-OPTIONS = {"expert_group_bytes": 1500}
+OPTIONS = {"part_bytes": 1500}
 KILLED = -9
 
 

@@ -126,15 +126,41 @@ def test_a_link_is_not_overwritten(source, output, write, leads_somewhere):
     assert not leads_somewhere or verify(source, other).ok
 
 
-@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
-def test_an_output_that_may_not_be_written_is_refused_before_anything_is_downloaded(source, output, write, monkeypatch):
+@pytest.fixture
+def no_downloads(monkeypatch):
     def refuse(*arguments):
         raise AssertionError("is downloaded")
 
     monkeypatch.setattr("moe_jax.checkpoints.hub._download", refuse)
+
+
+@pytest.mark.usefixtures("no_downloads")
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
+def test_an_output_that_may_not_be_written_is_refused_before_anything_is_downloaded(source, output, write):
     write(source, output)
     with pytest.raises(CheckpointError, match="exists; overwrite it"):
         write("owner/model", output)
+
+
+@pytest.mark.usefixtures("no_downloads")
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("convert", {"dtype": "int8"}, "dtype must be one of bfloat16, float16, float32; got 'int8'"),
+        ("convert", {"shards": 0}, "shards must be positive, got 0"),
+        ("convert", {"part_bytes": 0}, "part_bytes must be positive, got 0"),
+        ("export", {"dtype": "int8"}, "dtype must be one of bfloat16, float16, float32; got 'int8'"),
+        ("export", {"form": "bogus"}, "form must be one of per_expert, fused; got 'bogus'"),
+        ("export", {"max_shard_bytes": 0}, "max_shard_bytes must be positive, got 0"),
+    ],
+    ids=str,
+)
+def test_an_option_that_is_illegal_for_every_model_is_refused_before_anything_is_downloaded(
+    output, command, options, message
+):
+    with pytest.raises(CheckpointError, match=message):
+        WRITERS[command]("owner/model", output, **options)
+    assert not output.with_name("output.incomplete").exists()
 
 
 @pytest.mark.parametrize("write", [write_converted, export])

@@ -22,7 +22,7 @@ def source(request):
 @pytest.fixture(scope="module")
 def output(source, tmp_path_factory):
     output = tmp_path_factory.mktemp("shards") / "converted"
-    convert(source, output, shards=4, expert_group_bytes=40_000)
+    convert(source, output, shards=4, part_bytes=40_000)
     return output
 
 
@@ -100,7 +100,7 @@ def test_a_number_of_devices_that_divides_nothing_is_legal(source, tmp_path):
 
 
 def test_a_share_may_be_larger_than_a_part(source, tmp_path):
-    convert(source, tmp_path / "converted", shards=2, expert_group_bytes=1000)
+    convert(source, tmp_path / "converted", shards=2, part_bytes=1000)
     parts = json.loads((tmp_path / "converted" / "moe_jax.json").read_text())["parts"]
     assert sum("embedder.embedding" in slices for slices in parts.values()) > 2
     assert verify(source, tmp_path / "converted").ok

@@ -92,7 +92,7 @@ DAMAGES = (
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_converted_folder_that_misses_a_file_or_a_byte_is_not_whole(source, tmp_path, rng, shards, dtype):
     output = tmp_path / "output"
-    convert(source, output, shards=shards, dtype=dtype, expert_group_bytes=1500)
+    convert(source, output, shards=shards, dtype=dtype, part_bytes=1500)
     assert inspect(output).kind == "converted"
     arrays = sorted(file.parent for file in output.rglob(".zarray"))
     for damage, array in zip(DAMAGES, rng.choice(len(arrays), len(DAMAGES), replace=False), strict=True):

@@ -79,7 +79,7 @@ def test_values_that_wait_to_be_written_are_bounded_in_bytes(tmp_path, rng, monk
     monkeypatch.setattr(reader, "read_slice", read_slice)
     monkeypatch.setattr("moe_jax.checkpoints.conversion._write_part", write_part)
     monkeypatch.setattr("moe_jax.checkpoints.conversion._MEMORY_BYTES", limit)
-    write_converted(reader, tmp_path / "output", dtype="bfloat16", expert_group_bytes=500)
+    write_converted(reader, tmp_path / "output", dtype="bfloat16", part_bytes=500)
     assert held == [0]
     assert 250 < largest[0] <= max(limit, 500)
     assert verify(source, tmp_path / "output").ok

@@ -23,7 +23,7 @@ def source(tmp_path, tensors):
 
 @pytest.fixture
 def output(tmp_path, source):
-    convert(source, tmp_path / "output", expert_group_bytes=1500)
+    convert(source, tmp_path / "output", part_bytes=1500)
     return tmp_path / "output"
 
 
