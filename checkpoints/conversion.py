@@ -12,6 +12,7 @@ file inside the kernel. The others are read while parts before them are being wr
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import shutil
 import time
@@ -150,7 +151,8 @@ def write_converted(
 ) -> ConversionReport:
     """Write any checkpoint as a converted folder; arguments and errors are those of `convert`.
 
-    A reader without a digest (a model in memory) is always written from the beginning.
+    A reader without a digest (a model in memory) is always written from the beginning. `progress` is called for the first
+    time when everything is ready to be written, before any value is read.
     """
     started = time.monotonic()
     asked = _check_options(dtype, shards, part_bytes)
@@ -198,7 +200,7 @@ def read_as_written(reader: Checkpoint, done: int = 0) -> None:
     """Read everything as `write_converted(reader, ...)` does, in the same order, and drop it.
 
     Where reading takes several processes, because their devices hold the values together, one writes and the others do
-    this.
+    this. If writing fails after `done` slices were read, the one that writes does this with the rest of them.
     """
     manifest = plan_conversion(reader, None, DEFAULT_PART_BYTES)
     slices = (s for part in manifest.parts for s in _divide(reader, manifest, part)[1])
@@ -206,7 +208,7 @@ def read_as_written(reader: Checkpoint, done: int = 0) -> None:
         reader.read_slice(s.path, s.start, s.stop, manifest.leaves[s.path].dtype)
 
 
-def check_unfinished_conversion(work: Path, digest: str | None, overwrite: bool) -> None:
+def _check_unfinished(work: Path, digest: str | None, overwrite: bool) -> None:
     """Raise CheckpointError unless what `work` holds may be discarded for a conversion with this digest.
 
     An interrupted conversion is somebody's to go on with. A model that was being saved from memory cannot be gone on
@@ -234,7 +236,7 @@ def _prepare(work: Path, manifest: Manifest, overwrite: bool) -> None:
         os.replace(found, work / PLAN_NAME)
         shutil.rmtree(work / PENDING_FOLDER, ignore_errors=True)
     else:
-        check_unfinished_conversion(work, manifest.digest, overwrite)
+        _check_unfinished(work, manifest.digest, overwrite)
         clear(work, last=found)
         write_file(work / PLAN_NAME, plan)
     (work / PARTS_FOLDER).mkdir(exist_ok=True)

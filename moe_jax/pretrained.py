@@ -20,13 +20,13 @@ from moe_jax.checkpoints import (
     Checkpoint,
     CheckpointError,
     InMemoryCheckpoint,
+    Progress,
     open_checkpoint,
     resolve_source,
     write_converted,
 )
-from moe_jax.checkpoints.conversion import check_unfinished_conversion, read_as_written
+from moe_jax.checkpoints.conversion import read_as_written
 from moe_jax.checkpoints.dtypes import MAIN_PARAMETER, weight_dtype
-from moe_jax.checkpoints.staging import check_output, incomplete_folder, output_folder
 from moe_jax.config import ParallelConfig
 from moe_jax.device_layouts import Home
 from moe_jax.experts.replicas import ReplicaMap
@@ -137,7 +137,7 @@ def save_pretrained(model: CausalLM, folder: str | os.PathLike[str], *, overwrit
     Tokenizer and generation settings are copied from the folder that the model was loaded from, `model.source_folder`. If
     that is gone, a UserWarning says that they are missing: the model is saved all the same, because it may be the result
     of long training. Of several processes, all must call this: they bring the parameters together, a part at a time, and
-    process 0 writes them.
+    process 0 writes them. What keeps it from writing is raised on all of them.
 
     Args:
         model: a model that knows its `config.json` (`hf_config`), as those of `from_pretrained` do.
@@ -152,7 +152,7 @@ def save_pretrained(model: CausalLM, folder: str | os.PathLike[str], *, overwrit
     """
     if model.hf_config is None:
         raise ValueError("the model has no hf_config: build it with hf_config= to say what its config.json holds")
-    reader = InMemoryCheckpoint(config=model.hf_config, leaves=_leaves(model), folder=_source_folder(model, folder))
+    reader = _ModelReader(config=model.hf_config, leaves=_leaves(model), folder=_source_folder(model, folder))
     if jax.process_count() == 1:
         write_converted(reader, folder, overwrite=overwrite)
     else:
@@ -173,23 +173,66 @@ def _source_folder(model: CausalLM, target: str | os.PathLike[str]) -> Path | No
     return None
 
 
-def _write_together(reader: Checkpoint, folder: str | os.PathLike[str], overwrite: bool) -> None:
-    """Every process reads all parameters in the same order, which gathers them; process 0 also writes them."""
-    writes, problem = jax.process_index() == 0, None
-    if writes:
-        try:
-            output = output_folder(folder)
-            check_output(output, overwrite, reader.folder)
-            check_unfinished_conversion(incomplete_folder(output), reader.digest, overwrite)
-        except CheckpointError as error:
-            problem = error
-    if multihost_utils.broadcast_one_to_all(np.array(problem is not None)):
-        raise problem or CheckpointError(f"{folder}: process 0 cannot write it")
-    if writes:
-        write_converted(reader, folder, overwrite=overwrite)
-    else:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _ModelReader(InMemoryCheckpoint):
+    """A model as a checkpoint that knows what was read of it."""
+
+    asked: list[str] = dataclasses.field(default_factory=list)
+    """Path of each slice that was to be read, in this order."""
+    answered: list[str] = dataclasses.field(default_factory=list)
+    """Of each that was."""
+
+    def read_slice(self, path: str, start: int, stop: int, dtype: Any = None) -> np.ndarray:
+        """See `Checkpoint.read_slice`."""
+        self.asked.append(path)
+        values = super().read_slice(path, start, stop, dtype)
+        self.answered.append(path)
+        return values
+
+
+def _write_together(reader: _ModelReader, folder: str | os.PathLike[str], overwrite: bool) -> None:
+    """Every process reads all parameters in the same order, which gathers them; process 0 also writes them.
+
+    It says twice whether it can: before anything is read, and at the end. In between the others wait for its part of every
+    read, so that it reads on whatever happens to what it writes. A read that fails does so on all of them.
+    """
+    if jax.process_index() > 0:
+        _raise_what_process_0_says()
         read_as_written(reader)
-    multihost_utils.sync_global_devices(f"saved {os.fspath(folder)}")
+        _raise_what_process_0_says()
+        return
+    has_begun = False
+
+    def begin(_: Progress) -> None:
+        nonlocal has_begun
+        if not has_begun:
+            has_begun = True
+            _say_from_process_0("")
+
+    try:
+        write_converted(reader, folder, overwrite=overwrite, progress=begin)
+    except Exception as error:
+        if reader.asked != reader.answered:
+            raise
+        if has_begun:
+            read_as_written(reader, done=len(reader.answered))
+        _say_from_process_0(str(error) or repr(error))
+        raise
+    _say_from_process_0("")
+
+
+def _raise_what_process_0_says() -> None:
+    if problem := _say_from_process_0(""):
+        raise CheckpointError(problem)
+
+
+def _say_from_process_0(text: str) -> str:
+    """The text of process 0, on every process; all must call this."""
+    data = np.frombuffer(text.encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.array(len(data), np.int32)))
+    # Of the other processes only the shape counts, and arrays without an element are not worth sending.
+    sent = data if jax.process_index() == 0 else np.zeros(length, np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(sent))).decode() if length else ""
 
 
 @dataclasses.dataclass(frozen=True)

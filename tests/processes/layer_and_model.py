@@ -6,10 +6,12 @@ python layer_and_model.py COORDINATOR COUNT NUMBER CHECKPOINT CONVERTED SAVED
 import json
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tensorstore as ts
 from flax import nnx
 from jax.experimental import multihost_utils
@@ -20,6 +22,7 @@ from support.golden_models import QUICK_TO_COMPILE, relative_error
 from support.sharded_layers import SHARED, layer_pair, small_config
 
 from moe_jax import from_pretrained, save_pretrained
+from moe_jax.checkpoints import CheckpointError, InMemoryCheckpoint, conversion
 from moe_jax.config import ParallelConfig
 from moe_jax.generation import GenerationSettings, generate
 from moe_jax.load_balancing import EplbConfig, ExpertLoadBalancer
@@ -91,6 +94,41 @@ def bytes_held(model):
     return total
 
 
+def failed_saves(model, folder):
+    """What this process is told when something is there, while parts are written, and when no parameter can be read."""
+    taken, full, unread = (folder.with_name(name) for name in ("taken", "full", "unread"))
+    taken.mkdir(exist_ok=True)
+    with pytest.raises(CheckpointError) as of_taken:
+        save_pretrained(model, taken)
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at_part(2, patch)
+        with pytest.raises(CheckpointError) as of_full:
+            save_pretrained(model, full)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InMemoryCheckpoint, "_read_slice", cannot_be_read)
+        with pytest.raises(CheckpointError) as of_unread:
+            save_pretrained(model, unread)
+    return [str(caught.value) for caught in (of_taken, of_full, of_unread)]
+
+
+def cannot_be_read(reader, path, *rest):
+    raise CheckpointError(f"{path}: cannot be read")
+
+
+def fail_at_part(number, patch):
+    """Of the parts that are written from now on, this one isn't, and parts after it haven't been read by then."""
+    write_part, written = conversion._write_part, []
+
+    def write(writers, work, name, *rest):
+        written.append(name)
+        if len(written) == number:
+            raise CheckpointError(f"{work.name}: no space left for part {number}")
+        write_part(writers, work, name, *rest)
+
+    patch.setattr(conversion, "_write_part", write)
+    patch.setattr(conversion, "_PARTS_IN_FLIGHT", 1)
+
+
 def stage(name):
     """Says on standard error how far this process is, for whoever looks for one that hangs."""
     print(f"{time.monotonic():.1f} {name}", file=sys.stderr, flush=True)
@@ -139,6 +177,8 @@ def main():
     cold, warm = (GenerationSettings(max_new_tokens=6, do_sample=True, temperature=t) for t in (1e-4, 1.0))
     report["coldest"] = generate(model, prompts, cold).tokens.tolist()  # as good as greedy, in the programs of `warm`
     report["drawn"] = generate(model, prompts, warm, seed=3).tokens.tolist()
+    stage("fail to save")
+    report["failed_saves"] = failed_saves(model, Path(saved))
     stage("save")
     save_pretrained(model, saved)
     stage("done")

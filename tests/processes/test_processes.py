@@ -77,6 +77,14 @@ def test_generated_tokens_are_those_of_transformers_and_equal_on_all_processes(j
         assert report["drawn"] == first["drawn"]
 
 
+def test_what_keeps_a_model_from_being_saved_is_raised_on_all_processes(job):
+    for report in job[1]:
+        taken, full, unread = report["failed_saves"]
+        assert taken == f"{job[0] / 'taken'}: exists; overwrite it with --overwrite (overwrite=True)"
+        assert full == "full.incomplete: no space left for part 2"
+        assert unread == "embedder.embedding: cannot be read"
+
+
 def test_a_model_saved_by_all_processes_is_the_one_that_was_loaded(job):
     original, saved = open_checkpoint(job[0] / "converted"), open_checkpoint(job[0] / "saved")
     assert original.shapes == saved.shapes
