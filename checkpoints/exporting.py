@@ -30,7 +30,7 @@ from .errors import CheckpointError
 from .file_names import INDEX_NAME, SINGLE_NAME
 from .hub import resolve_source
 from .opening import open_checkpoint
-from .parts import plan_parts
+from .parts import plan_parts, sizes_of
 from .progress import Progress, ProgressCallback
 from .side_files import copy_side_files
 from .staging import (
@@ -244,10 +244,7 @@ def _write_tensors(
     total: int,
     progress: ProgressCallback | None,
 ) -> None:
-    sizes = {}
-    for path, shape in plan.shapes.items():
-        length = shape[plan.sliced_axis(path)]
-        sizes[path] = (length, int(np.prod(shape, dtype=np.int64)) * dtypes[path].itemsize // max(length, 1))
+    sizes = sizes_of(plan.shapes, plan.sliced_axis, dtypes.__getitem__)
     done = 0
     if progress is not None:
         progress(Progress(done_bytes=0, total_bytes=total, label="start"))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.families.parameter_splits import split_of
+from moe_jax.json_types import NATURAL
 
 from .checkpoint import Checkpoint, target_dtype
 from .dtypes import WEIGHT_DTYPES
@@ -166,12 +167,12 @@ def _problems(manifest: Manifest) -> Iterator[str]:
             yield f"{name} must be a text or null, got {value!r}"
     if not isinstance(manifest.dropped, dict):
         yield f"dropped must be an object, got {manifest.dropped!r}"
-    if not _is_count(manifest.shards) or manifest.shards < 1:
+    if not NATURAL.accepts(manifest.shards) or manifest.shards < 1:
         yield f"shards must be positive, got {manifest.shards!r}"
     for path, leaf in manifest.leaves.items():
-        if not all(map(_is_count, leaf.shape)):
+        if not all(map(NATURAL.accepts, leaf.shape)):
             yield f"{path}: shape must be a list of sizes, got {list(leaf.shape)}"
-        elif not _is_count(leaf.axis) or leaf.axis >= len(leaf.shape):
+        elif not NATURAL.accepts(leaf.axis) or leaf.axis >= len(leaf.shape):
             yield f"{path}: axis must be one of its {len(leaf.shape)}, counted from 0; got {leaf.axis!r}"
         if leaf.dtype not in WEIGHT_DTYPES:
             yield f"{path}: dtype must be one of {', '.join(dtype.name for dtype in WEIGHT_DTYPES)}; got {leaf.dtype.name}"
@@ -181,12 +182,8 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         for piece in part.slices:
             if piece.path not in manifest.leaves:
                 yield f"part {part.name!r} holds {piece.path!r}, which is none of the leaves"
-            if not _is_count(piece.start) or not _is_count(piece.stop) or piece.start > piece.stop:
+            if not NATURAL.accepts(piece.start) or not NATURAL.accepts(piece.stop) or piece.start > piece.stop:
                 yield f"part {part.name!r}: {piece.path}: must be from a start up to a stop, got {[piece.start, piece.stop]}"
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def plan_conversion(reader: Checkpoint, dtype: np.dtype | None, part_bytes: int, shards: int = 1) -> Manifest:

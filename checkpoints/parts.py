@@ -5,9 +5,13 @@ outside the experts share parts; one that is larger than a part is split along i
 """
 
 import dataclasses
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
+import numpy as np
+
+from .layout import Shape
 from .tensor_plan import is_expert_leaf, layer_of
 
 PART_NAME = re.compile(r"(model|layers)\.[\w.-]+")
@@ -15,6 +19,17 @@ PART_NAME = re.compile(r"(model|layers)\.[\w.-]+")
 
 Sizes = Mapping[str, tuple[int, int]]
 """Parameter -> length of its sliced axis, bytes of one step along it."""
+
+
+def sizes_of(
+    shapes: Mapping[str, Shape], axis_of: Callable[[str], int], dtype_of: Callable[[str], np.dtype]
+) -> dict[str, tuple[int, int]]:
+    """The `Sizes` of parameters with these shapes, sliced axes and dtypes."""
+    sizes = {}
+    for path, shape in shapes.items():
+        length = shape[axis_of(path)]
+        sizes[path] = (length, math.prod(shape) * dtype_of(path).itemsize // max(length, 1))
+    return sizes
 
 
 @dataclasses.dataclass(frozen=True)

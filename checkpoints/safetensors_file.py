@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.json_types import NATURAL
+
 from .dtypes import SAFETENSORS_DTYPES
 from .errors import CheckpointError
 from .layout import Shape
@@ -232,10 +234,6 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
 def _entry(file: Path, name: str, description: Any, data_start: int) -> TensorEntry:
     """The entry that the header describes; its sizes agree with each other, not yet with the file."""
     if not isinstance(description, Mapping) or not {"dtype", "shape", "data_offsets"} <= set(description):
@@ -248,9 +246,9 @@ def _entry(file: Path, name: str, description: Any, data_start: int) -> TensorEn
             f"{file}: {name}: unknown dtype {description['dtype']!r}; known: {', '.join(SAFETENSORS_DTYPES)}"
         )
     shape, offsets = description["shape"], description["data_offsets"]
-    if not isinstance(shape, list) or not all(map(_is_size, shape)):
+    if not isinstance(shape, list) or not all(map(NATURAL.accepts, shape)):
         raise CheckpointError(f"{file}: {name}: shape must be a list of sizes, got {shape!r}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(NATURAL.accepts, offsets)):
         raise CheckpointError(f"{file}: {name}: data_offsets must be two positions, got {offsets!r}")
     begin, end = offsets
     if end - begin != math.prod(shape) * dtype.itemsize:

@@ -14,7 +14,7 @@ from .casting import overflowed
 from .checkpoint import Checkpoint
 from .hub import resolve_source
 from .opening import open_checkpoint
-from .parts import Slice, plan_parts
+from .parts import Slice, plan_parts, sizes_of
 from .progress import Progress, ProgressCallback
 from .tensor_plan import StoredTensor, plan_tensors
 
@@ -96,10 +96,7 @@ def verify(
             differences=(),
         )
     plan = plan_tensors(original.decoder, original.family, original.form)
-    sizes = {}
-    for path, shape in original.shapes.items():
-        length = shape[original.sliced_axis(path)]
-        sizes[path] = (length, int(np.prod(shape, dtype=np.int64)) * copy.dtype_of(path).itemsize // max(length, 1))
+    sizes = sizes_of(original.shapes, original.sliced_axis, copy.dtype_of)
     total = sum(length * step for length, step in sizes.values())
     done = 0
     if progress is not None:

@@ -110,7 +110,9 @@ def test_exporting_gives_the_same_files_as_without_shards(source, output, tmp_pa
     convert(source, tmp_path / "plain")
     export(tmp_path / "plain", tmp_path / "a")
     export(output, tmp_path / "b")
-    for file in sorted((tmp_path / "a").glob("*.safetensors")):
+    files = sorted((tmp_path / "a").glob("*.safetensors"))
+    assert files
+    for file in files:
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
 

@@ -41,7 +41,7 @@ ALLOWED = {
         "models",
         "runner",
     },
-    "checkpoints": {"config", "kernels", "families", "json_files"},
+    "checkpoints": {"config", "kernels", "families", "json_files", "json_types"},
     "assembly": {"device_layouts"},
     "pretrained": {
         "assembly",
