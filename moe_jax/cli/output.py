@@ -84,17 +84,18 @@ def format_value(value: Any) -> str:
 def format_bytes(count: float) -> str:
     """A number of bytes in the unit that suits it: 1.50 GB is 1.5e9 bytes."""
     for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        shown = f"{count:.0f}" if unit == "B" else f"{count:.2f}"
+        if abs(float(shown)) < 1000:  # rounded: no 1000.00 kB
+            return f"{shown} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
 
 
 def format_seconds(seconds: float) -> str:
     """A duration: 0.12 s, 34 s, 2 min 05 s."""
-    if seconds < 10:
+    if seconds < 9.995:
         return f"{seconds:.2f} s"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, rest = divmod(round(seconds), 60)  # rounded: no 60 s
+    if not minutes:
+        return f"{rest} s"
     return f"{minutes} min {rest:02d} s"

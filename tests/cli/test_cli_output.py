@@ -15,6 +15,8 @@ from moe_jax.cli.output import format_bytes, format_seconds, format_value, print
         (0, "0 B"),
         (999, "999 B"),
         (1000, "1.00 kB"),
+        (999_994, "999.99 kB"),
+        (999_996, "1.00 MB"),
         (1_500_000_000, "1.50 GB"),
         (2.5e12, "2.50 TB"),
         (5e15, "5000.00 TB"),
@@ -26,7 +28,15 @@ def test_bytes_are_counted_in_decimal_units(count, text):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.123, "0.12 s"), (9.5, "9.50 s"), (10, "10 s"), (59, "59 s"), (60, "1 min 00 s"), (125, "2 min 05 s")],
+    [
+        (0.123, "0.12 s"),
+        (9.5, "9.50 s"),
+        (9.996, "10 s"),
+        (59, "59 s"),
+        (59.7, "1 min 00 s"),
+        (125, "2 min 05 s"),
+        (119.7, "2 min 00 s"),
+    ],
 )
 def test_durations_are_seconds_or_minutes_with_two_digits_of_seconds(seconds, text):
     assert format_seconds(seconds) == text
