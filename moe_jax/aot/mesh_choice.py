@@ -13,7 +13,7 @@ from moe_jax.families.decoder import Decoder
 from moe_jax.families.parameters import parameter_shapes
 from moe_jax.models.cache import cached_features
 from moe_jax.models.partitioning import Partitioning
-from moe_jax.parallel import AXIS_ROLES, LayerAxes, axis_tuple, parallel_of
+from moe_jax.parallel import AXIS_ROLES, LayerAxes, axis_tuple, parallel_of, parse_axes
 
 MEMORY_SHARE = 0.75
 """Part of a device's memory that weights and cache may take of a mesh that is chosen; the rest is for what programs need."""
@@ -134,25 +134,16 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
     """Positions from text such as "data=2,expert=32"; axes that aren't named have one.
 
     Raises:
-        ValueError: the text has another form, names another axis or one twice, or doesn't multiply to the number of devices.
+        ValueError: the text is none that `parse_axes` reads, or doesn't multiply to the number of devices.
     """
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        name, _, size = part.strip().partition("=")
-        if name not in AXIS_ROLES or name in sizes or not size.isdecimal() or int(size) < 1:
-            raise ValueError(
-                f"a mesh is written as data=N,expert=N,tensor=N, each axis at most once and N at least 1; got {text!r}"
-            )
-        sizes[name] = int(size)
+    try:
+        sizes = parse_axes(text)
+    except ValueError as error:
+        raise ValueError(f"a mesh {error}") from None
     positions = math.prod(sizes.values())
     if positions != num_devices:
         raise ValueError(f"the mesh {text} needs {positions} devices, got {num_devices}")
     return {name: sizes.get(name, 1) for name in AXIS_ROLES}
-
-
-def written(sizes: Mapping[str, int]) -> str:
-    """As `parse_mesh` reads it."""
-    return ",".join(f"{name}={size}" for name, size in sizes.items())
 
 
 def _divides(config: MoEConfig, positions: Mapping[str, int], strategy: DispatchStrategy | None) -> bool:

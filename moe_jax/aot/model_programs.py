@@ -28,7 +28,7 @@ from moe_jax.generation.programs import (
 )
 from moe_jax.models import CausalLM
 from moe_jax.models.parameter_sources import parameter_homes
-from moe_jax.parallel import arrange_mesh
+from moe_jax.parallel import arrange_mesh, written_axes
 
 ProgramName = Literal["prefill", "decode"]
 
@@ -100,8 +100,9 @@ def target_mesh(target: Target, sizes: Mapping[str, int]) -> Mesh:
     devices = target.topology().devices
     positions = math.prod(sizes.values())
     if positions != len(devices):
-        written = ",".join(f"{name}={size}" for name, size in sizes.items())
-        raise ValueError(f"the mesh {written} has {positions} positions, but {target.name} has {len(devices)} devices")
+        raise ValueError(
+            f"the mesh {written_axes(sizes)} has {positions} positions, but {target.name} has {len(devices)} devices"
+        )
     return arrange_mesh(sizes, devices)
 
 

@@ -38,19 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def mesh_sizes(text: str) -> dict[str, int]:
     """The axes of `--mesh`, in their order, for `type=`."""
-    from moe_jax.parallel import AXIS_ROLES
+    from moe_jax.parallel import parse_axes
 
-    sizes: dict[str, int] = {}
-    for axis in text.split(","):
-        name, equals, size = axis.partition("=")
-        if name not in AXIS_ROLES or not equals or not size.isdecimal() or int(size) < 1:
-            raise argparse.ArgumentTypeError(
-                f"must be like expert=4,data=2, with axes from {', '.join(AXIS_ROLES)} and positive sizes; got {text!r}"
-            )
-        if name in sizes:
-            raise argparse.ArgumentTypeError(f"names {name} twice: {text!r}")
-        sizes[name] = int(size)
-    return sizes
+    try:
+        return parse_axes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def host_and_port(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from moe_jax.parallel.axes import LayerAxes, axis_tuple, with_auto_axes
 from moe_jax.parallel.distributed import initialize_distributed
-from moe_jax.parallel.meshes import AXIS_ROLES, arrange_mesh, create_mesh, parallel_of
+from moe_jax.parallel.meshes import AXIS_ROLES, arrange_mesh, create_mesh, parallel_of, parse_axes, written_axes
 
 __all__ = [
     "AXIS_ROLES",
@@ -12,5 +12,7 @@ __all__ = [
     "create_mesh",
     "initialize_distributed",
     "parallel_of",
+    "parse_axes",
     "with_auto_axes",
+    "written_axes",
 ]

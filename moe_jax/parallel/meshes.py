@@ -24,7 +24,7 @@ def create_mesh(sizes: Mapping[str, int]) -> Mesh:
         ValueError: a size isn't positive, there are fewer devices than positions, or several processes would leave some out.
     """
     if bad := {name: size for name, size in sizes.items() if size < 1}:
-        raise ValueError(f"the sizes of mesh axes must be positive, got {_written(bad)}")
+        raise ValueError(f"the sizes of mesh axes must be positive, got {written_axes(bad)}")
     needed, present = math.prod(sizes.values()), jax.device_count()
     if needed > present or (needed < present and jax.process_count() > 1):
         remark = ""
@@ -34,7 +34,7 @@ def create_mesh(sizes: Mapping[str, int]) -> Mesh:
             remark = (
                 f"; XLA_FLAGS=--xla_force_host_platform_device_count={needed}, set before JAX starts, simulates them"
             )
-        raise ValueError(f"the mesh {_written(sizes)} needs {needed} devices, got {present}{remark}")
+        raise ValueError(f"the mesh {written_axes(sizes)} needs {needed} devices, got {present}{remark}")
     return arrange_mesh(sizes, jax.devices()[:needed])
 
 
@@ -74,5 +74,22 @@ def parallel_of(mesh: Mesh) -> ParallelConfig:
     return ParallelConfig(**fields)
 
 
-def _written(sizes: Mapping[str, int]) -> str:
+def parse_axes(text: str) -> dict[str, int]:
+    """Sizes of axes from text such as "data=2,expert=32", in its order.
+
+    Raises:
+        ValueError: the text has another form, or names another axis or one twice.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.strip().partition("=")
+        if name not in AXIS_ROLES or name in sizes or not size.isdecimal() or int(size) < 1:
+            legal = ",".join(f"{role}=N" for role in AXIS_ROLES)
+            raise ValueError(f"must be written as {legal}, each axis at most once and N at least 1; got {text!r}")
+        sizes[name] = int(size)
+    return sizes
+
+
+def written_axes(sizes: Mapping[str, int]) -> str:
+    """As `parse_axes` reads it."""
     return ",".join(f"{name}={size}" for name, size in sizes.items())

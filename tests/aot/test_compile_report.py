@@ -12,7 +12,7 @@ from support.published_configs import CONFIGS, DEEPSEEK_V3_671B, QWEN1_5_MOE_A2_
 from moe_jax.aot.collectives import read_collectives
 from moe_jax.aot.compile_report import collective_rows, report
 from moe_jax.aot.memory import MemoryUse, OutOfMemory, refusal
-from moe_jax.aot.mesh_choice import choose_mesh, held_bytes, parallel_for, parse_mesh, written
+from moe_jax.aot.mesh_choice import choose_mesh, held_bytes, parallel_for, parse_mesh
 from moe_jax.aot.model_programs import CompiledProgram, abstract_model
 from moe_jax.aot.roofline import roofline
 from moe_jax.aot.sizes import Sizes
@@ -20,6 +20,7 @@ from moe_jax.aot.targets import target_named
 from moe_jax.aot.work import Work, cache_per_device, parameters_per_device
 from moe_jax.families import get_family
 from moe_jax.kernels.device import GPU_DEVICES, TPU_DEVICES, targeting
+from moe_jax.parallel import written_axes
 
 
 def compiled(name, program, *, argument=100, output=30, temporary=7, code=3):
@@ -185,7 +186,7 @@ def test_default_meshes_of_published_models(config, target, devices, strategy, m
     memory = (TPU_DEVICES | GPU_DEVICES)[target].memory_bytes
     sizes = Sizes(batch_size=8, prompt_length=1024, cache_length=2048)
     chosen = choose_mesh(decoder, devices, sizes=sizes, itemsize=2, memory_bytes=memory, strategy=strategy)
-    assert written(chosen.positions) == mesh
+    assert written_axes(chosen.positions) == mesh
 
 
 SHAPES_OF_4 = [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 4, 1), (1, 2, 2), (1, 1, 4)]
@@ -222,7 +223,7 @@ def test_default_meshes_have_the_least_tensor_parallelism_that_fits_and_hold_the
 def test_default_meshes_use_all_devices_of_every_model(name, devices):
     decoder = get_family(CONFIGS[name]).build_decoder(CONFIGS[name])
     positions = choose_mesh(decoder, devices, sizes=SIZES, itemsize=2, memory_bytes=16 * 10**9).positions
-    assert parse_mesh(written(positions), devices) == positions
+    assert parse_mesh(written_axes(positions), devices) == positions
 
 
 @pytest.mark.parametrize("text", ["", "data", "data=0,expert=8", "model=8", "expert=4,expert=2", "expert=x"])

@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
     from jax.errors import JaxRuntimeError
 
     from moe_jax.aot.compile_report import report
-    from moe_jax.aot.mesh_choice import choose_mesh, parallel_for, parse_mesh, written
+    from moe_jax.aot.mesh_choice import choose_mesh, parallel_for, parse_mesh
     from moe_jax.aot.model_programs import abstract_model, compile_generation, target_mesh
     from moe_jax.aot.sizes import Sizes
     from moe_jax.aot.targets import UnfitEnvironmentError, target_named
@@ -120,6 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
     from moe_jax.checkpoints.dtypes import named_dtype
     from moe_jax.cli.output import print_json, remark
     from moe_jax.json_files import read_json_object
+    from moe_jax.parallel import written_axes
 
     target = target_named(arguments.target)
     if arguments.implementation not in (None, "xla", f"pallas_{target.device.platform}"):
@@ -162,7 +163,7 @@ def run(arguments: argparse.Namespace) -> int:
             parallel=parallel_for(mesh, arguments.strategy),
             implementation=arguments.implementation,
         )
-    remark(f"{devices} devices of {target.name} as {written(positions)}")
+    remark(f"{devices} devices of {target.name} as {written_axes(positions)}")
     try:
         programs = compile_generation(
             model, target, sizes, on_start=lambda name: remark(f"compiling {name}, which can take minutes")
@@ -189,14 +190,14 @@ def as_json(result: "CompileReport") -> dict[str, Any]:
 
 def print_report(model: str, result: "CompileReport") -> None:
     """Print a report as text."""
-    from moe_jax.aot.mesh_choice import written
     from moe_jax.cli.output import format_bytes, print_facts, print_table, stdout_console
+    from moe_jax.parallel import written_axes
 
     sizes = result.sizes
     print_facts(
         f"{model} on {result.target}",
         [
-            ("devices", f"{result.devices}, as {written(result.mesh)}"),
+            ("devices", f"{result.devices}, as {written_axes(result.mesh)}"),
             ("mesh", result.mesh_reason or "as asked for"),
             (
                 "sizes",
