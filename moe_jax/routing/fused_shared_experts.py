@@ -1,11 +1,11 @@
-"""Fused shared experts: every token visits them, as extra slots behind the routed ones."""
+"""Fused shared experts: every token visits them, as extra choices behind the routed ones."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
 def fused_shared_expert_weight(routed_scaling_factor: float, *, apply_scale_to_output: bool) -> float:
-    """Weight of a fused shared expert's slot, such that it counts once after all scaling (spec 1.3).
+    """Weight of a fused shared expert's choice, such that it counts once after all scaling (spec 1.3).
 
     Its output is summed with the routed one, so a factor that will be applied to that sum is divided out here.
     """
@@ -17,7 +17,7 @@ def append_fused_shared_experts(
 ) -> tuple[Float[Array, "T K+S"], Int[Array, "T K+S"]]:
     """Append the ids `first_id .. first_id + count - 1`, each with `weight`, to every token's experts.
 
-    To be called on finished weights: the shared slots take no part in renormalisation or the router's scaling.
+    To be called on finished weights: the shared choices take no part in renormalisation or the router's scaling.
 
     Source: vLLM `fused_topk_bias`; spec 2.5.
     """

@@ -10,9 +10,9 @@ class ZeroExpertSplit(NamedTuple):
     """The routed part of a routing result, and the weight that the token itself gets."""
 
     topk_weights: Float[Array, "T K"]
-    """Weights, 0 where the slot was a zero expert."""
+    """Weights, 0 where the choice was a zero expert."""
     topk_ids: Int[Array, "T K"]
-    """Ids, `placeholder_id` where the slot was a zero expert."""
+    """Ids, `placeholder_id` where the choice was a zero expert."""
     identity_weight: Float[Array, "T"]
     """Sum of the zero experts' weights: the output owes `identity_weight[:, None] * hidden_states`."""
 
@@ -20,19 +20,19 @@ class ZeroExpertSplit(NamedTuple):
 def split_zero_experts(
     topk_weights: Float[Array, "T K"], topk_ids: Int[Array, "T K"], *, num_experts: int, placeholder_id: int = -1
 ) -> ZeroExpertSplit:
-    """Separate the slots with ids >= `num_experts` from those that name a real expert.
+    """Separate the choices with ids >= `num_experts` from those that name a real expert.
 
-    vLLM gives such a slot to expert 0 with weight 0; here it is -1 unless `placeholder_id` says otherwise, so that no
+    vLLM gives such a choice to expert 0 with weight 0; here it is -1 unless `placeholder_id` says otherwise, so that no
     expert computes rows that count for nothing.
 
     Args:
-        topk_weights: router weights of all slots.
+        topk_weights: router weights of all choices.
         topk_ids: ids of real experts, below `num_experts`, and of zero experts, from there upwards.
         num_experts: E, real experts.
         placeholder_id: what takes the place of a zero expert's id.
 
     Returns:
-        Weights and ids for the routed experts, and what each token is to be multiplied by; no slot counts in both.
+        Weights and ids for the routed experts, and what each token is to be multiplied by; no choice counts in both.
 
     Source: vLLM `ZeroExpertRouter`; spec 2.8.
     """

@@ -23,7 +23,7 @@ class MoEAux:
     physical_load: Int[Array, "P"]
     """The same per physical expert, int32: the slots that hold a copy share its expert's load (spec 5.7)."""
     dropped_rows: Int[Array, ""]
-    """Choices of which no rank had room for the row; 0 unless the dispatch strategy has a capacity."""
+    """Choices for whose row no rank had room; 0 unless the dispatch strategy has a capacity."""
     sent_rows: Int[Array, "ranks"]
     """Rows of hidden states that each rank with tokens of its own has sent to ranks that own experts, itself excepted. Ranks that
     hold the same tokens and different slices of the experts send alike; they count as one."""
