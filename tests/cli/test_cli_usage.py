@@ -120,6 +120,15 @@ def test_an_interrupt_while_arguments_are_parsed_is_status_130(capsys, monkeypat
     assert capsys.readouterr().err == "\nmoe-jax: interrupted\n"
 
 
+@pytest.fixture
+def as_in_a_terminal():
+    """Ctrl-C interrupts: what starts tests in the background may have it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("as_in_a_terminal")
 def test_an_interrupt_that_arrives_in_a_callback_of_the_garbage_collector_ends_the_command_too(capsys, monkeypatch):
     def collect(phase, info):
         callbacks.remove(collect)
@@ -136,6 +145,7 @@ def test_an_interrupt_that_arrives_in_a_callback_of_the_garbage_collector_ends_t
     assert capsys.readouterr().err == "\nmoe-jax inspect: interrupted\n"
 
 
+@pytest.mark.usefixtures("as_in_a_terminal")
 def test_an_interrupt_waits_until_what_is_being_imported_is_whole(capsys, monkeypatch, tmp_path):
     module = "import signal\nsignal.raise_signal(signal.SIGINT)\nsignal.raise_signal(signal.SIGINT)\nis_whole = True\n"
     (tmp_path / "interrupted_module.py").write_text(module)
