@@ -3,14 +3,16 @@
 With few rows weights are the left operand of both products, and what flows between them is transposed, [I, rows]. XLA's matmuls
 on CPUs repack their right operand at every call; the right operand here is the small one (a block of rows), and weights are
 streamed as they lie. At 4 to 32 rows this is two to three times faster than rows times transposed weights; with hundreds it is
-slower by a tenth to a third.
+slower by a tenth to a third. Processors without matrix units multiply very few rows of bfloat16 faster the other way round.
 
 A matrix is multiplied in slices of a few megabytes, in a loop. XLA on CPUs copies what a dynamic index selects; a small copy
 is reused from cache, a large one is written to fresh memory whose page faults cost more than the product.
 """
 
+import functools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -23,7 +25,9 @@ from ..activations import Activation
 from ..integers import slice_starts
 from ..varying import varying_like
 
-_MOST_ROWS_LAST = 64
+_FEWEST_ROWS_FIRST = 65
+_MOST_FIRST_WITHOUT_MATRIX_UNITS = 16
+"""Of bfloat16: 16 tokens of a block took 15 ms instead of 21, where 32 rows already took longer. With matrix units not measured."""
 
 
 class ExpertMatrices(NamedTuple):
@@ -75,7 +79,7 @@ def apply_expert(
     wide = jnp.promote_types(rows.dtype, jnp.float32)
     _, projections, width, hidden = weights.gate_up_proj.shape
     num_rows = rows.shape[0]
-    rows_first = rows_come_first(num_rows)
+    rows_first = rows_come_first(num_rows, rows.dtype)
     features = 1 if rows_first else 0
 
     def gate_up_slice(first: Array | int, size: int) -> Array:
@@ -110,9 +114,24 @@ def unweighted_dtype(dtype: DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.float32 if dtype == jnp.float16 else dtype)
 
 
-def rows_come_first(num_rows: int) -> bool:
+def are_many(num_rows: int) -> bool:
+    """Whether so many rows are the left operand of their products whatever the dtype and the processor."""
+    return num_rows >= _FEWEST_ROWS_FIRST
+
+
+def rows_come_first(num_rows: int, dtype: DTypeLike) -> bool:
     """Whether so many rows are the left operand of their products."""
-    return num_rows > _MOST_ROWS_LAST
+    very_few = num_rows <= _MOST_FIRST_WITHOUT_MATRIX_UNITS and jnp.dtype(dtype) == jnp.bfloat16
+    return are_many(num_rows) or (very_few and not has_matrix_units())
+
+
+@functools.cache
+def has_matrix_units() -> bool:
+    """Whether this machine's processors multiply bfloat16 tiles (Intel's AMX), as Linux tells."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def multiply(

@@ -5,7 +5,7 @@ from jax import Array
 from jaxtyping import Float
 
 from ..activations import Activation
-from .expert_block import ExpertMatrices, kept_apart, multiply, rows_come_first, unweighted_dtype
+from .expert_block import ExpertMatrices, are_many, kept_apart, multiply, rows_come_first, unweighted_dtype
 
 
 def slots_for(rows: int, itemsize: int) -> int:
@@ -31,7 +31,7 @@ def apply_experts(
 ) -> Float[Array, "E C H"]:
     """The outputs of E experts for C rows each, in `unweighted_dtype`; matmuls and activation in float32.
 
-    With few rows weights are the left operand, as for one expert (`expert_block.py`), and what flows between the products is
+    Rows or weights are the left operand as for one expert (`expert_block.py`); after weights, what flows between the products is
     transposed, [E, I, C]. With many rows of bfloat16, products without a bias are rounded to bfloat16, as they are on the way to a
     gradient: float32 products take longer to write and to read than to compute.
 
@@ -42,11 +42,12 @@ def apply_experts(
     """
     wide = jnp.promote_types(rows.dtype, jnp.float32)
     num_experts, projections, width, hidden = weights.gate_up_proj.shape
-    rows_first = rows_come_first(rows.shape[1])
+    rows_first = rows_come_first(rows.shape[1], rows.dtype)
+    narrow = unweighted_dtype(rows.dtype) if are_many(rows.shape[1]) else wide
     features = 2 if rows_first else 1
 
     def project(values: Array, contracted: int, matrices: Array, bias: Array | None) -> Array:
-        dtype = wide if bias is not None or not rows_first else unweighted_dtype(rows.dtype)
+        dtype = narrow if bias is None else wide
         product = multiply(values, contracted, matrices, rows_first=rows_first, dtype=dtype)
         product = product.astype(wide) if rows_first else kept_apart(product)
         return product if bias is None else product + jnp.expand_dims(bias, 3 - features).astype(wide)

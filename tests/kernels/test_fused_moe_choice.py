@@ -13,6 +13,7 @@ from support.moe_blocks import Block
 
 from moe_jax.kernels import explain_fused_moe, fused_moe
 from moe_jax.kernels.device import GPU_DEVICES, TPU_DEVICES, targeting
+from moe_jax.kernels.fused_moe import expert_block
 from moe_jax.kernels.fused_moe.api import IMPLEMENTATIONS as MODULES
 from moe_jax.kernels.fused_moe.expert_slots import slots_for, slots_within
 from moe_jax.kernels.fused_moe.xla import Plan, rows_computed
@@ -208,6 +209,26 @@ def test_every_formulation_of_xla_computes_skewed_routing(formulation, dtype, rn
         block.assert_close(result, block.expected())
     else:
         assert_close(result, block.expected(), 2e-2, norm_error=5e-3)
+
+
+@pytest.mark.parametrize("matrix_units", [False, True])
+@pytest.mark.parametrize("tokens", [16, 60])
+def test_few_rows_of_bfloat16_are_right_as_left_and_as_right_operand(tokens, matrix_units, rng, monkeypatch):
+    monkeypatch.setattr(expert_block, "has_matrix_units", lambda: matrix_units)
+    block = Block.draw(rng, UNDER_TEST["xla"], tokens=tokens, experts=6, top_k=2, bias=True, dtype="bfloat16")
+    result = jax.jit(lambda arrays: fused_moe(**arrays, implementation="xla"))(block.arrays)
+    assert_close(result, block.expected(), 2e-2, norm_error=5e-3)
+
+
+def test_rows_are_the_left_operand_when_many_and_without_matrix_units_when_very_few_of_bfloat16(monkeypatch):
+    def left(dtype):
+        return [rows for rows in (1, 8, 16, 17, 32, 64, 65, 300) if expert_block.rows_come_first(rows, dtype)]
+
+    monkeypatch.setattr(expert_block, "has_matrix_units", lambda: True)
+    assert left("bfloat16") == left("float32") == [65, 300]
+    monkeypatch.setattr(expert_block, "has_matrix_units", lambda: False)
+    assert left("bfloat16") == [1, 8, 16, 65, 300]
+    assert left("float32") == left("float16") == [65, 300]
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
