@@ -4,17 +4,18 @@
 
 Both sides run the whole block (router, experts, shared experts) on the same numbers, each in its own process, taking turns;
 ours is compared with the faster of transformers' eager and grouped_mm. A round in which the machine was busy with something
-else does not count. Needs an environment with torch and transformers (`make golden-env`).
+else does not count. The matmuls of each cell are also timed alone: what a block made of them could reach at best. Needs an
+environment with torch and transformers (`make golden-env`).
 """
 
 import argparse
 import datetime
 import itertools
 import json
-import math
 import os
 import platform
 import shlex
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -23,6 +24,7 @@ import numpy as np
 from moe_block_cases import BLOCKS, DTYPES, TOKENS
 
 from moe_jax.benchmarking.contest import Contest, WorkerProcess, hold_contest, worker
+from moe_jax.kernels.fused_moe.expert_block import has_matrix_units
 
 HERE = Path(__file__).parent
 BARS = {"float32": 1.2, "bfloat16": 0.8}
@@ -53,12 +55,14 @@ def main() -> int:
             run_cell(ours, theirs, block, dtype, tokens, options)
             for block, dtype, tokens in itertools.product(options.blocks, options.dtypes, options.tokens)
         ]
+        for cell in cells:
+            cell |= time_matmuls(ours, cell, options)
         ragged = [run_ragged_dot(ours, dtype, options) for dtype in options.dtypes]
     summary = summarise(cells, ragged)
     result = {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": {"cpu": cpu_name(), "cores": len(cores)},
+        "device": {"cpu": cpu_name(), "cores": len(cores), "matrix_units": has_matrix_units()},
         "versions": versions | {"python": platform.python_version()},
         "summary": summary,
         "cells": cells,
@@ -146,6 +150,23 @@ def run_cell(
     return {**cell, "formulation": formulation, "difference": difference, **as_json(contest)}
 
 
+def time_matmuls(ours: WorkerProcess, cell: dict, options: argparse.Namespace) -> dict:
+    """The fastest form of the matmuls alone, and transformers' time over it."""
+    arguments = {key: cell[key] for key in ("block", "dtype", "tokens")}
+    forms = ours.request("prepare_matmuls", **arguments)["forms"]
+    rounds = [
+        {form: statistics.median(turns_of(ours, form)(options.seconds_per_turn)) for form in forms}
+        for _ in range(min(3, options.rounds))
+    ]
+    seconds = {form: statistics.median(times[form] for times in rounds) for form in forms}
+    form = min(forms, key=seconds.__getitem__)
+    speedup = cell["milliseconds"][cell["rival"]] / (seconds[form] * 1e3)
+    print(
+        f"{' '.join(map(str, arguments.values()))}: matmuls alone {speedup:.2f}x {cell['rival']} [{form}]", flush=True
+    )
+    return {"matmuls_alone": {"form": form, "milliseconds": seconds[form] * 1e3, "speedup": speedup}}
+
+
 def run_ragged_dot(ours: WorkerProcess, dtype: str, options: argparse.Namespace) -> dict:
     difference = ours.request("prepare_ragged_dot", dtype=dtype)["difference"]
     if not difference <= TOLERANCE[dtype]:
@@ -198,11 +219,19 @@ def as_json(contest: Contest) -> dict:
 def summarise(cells: list[dict], ragged: list[dict]) -> dict:
     dtypes = {cell["dtype"] for cell in cells}
     speedups = {dtype: [cell["speedup"] for cell in cells if cell["dtype"] == dtype] for dtype in sorted(dtypes)}
-    means = {dtype: math.exp(sum(map(math.log, values)) / len(values)) for dtype, values in speedups.items()}
+    means = {dtype: statistics.geometric_mean(values) for dtype, values in speedups.items()}
+    # With one token the block computes without matmuls, and is sometimes faster than they are.
+    ceilings = {
+        dtype: statistics.geometric_mean(
+            max(cell["speedup"], cell["matmuls_alone"]["speedup"]) for cell in cells if cell["dtype"] == dtype
+        )
+        for dtype in means
+    }
     lowest = min(cells, key=lambda cell: cell["speedup"])
     against_ragged_dot = min(entry["speedup"] for entry in ragged)
     return {
         "geometric_mean": means,
+        "geometric_mean_if_matmuls_took_all_time": ceilings,
         "lowest_cell": {key: lowest[key] for key in ("block", "dtype", "tokens", "speedup")},
         "against_ragged_dot": against_ragged_dot,
         "rounds_void": sum(round_["void"] for cell in cells for round_ in cell["rounds"]),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from moe_block_cases import BLOCKS, MoEBlock
+from moe_block_matmuls import matmuls_alone
 
 import moe_jax
 from moe_jax import MoEConfig, MoERunner, RouterConfig, SharedExpertsConfig
@@ -49,7 +50,7 @@ class Worker:
 
     def __init__(self) -> None:
         self.loaded, self.state, self.graph = None, None, None
-        self.calls: dict[str, Callable[[], jax.Array]] = {}
+        self.calls: dict[str, Callable[[], jax.Array | list[jax.Array]]] = {}
 
     def describe(self) -> dict:
         """What runs here."""
@@ -66,13 +67,19 @@ class Worker:
         x = jnp.asarray(case.tokens(tokens), dtype)
         layer = jax.jit(lambda state, x: nnx.merge(graph, state)(x)).lower(state, x).compile()
         self.calls = {"moe_jax": lambda: layer(state, x)}
-        result = self.calls["moe_jax"]().block_until_ready()
+        result = layer(state, x).block_until_ready()
         if output is not None:
             np.save(output, np.asarray(result, np.float32))
         weights = nnx.merge(graph, state).routed_experts.weights()
         routing = [jax.ShapeDtypeStruct((tokens, case.top_k), kind) for kind in (jnp.float32, jnp.int32)]
         choice = explain_fused_moe(x, *routing, weights.gate_up_proj, weights.down_proj)
         return {"formulation": choice.formulation}
+
+    def prepare_matmuls(self, block: str, dtype: str, tokens: int) -> dict:
+        """Compile the matmuls of this cell alone, in several forms."""
+        self.calls, self.state, self.loaded = {}, None, None
+        self.calls = matmuls_alone(BLOCKS[block], dtype, tokens)
+        return {"forms": list(self.calls)}
 
     def prepare_ragged_dot(self, dtype: str) -> dict:
         """4096 rows of width 1024 in 64 even groups, times [768, 1024]."""
@@ -96,7 +103,7 @@ class Worker:
         call, times = self.calls[variant], []
         while len(times) < 2 or sum(times) < seconds:
             start = time.perf_counter()
-            call().block_until_ready()
+            jax.block_until_ready(call())
             times.append(time.perf_counter() - start)
         return {"seconds": times}
 
