@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from moe_jax.config_checks import check_boolean, check_booleans, check_integer, check_kind, is_finite_number
 from moe_jax.kernels import Activation
-from moe_jax.kernels.fused_moe.api import IMPLEMENTATIONS
+from moe_jax.kernels.fused_moe import IMPLEMENTATION_NAMES
 
 ScoringFunction = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 SCORING_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
@@ -359,11 +359,9 @@ class MoEConfig:
         if self.dtype is not None and jnp.finfo(self.dtype).bits < 16:
             raise ValueError(f"dtype must have 16 bits or more to compute with, got {jnp.dtype(self.dtype)}")
         Activation.of(self.activation)
-        legal = [module.NAME for module in IMPLEMENTATIONS]
-        if self.implementation not in (None, *legal):
-            raise ValueError(
-                f"implementation must be one of {', '.join(map(repr, legal))} or None; got {self.implementation!r}"
-            )
+        if self.implementation not in (None, *IMPLEMENTATION_NAMES):
+            legal = ", ".join(map(repr, IMPLEMENTATION_NAMES))
+            raise ValueError(f"implementation must be one of {legal} or None; got {self.implementation!r}")
         self.router.validate(self.num_experts, self.top_k)
 
     def _validate_scaling(self) -> None:

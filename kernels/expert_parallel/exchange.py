@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ..fused_moe.assignment import Assignment
+from ..assignment import Assignment
 
 BLOCK_ALIGNMENT = 16
 

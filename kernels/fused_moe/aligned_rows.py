@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ..assignment import Assignment, inverse_of, names, sorted_by
 from ..groups import Groups
 from ..varying import varying_like
-from .assignment import Assignment, inverse_of, names, sorted_by
 
 
 class AlignedRows(NamedTuple):

@@ -11,6 +11,8 @@ from .request import Request
 
 IMPLEMENTATIONS: tuple[Implementation[Request], ...] = (pallas_gpu, pallas_tpu, xla, reference)
 """Every implementation, the preferred ones first."""
+IMPLEMENTATION_NAMES = tuple(implementation.NAME for implementation in IMPLEMENTATIONS)
+"""What `fused_moe` takes as `implementation`, besides None."""
 
 
 def fused_moe(

@@ -8,23 +8,14 @@ as many as are expected, what doesn't fit is computed in further rounds, a loop 
 import math
 from typing import NamedTuple, Self
 
+from ..sum_of_rounds import rows_worth_a_round
 from .request import Request
 
-_USUAL_FACTOR = 1.25
-"""Room for what evenly spread choices bring, and for chance."""
-_ROWS_WORTH_A_ROUND = 512
-"""Rows for which there is room in any case: of each expert, where every round reads the weights of all of them. That takes as long
-as multiplying 150 to 560 rows in bfloat16, by published peaks (A100, v6e): with fewer, another round costs as much."""
 LEAST_BYTES_SAVED = {"gpu": 2**32, "tpu": 2**26}
 """By platform: so much less memory for gathered rows is worth a loop, for which kernels are compiled twice. On a GPU the host waits
 for the number of rounds, so there it is for calls that might not fit."""
 LEAST_BYTES_SAVED_WITH_GRADIENT = {"gpu": 2**32, "tpu": 2**30}
 """The same with a gradient, which adds up those of weights in float32, all of them in each round."""
-
-
-def rows_worth_a_round(expected_rows: float, num_experts: int) -> float:
-    """Rows for which a round had better have room, if so many are expected, and it reads the weights of so many experts anew."""
-    return max(_USUAL_FACTOR * expected_rows, _ROWS_WORTH_A_ROUND * num_experts)
 
 
 class RowsPerRound(NamedTuple):

@@ -19,12 +19,12 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from ..activations import Activation
+from ..assignment import MOST_COMPARISONS, Assignment
 from ..device import GpuDevice, TpuDevice
 from ..groups import Groups
 from ..selection import Formulation
 from ..sum_of_rounds import sum_of_rounds
 from .aligned_rows import AlignedRows
-from .assignment import MOST_COMPARISONS, Assignment
 from .expert_block import ExpertMatrices
 from .inference import run_for_inference
 from .request import Request

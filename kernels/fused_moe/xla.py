@@ -21,12 +21,12 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from ..activations import Activation
+from ..assignment import Assignment, combine_rows, gather_rows
 from ..grouped_matmul.blocks import Schedule
 from ..grouped_matmul.xla import multiply_groups, tiling_for
 from ..groups import Groups
 from ..selection import Formulation
 from ..varying import varying_like
-from .assignment import Assignment, combine_rows, gather_rows
 from .expert_block import ExpertMatrices, apply_expert, unweighted_dtype
 from .expert_slots import apply_experts, slots_for, slots_within
 from .request import Request

@@ -1,6 +1,6 @@
 """Which dispatch strategy runs, and why: chosen from mesh, tokens and platform, in the open."""
 
-from moe_jax.kernels.selection import Choice
+from moe_jax.kernels import Choice
 from moe_jax.parallel import allgather_reducescatter, padded_all_to_all, ragged_all_to_all, remote_dma, replicated
 from moe_jax.parallel.dispatch import DispatchRequest, Strategy
 

@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 from moe_jax.config import MoEConfig, ParallelConfig
 from moe_jax.experts.routed import ExpertComputation
 from moe_jax.experts.weights import ExpertWeights
-from moe_jax.kernels.fused_moe.assignment import MOST_COMPARISONS
-from moe_jax.kernels.fused_moe.rounds import rows_worth_a_round
+from moe_jax.kernels.assignment import MOST_COMPARISONS
+from moe_jax.kernels.sum_of_rounds import rows_worth_a_round
 from moe_jax.parallel.axes import LayerAxes
 
 
@@ -72,8 +72,8 @@ class DispatchSettings:
         return self.axes.position(self.axes.expert)
 
     @property
-    def comparisons(self) -> int:
-        """So many comparisons of all pairs with all take less time than a sort."""
+    def most_comparisons(self) -> int:
+        """Up to which all pairs are compared with all: that takes less time than a sort."""
         return MOST_COMPARISONS.get(self.axes.platform, 0)
 
     def share_of(self, num_choices: int) -> int:

@@ -54,7 +54,7 @@ def dispatch(
         jnp.where(choices.carries, choices.owner, settings.num_ranks),
         settings.num_ranks,
         capacity=settings.capacity(*topk_ids.shape),
-        comparisons=settings.comparisons,
+        most_comparisons=settings.most_comparisons,
     )
     outgoing = Outgoing.of(settings, x, choices, rows)
     if settings.one_row_per_rank:

@@ -82,7 +82,7 @@ def dispatch(
         jnp.where(choices.carries, choices.key, destinations),
         destinations,
         most_rows=rounds.most_sent,
-        comparisons=settings.comparisons,
+        most_comparisons=settings.most_comparisons,
     )
     outgoing = Outgoing.of(settings, x, choices, order)
     rows = TravellingRows(outgoing.x, None, None)

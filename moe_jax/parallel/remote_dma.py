@@ -15,8 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from moe_jax.kernels.activations import Activation
-from moe_jax.kernels.expert_parallel import explain_expert_parallel_moe
-from moe_jax.kernels.expert_parallel.exchange import BLOCK_ALIGNMENT
+from moe_jax.kernels.expert_parallel import BLOCK_ALIGNMENT, explain_expert_parallel_moe
 from moe_jax.parallel.dispatch import (
     DispatchRequest,
     DispatchSettings,

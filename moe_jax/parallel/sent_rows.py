@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax.kernels.fused_moe.assignment import Assignment
+from moe_jax.kernels.assignment import Assignment
 
 
 def first_choices(key: Int[Array, "T K"]) -> Bool[Array, "T K"]:
@@ -56,23 +56,27 @@ class SentRows:
     """Rows for each destination, in their order, gaps not counted."""
 
     @classmethod
-    def dense(cls, destination: Int[Array, "T K"], num_destinations: int, *, most_rows: int, comparisons: int) -> Self:
+    def dense(
+        cls, destination: Int[Array, "T K"], num_destinations: int, *, most_rows: int, most_comparisons: int
+    ) -> Self:
         """Rows by destination, one after the other.
 
         Args:
             destination: of each pair; others than `0 .. num_destinations - 1` send none.
             num_destinations: experts or ranks.
             most_rows: R, no fewer than can be sent.
-            comparisons: up to so many, pairs are sorted by comparing all with all.
+            most_comparisons: up to so many, pairs are sorted by comparing all with all.
         """
-        order = Assignment.of(destination, 0, num_destinations, most_comparisons=comparisons)
+        order = Assignment.of(destination, 0, num_destinations, most_comparisons=most_comparisons)
         is_row = jnp.arange(most_rows) < jnp.sum(order.groups.sizes)
         return cls(order.pair[:most_rows], is_row, order.position, order.is_local(num_destinations), order.groups.sizes)
 
     @classmethod
-    def padded(cls, destination: Int[Array, "T K"], num_destinations: int, *, capacity: int, comparisons: int) -> Self:
+    def padded(
+        cls, destination: Int[Array, "T K"], num_destinations: int, *, capacity: int, most_comparisons: int
+    ) -> Self:
         """`capacity` places for each destination; pairs beyond, the last ones, are not sent."""
-        order = Assignment.of(destination, 0, num_destinations, most_comparisons=comparisons)
+        order = Assignment.of(destination, 0, num_destinations, most_comparisons=most_comparisons)
         starts, wanted = order.groups
         sizes = jnp.minimum(wanted, capacity)
         place = jnp.arange(capacity, dtype=jnp.int32)

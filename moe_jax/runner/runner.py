@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import MoEConfig
 from moe_jax.experts import RoutedExperts, SharedExperts
-from moe_jax.kernels.selection import Choice
+from moe_jax.kernels import Choice
 from moe_jax.parallel import LayerAxes
 from moe_jax.parallel.choice import choose_strategy
 from moe_jax.parallel.dispatch import DispatchRequest

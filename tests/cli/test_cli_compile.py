@@ -23,7 +23,7 @@ from moe_jax.cli import main
 from moe_jax.cli.commands import compile as command
 from moe_jax.cli.commands.compile import ENVIRONMENT
 from moe_jax.config import DispatchStrategy
-from moe_jax.kernels.fused_moe.api import IMPLEMENTATIONS
+from moe_jax.kernels.fused_moe import IMPLEMENTATION_NAMES
 
 DEMO = Path(__file__).parent.parent.parent / "examples" / "demo_model"
 
@@ -36,7 +36,7 @@ def _environment_as_it_was(monkeypatch):
 
 def test_choices_are_those_of_the_library():
     assert get_args(DispatchStrategy) == command.STRATEGIES
-    assert {one.NAME for one in IMPLEMENTATIONS} - {"reference"} == set(command.IMPLEMENTATIONS)
+    assert set(IMPLEMENTATION_NAMES) - {"reference"} == set(command.IMPLEMENTATIONS)
 
 
 def test_the_environment_is_what_both_compilers_need():

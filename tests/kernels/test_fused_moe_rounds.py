@@ -11,7 +11,7 @@ from support.implementations import UNDER_TEST
 from support.moe_blocks import Block
 
 from moe_jax.aot.jaxprs import equations
-from moe_jax.kernels import explain_fused_moe
+from moe_jax.kernels import explain_fused_moe, sum_of_rounds
 from moe_jax.kernels.device import GPU_DEVICES, TPU_DEVICES, targeting
 from moe_jax.kernels.fused_moe import rounds
 from moe_jax.kernels.fused_moe.api import fused_moe
@@ -23,7 +23,7 @@ each_kernel = pytest.mark.parametrize("implementation", [UNDER_TEST[name] for na
 @pytest.fixture
 def in_small_rounds(monkeypatch):
     """Rounds of 1.25 times the expected rows, however little memory that saves."""
-    monkeypatch.setattr(rounds, "_ROWS_WORTH_A_ROUND", 0)
+    monkeypatch.setattr(sum_of_rounds, "_ROWS_WORTH_A_ROUND", 0)
     for name in ("LEAST_BYTES_SAVED", "LEAST_BYTES_SAVED_WITH_GRADIENT"):
         monkeypatch.setattr(rounds, name, {"gpu": 1, "tpu": 1})
     jax.clear_caches()
@@ -197,7 +197,7 @@ def test_a_gradient_is_taken_of_all_rows_at_once_where_rounds_save_less_than_add
 
 @pytest.mark.slow
 def test_results_in_rounds_have_the_gradients_of_all_rows_at_once(rng, monkeypatch):
-    monkeypatch.setattr(rounds, "_ROWS_WORTH_A_ROUND", 0)
+    monkeypatch.setattr(sum_of_rounds, "_ROWS_WORTH_A_ROUND", 0)
     monkeypatch.setattr(rounds, "LEAST_BYTES_SAVED", {"tpu": 1})
     jax.clear_caches()
     rank = one_rank(rng, UNDER_TEST["pallas_tpu"])

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ..groups import Groups
+from .groups import Groups
 
 MOST_COMPARISONS = {"cpu": 0, "gpu": 2**24, "tpu": 2**20}
 """By platform: so many comparisons of all with all take less time than a sort or a scatter. They are one kernel on a GPU, whose
