@@ -1,16 +1,13 @@
-"""Which rows go to which expert: sort the (token, choice) pairs by expert, gather their rows, and combine results.
-
-Gathers only, in both directions: the inverse of the sort is kept, so the gradient of a gather is a gather as well. Scatters
-are slow on CPUs and their summation order is undefined on GPUs; here every sum has a fixed order.
-"""
+"""Which rows go to which expert: the pairs of a token and a choice, sorted by expert, and the inverse of the sort."""
 
 from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from .groups import Groups
+from .pair_rows import PairRows
 
 MOST_COMPARISONS = {"cpu": 0, "gpu": 2**24, "tpu": 2**20}
 """By platform: so many comparisons of all with all take less time than a sort or a scatter. They are one kernel on a GPU, whose
@@ -52,9 +49,9 @@ class Assignment(NamedTuple):
         return cls(pair, position.reshape(topk_ids.shape), expert, Groups.of(sizes, 0, num_experts))
 
     @property
-    def token(self) -> Int[Array, "N"]:
-        """Token of each sorted row."""
-        return self.pair // self.position.shape[1]
+    def rows(self) -> PairRows:
+        """The sorted rows, one for each pair."""
+        return PairRows(self.pair, self.position)
 
     def is_local(self, num_experts: int) -> Bool[Array, "T K"]:
         """Whether a pair's expert is one of those whose weights are here."""
@@ -83,48 +80,3 @@ def sorted_by(key: Int[Array, "N"], largest: int) -> Int[Array, "N"]:
         # for a stable sort XLA would add an operand on GPUs.
         return jnp.sort(key * size + index, stable=False) % size
     return jax.lax.sort((key, index), num_keys=1, is_stable=True)[1]
-
-
-@jax.custom_vjp
-def gather_rows(x: Float[Array, "T H"], assignment: Assignment) -> Float[Array, "N H"]:
-    """The row of its token for every sorted pair."""
-    return x[assignment.token]
-
-
-def _gather_rows_forward(x, assignment):
-    return gather_rows(x, assignment), assignment
-
-
-def _gather_rows_backward(assignment, cotangent):
-    wide = jnp.promote_types(cotangent.dtype, jnp.float32)
-    total = sum((cotangent[position].astype(wide) for position in assignment.position.T), jnp.zeros((), wide))
-    return total.astype(cotangent.dtype), None
-
-
-gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
-
-
-@jax.custom_vjp
-def combine_rows(
-    results: Float[Array, "N H"], weights: Float[Array, "T K"], assignment: Assignment
-) -> Float[Array, "T H"]:
-    """Weighted sum of the results of each token's pairs, in the order of its choices; the dtype is that of the weights."""
-    columns = zip(weights.T, assignment.position.T, strict=True)
-    terms = (weight[:, None] * results[position].astype(weights.dtype) for weight, position in columns)
-    return sum(terms, jnp.zeros((), weights.dtype))
-
-
-def _combine_rows_forward(results, weights, assignment):
-    return combine_rows(results, weights, assignment), (results, weights, assignment)
-
-
-def _combine_rows_backward(saved, cotangent):
-    results, weights, assignment = saved
-    results_gradient = weights.reshape(-1)[assignment.pair][:, None] * cotangent[assignment.token]
-    weights_gradient = [
-        jnp.sum(cotangent * results[position].astype(weights.dtype), axis=1) for position in assignment.position.T
-    ]
-    return results_gradient.astype(results.dtype), jnp.stack(weights_gradient, axis=1), None
-
-
-combine_rows.defvjp(_combine_rows_forward, _combine_rows_backward)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ..assignment import Assignment
+from ..sum_of_choices import sum_of_choices
 
 BLOCK_ALIGNMENT = 16
 
@@ -66,12 +67,7 @@ class SentRows(NamedTuple):
 
     def combine(self, results: Float[Array, "sent H"], topk_weights: Float[Array, "T K"]) -> Float[Array, "T H"]:
         """Weighted sum of each token's results, in the order of its choices and the dtype of the weights."""
-        total = jnp.zeros((results.shape[1],), topk_weights.dtype)
-        for choice in range(self.position.shape[1]):
-            row = results[self.position[:, choice]].astype(topk_weights.dtype)
-            weighted = topk_weights[:, choice, None] * row
-            total = total + jnp.where(self.has_expert[:, choice, None], weighted, 0)
-        return total
+        return sum_of_choices(results, self.position, weights=topk_weights, counts=self.has_expert)
 
 
 class Exchange(NamedTuple):

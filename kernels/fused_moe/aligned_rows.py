@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..assignment import Assignment, inverse_of, names, sorted_by
 from ..groups import Groups
+from ..sum_of_choices import sum_of_choices
 from ..varying import varying_like
 
 
@@ -89,11 +90,7 @@ class AlignedRows(NamedTuple):
         """Sum of each token's rows in float32, in the order of its choices."""
         if self.tokens_at_hand is not None:
             return self.tokens_at_hand.combine(rows)
-        total = jnp.zeros((), jnp.float32)
-        for choice in range(self.position.shape[1]):
-            row = rows[self.position[:, choice]].astype(jnp.float32)
-            total = total + jnp.where(self.is_local[:, choice, None], row, 0)
-        return total
+        return sum_of_choices(rows, self.position, counts=self.is_local, dtype=jnp.float32)
 
 
 class TokensAtHand(NamedTuple):

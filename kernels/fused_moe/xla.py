@@ -21,11 +21,12 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from ..activations import Activation
-from ..assignment import Assignment, combine_rows, gather_rows
+from ..assignment import Assignment
 from ..grouped_matmul.blocks import Schedule
 from ..grouped_matmul.xla import multiply_groups, tiling_for
 from ..groups import Groups
 from ..selection import Formulation
+from ..sum_of_choices import sum_of_choices
 from ..varying import varying_like
 from .expert_block import ExpertMatrices, apply_expert, unweighted_dtype
 from .expert_slots import apply_experts, slots_for, slots_within
@@ -161,6 +162,7 @@ def _streamed(computation, x, topk_weights, weights, assignment) -> Float[Array,
     num_experts = assignment.groups.sizes.shape[0]
     num_tokens, top_k = topk_weights.shape
     input_weights, output_weights = _split_weights(computation, topk_weights)
+    is_local = assignment.is_local(num_experts)
 
     def result_of(pair: Array | int, expert: Array) -> Float[Array, "H"]:
         row = _rows_of(x, input_weights, jnp.asarray(pair)[None], assignment)[0]
@@ -170,7 +172,7 @@ def _streamed(computation, x, topk_weights, weights, assignment) -> Float[Array,
         experts = jnp.minimum(assignment.expert, num_experts - 1).reshape(-1)
         results = jnp.stack([result_of(pair, experts[pair]) for pair in range(num_tokens * top_k)])
         order = jnp.arange(num_tokens * top_k).reshape(num_tokens, top_k)
-        return _combine(results, output_weights, order, assignment.is_local(num_experts))
+        return sum_of_choices(results, order, weights=output_weights, counts=is_local)
 
     def one_pair(index: Array, results: Array) -> Array:
         pair = assignment.pair[index]
@@ -180,7 +182,7 @@ def _streamed(computation, x, topk_weights, weights, assignment) -> Float[Array,
     nothing = varying_like(jnp.zeros((num_tokens * top_k, x.shape[1]), topk_weights.dtype), topk_weights)
     num_local = jnp.sum(assignment.groups.sizes)
     results = jax.lax.fori_loop(0, num_local, one_pair, nothing)
-    return _combine(results, output_weights, assignment.position, assignment.is_local(num_experts))
+    return sum_of_choices(results, assignment.position, weights=output_weights, counts=is_local)
 
 
 def _loop(computation, x, topk_weights, weights, assignment) -> Float[Array, "T H"]:
@@ -190,7 +192,7 @@ def _loop(computation, x, topk_weights, weights, assignment) -> Float[Array, "T 
     results = _no_results(x, topk_weights, assignment, block_rows)
     results = _in_blocks(computation, results, x, input_weights, weights, assignment, assignment.groups, block_rows)
     is_local = assignment.is_local(assignment.groups.sizes.shape[0])
-    return _combine(results, output_weights, assignment.position, is_local)
+    return sum_of_choices(results, assignment.position, weights=output_weights, counts=is_local)
 
 
 def _no_results(x, topk_weights, assignment, block_rows: int) -> Float[Array, "rows H"]:
@@ -256,7 +258,8 @@ def _with_capacity(computation, capacity, x, topk_weights, weights, assignment) 
     expert = jnp.minimum(assignment.expert, num_experts - 1)
     slot = assignment.position - assignment.groups.starts[expert]
     has_slot = assignment.is_local(num_experts) & (slot < capacity)
-    total = _combine(results, output_weights, expert * capacity + jnp.minimum(slot, capacity - 1), has_slot)
+    position = expert * capacity + jnp.minimum(slot, capacity - 1)
+    total = sum_of_choices(results, position, weights=output_weights, counts=has_slot)
     return _add_rows_without_slot(computation, capacity, total, x, topk_weights, weights, assignment)
 
 
@@ -281,7 +284,7 @@ def _add_rows_without_slot(computation, capacity, total, x, topk_weights, weight
         results = compute(results, *operands, Groups(left.starts, in_large), large)
         slot = assignment.position - groups.starts[jnp.minimum(assignment.expert, num_experts - 1)]
         has_none = assignment.is_local(num_experts) & (slot >= capacity)
-        return total + _combine(results, output_weights, assignment.position, has_none)
+        return total + sum_of_choices(results, assignment.position, weights=output_weights, counts=has_none)
 
     return jax.lax.cond(jnp.any(left.sizes > 0), add, lambda total: total, total)
 
@@ -290,7 +293,7 @@ def _with_gradient(computation, x, topk_weights, weights, assignment) -> Float[A
     """The same from parts that have gradients of their own."""
     num_pairs, num_experts = assignment.pair.shape[0], weights.down_proj.shape[0]
     tiling = tiling_for(num_pairs, num_experts, computation.plan.platform)
-    rows = gather_rows(x, assignment)
+    rows = assignment.rows.gather(x)
     if computation.apply_router_weight_on_input:
         rows = (rows * topk_weights.reshape(-1)[assignment.pair][:, None]).astype(x.dtype)
         topk_weights = jnp.ones_like(topk_weights)
@@ -301,7 +304,7 @@ def _with_gradient(computation, x, topk_weights, weights, assignment) -> Float[A
     projected = multiply_groups(tiling, dtype, rows, gate_up_proj, gate_up_bias, assignment.groups)
     activated = computation.activation(*jnp.split(projected, projections, axis=1)).astype(x.dtype)
     results = multiply_groups(tiling, dtype, activated, weights.down_proj, weights.down_bias, assignment.groups)
-    return combine_rows(results, topk_weights, assignment).astype(x.dtype)
+    return assignment.rows.combine(results, topk_weights).astype(x.dtype)
 
 
 def _split_weights(computation: Computation, topk_weights: Array) -> tuple[Array | None, Array]:
@@ -323,20 +326,3 @@ def _rows_of(
 
 def _apply(computation: Computation, rows: Array, weights: ExpertMatrices, expert: Array) -> Array:
     return apply_expert(rows, weights, expert, computation.activation, computation.plan.slice_bytes)
-
-
-def _combine(
-    results: Float[Array, "rows H"],
-    weights: Float[Array, "T K"],
-    position: Int[Array, "T K"],
-    counts: Array,
-) -> Float[Array, "T H"]:
-    """Weighted sum of each token's results in the order of its choices; those that don't count may be anything.
-
-    One gather per choice: on CPUs far faster than one gather of [T, K, H] and a sum over K, or a scatter.
-    """
-    total = jnp.zeros((), weights.dtype)
-    for choice in range(position.shape[1]):
-        result = weights[:, choice, None] * results[position[:, choice]].astype(weights.dtype)
-        total = total + jnp.where(counts[:, choice, None], result, 0)
-    return total

@@ -1,7 +1,6 @@
 """Which rows a rank sends to which: one for each token and expert, or one for each token and rank that owns any of its experts.
 
-Gathers only, in both directions, as in `moe_jax.kernels.fused_moe`: the inverse of the order in which rows lie is kept, so the
-gradient of a gather is a gather as well, every sum has a fixed order, and no accelerator has to scatter rows.
+No row is scattered, in either direction: see `moe_jax.kernels.pair_rows`.
 """
 
 import dataclasses
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.kernels.assignment import Assignment
+from moe_jax.kernels.pair_rows import PairRows
 
 
 def first_choices(key: Int[Array, "T K"]) -> Bool[Array, "T K"]:
@@ -49,7 +49,7 @@ class SentRows:
     is_row: Bool[Array, "R"]
     """Whether there is a row."""
     position: Int[Array, "T K"]
-    """Row of each pair; any for pairs without."""
+    """Row of each pair; 0 for pairs without."""
     is_sent: Bool[Array, "T K"]
     """Whether a pair has a row."""
     sizes: Int[Array, "destinations"]
@@ -68,8 +68,10 @@ class SentRows:
             most_comparisons: up to so many, pairs are sorted by comparing all with all.
         """
         order = Assignment.of(destination, 0, num_destinations, most_comparisons=most_comparisons)
-        is_row = jnp.arange(most_rows) < jnp.sum(order.groups.sizes)
-        return cls(order.pair[:most_rows], is_row, order.position, order.is_local(num_destinations), order.groups.sizes)
+        sizes = order.groups.sizes
+        is_row = jnp.arange(most_rows) < jnp.sum(sizes)
+        is_sent = order.is_local(num_destinations)
+        return cls(order.pair[:most_rows], is_row, jnp.where(is_sent, order.position, 0), is_sent, sizes)
 
     @classmethod
     def padded(
@@ -85,58 +87,18 @@ class SentRows:
         to = jnp.minimum(order.expert, num_destinations - 1)
         offset = order.position - starts[to]
         is_sent = order.is_local(num_destinations) & (offset < capacity)
-        return cls(pair.reshape(-1), is_row.reshape(-1), to * capacity + offset, is_sent, sizes)
+        position = jnp.where(is_sent, to * capacity + offset, 0)
+        return cls(pair.reshape(-1), is_row.reshape(-1), position, is_sent, sizes)
+
+    @property
+    def of_pairs(self) -> PairRows:
+        """The same without the destinations."""
+        return PairRows(self.pair, self.position, self.is_row, self.is_sent)
 
     def gather(self, x: Float[Array, "T H"]) -> Float[Array, "R H"]:
         """The row of its token for every row; any where there is none. The gradient never looks at these."""
-        return _gather(x, self)
+        return self.of_pairs.gather(x)
 
     def combine(self, results: Float[Array, "R H"], weights: Float[Array, "T K"]) -> Float[Array, "T H"]:
         """Weighted sum of the results of each token's pairs, in the order of its choices and the dtype of the weights."""
-        return _combine(results, weights, self)
-
-
-@jax.custom_vjp
-def _gather(x: Float[Array, "T H"], rows: SentRows) -> Float[Array, "R H"]:
-    return x[rows.pair // rows.position.shape[1]]
-
-
-def _gather_forward(x, rows):
-    return _gather(x, rows), rows
-
-
-def _gather_backward(rows, cotangent):
-    wide = jnp.promote_types(cotangent.dtype, jnp.float32)
-    return _combine(cotangent, jnp.ones(rows.position.shape, wide), rows).astype(cotangent.dtype), None
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
-
-
-@jax.custom_vjp
-def _combine(results: Float[Array, "R H"], weights: Float[Array, "T K"], rows: SentRows) -> Float[Array, "T H"]:
-    total = jnp.zeros((), weights.dtype)
-    for choice in range(weights.shape[1]):
-        is_sent = rows.is_sent[:, choice]
-        result = results[jnp.where(is_sent, rows.position[:, choice], 0)].astype(weights.dtype)
-        total = total + jnp.where(is_sent[:, None], weights[:, choice, None] * result, 0)
-    return total
-
-
-def _combine_forward(results, weights, rows):
-    return _combine(results, weights, rows), (results, weights, rows)
-
-
-def _combine_backward(saved, cotangent):
-    results, weights, rows = saved
-    scaled = weights.reshape(-1)[rows.pair][:, None] * cotangent[rows.pair // weights.shape[1]]
-    results_gradient = jnp.where(rows.is_row[:, None], scaled, 0).astype(results.dtype)
-    weights_gradient = []
-    for choice in range(weights.shape[1]):
-        is_sent = rows.is_sent[:, choice]
-        result = results[jnp.where(is_sent, rows.position[:, choice], 0)].astype(weights.dtype)
-        weights_gradient.append(jnp.where(is_sent, jnp.sum(cotangent * result, axis=1), 0))
-    return results_gradient, jnp.stack(weights_gradient, axis=1), None
-
-
-_combine.defvjp(_combine_forward, _combine_backward)
+        return self.of_pairs.combine(results, weights)
