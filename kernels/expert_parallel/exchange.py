@@ -32,7 +32,7 @@ def most_rows_received(num_pairs: int, num_local_experts: int, num_ranks: int) -
     return num_ranks * most_rows_sent(num_pairs, num_local_experts)
 
 
-class SentRows(NamedTuple):
+class SentBlocks(NamedTuple):
     """Where the pairs of this rank's tokens and experts lie among the rows that it sends, and their results when they return."""
 
     token: Int[Array, "sent"]
@@ -88,7 +88,7 @@ class Exchange(NamedTuple):
 
     @classmethod
     def of(cls, block_rows: Int[Array, "ranks E"], rank: int | Int[Array, ""]) -> Self:
-        """The exchange as `rank` sees it, from all ranks' `SentRows.block_rows`."""
+        """The exchange as `rank` sees it, from all ranks' `SentBlocks.block_rows`."""
         num_ranks, num_experts = block_rows.shape
         num_local = num_experts // num_ranks
         send_starts = _starts(block_rows)

@@ -19,7 +19,7 @@ from ..activations import Activation
 from ..device import TpuDevice
 from ..fused_moe.expert_block import ExpertMatrices
 from . import xla
-from .exchange import Exchange, SentRows, most_rows_received
+from .exchange import Exchange, SentBlocks, most_rows_received
 from .kernel import exchange_and_compute
 from .request import Axis, Request
 from .tiles import ExpertParallelTiles
@@ -65,7 +65,7 @@ def _compute(
     topk_ids: Int[Array, "T K"],
 ) -> Float[Array, "T H"]:
     num_ranks, axis, num_local = computation.num_ranks, computation.axis, computation.num_local_experts
-    sent = SentRows.of(topk_ids, num_ranks * num_local)
+    sent = SentBlocks.of(topk_ids, num_ranks * num_local)
     block_rows = jax.lax.all_gather(sent.block_rows, axis)
     exchange = Exchange.of(block_rows, jax.lax.axis_index(axis))
     topk_weights = topk_weights.astype(jnp.float32)

@@ -14,7 +14,7 @@ from moe_jax.parallel.sent_rows import SentRows, count_unserved, first_choices, 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Choices:
+class TokenChoices:
     """Which choices of a rank's tokens carry a row, and whereto."""
 
     topk_weights: Float[Array, "T K"]
@@ -53,7 +53,7 @@ class Outgoing:
     """Choices that found no room."""
 
     @classmethod
-    def of(cls, settings: DispatchSettings, x: Float[Array, "T H"], choices: Choices, rows: SentRows) -> Self:
+    def of(cls, settings: DispatchSettings, x: Float[Array, "T H"], choices: TokenChoices, rows: SentRows) -> Self:
         """Fetch the rows of `x`."""
         sent, wide = rows.gather(x), jnp.promote_types(x.dtype, jnp.float32)
         if settings.one_row_per_rank:

@@ -22,7 +22,7 @@ from moe_jax.parallel.dispatch import (
     sum_and_scatter_tokens,
     tensor_exchanged,
 )
-from moe_jax.parallel.outgoing import Choices, Outgoing
+from moe_jax.parallel.outgoing import Outgoing, TokenChoices
 from moe_jax.parallel.requirements import unsupported_all_to_all, unsupported_buffer
 from moe_jax.parallel.sent_rows import SentRows
 
@@ -49,7 +49,7 @@ def dispatch(
 ) -> tuple[ReceivedRows, Outgoing]:
     """Send `[ranks * capacity, H]` rows with their ids; what was sent is kept for the way back."""
     x, topk_weights, topk_ids = gather_tokens(tensor_exchanged(settings.axes), x, topk_weights, topk_ids)
-    choices = Choices.of(settings, topk_weights, topk_ids)
+    choices = TokenChoices.of(settings, topk_weights, topk_ids)
     rows = SentRows.padded(
         jnp.where(choices.carries, choices.owner, settings.num_ranks),
         settings.num_ranks,

@@ -27,7 +27,7 @@ from moe_jax.parallel.dispatch import (
     sum_and_scatter_tokens,
     tensor_exchanged,
 )
-from moe_jax.parallel.outgoing import Choices, Outgoing
+from moe_jax.parallel.outgoing import Outgoing, TokenChoices
 from moe_jax.parallel.ragged_rounds import RaggedRounds, TravellingRows
 from moe_jax.parallel.requirements import unsupported_all_to_all, unsupported_capacity
 from moe_jax.parallel.sent_rows import SentRows
@@ -76,7 +76,7 @@ def dispatch(
     x, topk_weights, topk_ids = gather_tokens(tensor_exchanged(settings.axes), x, topk_weights, topk_ids)
     num_tokens, top_k = topk_ids.shape
     rounds = RaggedRounds.of(settings, num_tokens, top_k)
-    choices = Choices.of(settings, topk_weights, topk_ids)
+    choices = TokenChoices.of(settings, topk_weights, topk_ids)
     destinations = settings.num_ranks if settings.one_row_per_rank else settings.num_experts
     order = SentRows.dense(
         jnp.where(choices.carries, choices.key, destinations),

@@ -30,21 +30,21 @@ class ParallelRanks:
     """Expert parallelism is on."""
 
     def __post_init__(self) -> None:
+        for kind in ("tp", "ep", "dp", "pcp", "sp"):
+            _check_size(f"{kind}_size", getattr(self, f"{kind}_size"))
         for kind in ("tp", "ep"):
-            _check_rank(kind, getattr(self, f"{kind}_rank"), getattr(self, f"{kind}_size"))
-        for kind in ("dp", "pcp", "sp"):
-            _check_rank(kind, 0, getattr(self, f"{kind}_size"))
+            _check_rank(f"{kind}_rank", getattr(self, f"{kind}_rank"), getattr(self, f"{kind}_size"))
         if self.ep_size > 1 and not self.use_ep:
             raise ValueError(f"ep_size must be 1 when use_ep=False, got {self.ep_size}")
 
     @classmethod
     def from_vllm(
         cls,
-        tp_size: int = 1,
-        dp_size: int = 1,
-        enable_expert_parallel: bool = False,
+        tp: int = 1,
+        dp: int = 1,
+        enable_ep: bool = False,
         *,
-        pcp_size: int = 1,
+        pcp: int = 1,
         tp_rank: int = 0,
         dp_rank: int = 0,
         pcp_rank: int = 0,
@@ -53,13 +53,13 @@ class ParallelRanks:
         """What vLLM's `FusedMoEParallelConfig.make` makes of these sizes, for one rank.
 
         All ranks are flattened in the order data, context, tensor; the flat group is the expert-parallel one if
-        `enable_expert_parallel`, and the tensor-parallel one otherwise.
+        `enable_ep`, and the tensor-parallel one otherwise.
 
         Args:
-            tp_size: ranks of the tensor-parallel group.
-            dp_size: ranks that hold different tokens.
-            enable_expert_parallel: deal whole experts out to all ranks instead of slicing each; nothing to do for one rank.
-            pcp_size: ranks that hold different parts of a prompt.
+            tp: tensor-parallel size; the ranks of one such group hold the same tokens.
+            dp: data-parallel size; ranks hold different tokens.
+            enable_ep: whole experts on each rank, instead of a slice of every expert; nothing to do for one rank.
+            pcp: prefill-context-parallel size; ranks hold different parts of a prompt.
             tp_rank: this rank's place in the tensor-parallel group.
             dp_rank: this rank's place among those with different tokens.
             pcp_rank: this rank's place among those with different parts of a prompt.
@@ -68,19 +68,20 @@ class ParallelRanks:
         Raises:
             ValueError: a size is not positive, or a rank lies outside its group.
         """
-        for kind, rank, size in (("tp", tp_rank, tp_size), ("dp", dp_rank, dp_size), ("pcp", pcp_rank, pcp_size)):
-            _check_rank(kind, rank, size)
-        flat_size = dp_size * pcp_size * tp_size
-        flat_rank = (dp_rank * pcp_size + pcp_rank) * tp_size + tp_rank
-        use_ep = enable_expert_parallel and flat_size > 1
+        for name, rank, size in (("tp", tp_rank, tp), ("dp", dp_rank, dp), ("pcp", pcp_rank, pcp)):
+            _check_size(name, size)
+            _check_rank(f"{name}_rank", rank, size)
+        flat_size = dp * pcp * tp
+        flat_rank = (dp_rank * pcp + pcp_rank) * tp + tp_rank
+        use_ep = enable_ep and flat_size > 1
         return cls(
             tp_size=1 if use_ep else flat_size,
             tp_rank=0 if use_ep else flat_rank,
             ep_size=flat_size if use_ep else 1,
             ep_rank=flat_rank if use_ep else 0,
-            dp_size=dp_size,
-            pcp_size=pcp_size,
-            sp_size=tp_size if sequence_parallel else 1,
+            dp_size=dp,
+            pcp_size=pcp,
+            sp_size=tp if sequence_parallel else 1,
             use_ep=use_ep,
         )
 
@@ -101,8 +102,11 @@ def slots_per_rank(num_slots: int, num_ranks: int) -> int:
     return num_slots // num_ranks
 
 
-def _check_rank(kind: str, rank: int, size: int) -> None:
+def _check_size(name: str, size: int) -> None:
     if size < 1:
-        raise ValueError(f"{kind}_size must be positive, got {size}")
+        raise ValueError(f"{name} must be positive, got {size}")
+
+
+def _check_rank(name: str, rank: int, size: int) -> None:
     if not 0 <= rank < size:
-        raise ValueError(f"{kind}_rank must be in [0, {size}), got {rank}")
+        raise ValueError(f"{name} must be in [0, {size}), got {rank}")

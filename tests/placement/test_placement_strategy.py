@@ -53,7 +53,7 @@ def test_unknown_strategies_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("tp", "dp", "expert_parallel", "tp_size", "ep_size"),
+    ("tp", "dp", "enable_ep", "tp_size", "ep_size"),
     [
         (2, 1, False, 2, 1),
         (1, 2, False, 2, 1),
@@ -64,11 +64,11 @@ def test_unknown_strategies_are_refused():
         (1, 1, True, 1, 1),
     ],
 )
-def test_effective_parallelism_is_upstreams_table_on_every_rank(tp, dp, expert_parallel, tp_size, ep_size):
+def test_effective_parallelism_is_upstreams_table_on_every_rank(tp, dp, enable_ep, tp_size, ep_size):
     flat_rank = 0
     for dp_rank in range(dp):
         for tp_rank in range(tp):
-            ranks = ParallelRanks.from_vllm(tp, dp, expert_parallel, tp_rank=tp_rank, dp_rank=dp_rank)
+            ranks = ParallelRanks.from_vllm(tp, dp, enable_ep, tp_rank=tp_rank, dp_rank=dp_rank)
             assert (ranks.tp_size, ranks.tp_rank) == (tp_size, flat_rank if tp_size > 1 else 0)
             assert (ranks.ep_size, ranks.ep_rank) == (ep_size, flat_rank if ep_size > 1 else 0)
             assert ranks.use_ep == (ep_size > 1)
@@ -76,18 +76,18 @@ def test_effective_parallelism_is_upstreams_table_on_every_rank(tp, dp, expert_p
 
 
 def test_context_parallel_ranks_lie_between_data_and_tensor_ranks():
-    ranks = ParallelRanks.from_vllm(2, 3, True, pcp_size=5, tp_rank=1, dp_rank=2, pcp_rank=3)
+    ranks = ParallelRanks.from_vllm(2, 3, True, pcp=5, tp_rank=1, dp_rank=2, pcp_rank=3)
     assert (ranks.ep_size, ranks.ep_rank) == (30, 2 * 10 + 3 * 2 + 1)
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"tp_size": 2, "enable_expert_parallel": True}, False),
-        ({"dp_size": 2, "enable_expert_parallel": True}, True),
-        ({"dp_size": 2, "enable_expert_parallel": False}, False),
-        ({"pcp_size": 2, "enable_expert_parallel": True}, True),
-        ({"tp_size": 2, "enable_expert_parallel": True, "sequence_parallel": True}, True),
+        ({"tp": 2, "enable_ep": True}, False),
+        ({"dp": 2, "enable_ep": True}, True),
+        ({"dp": 2, "enable_ep": False}, False),
+        ({"pcp": 2, "enable_ep": True}, True),
+        ({"tp": 2, "enable_ep": True, "sequence_parallel": True}, True),
     ],
 )
 def test_tokens_travel_only_between_expert_parallel_ranks_with_different_tokens(arguments, expected):
@@ -98,7 +98,7 @@ def test_tokens_travel_only_between_expert_parallel_ranks_with_different_tokens(
     ("build", "message"),
     [
         (lambda: ParallelRanks.from_vllm(2, 2, True, dp_rank=2), r"dp_rank must be in \[0, 2\), got 2"),
-        (lambda: ParallelRanks.from_vllm(0), "tp_size must be positive, got 0"),
+        (lambda: ParallelRanks.from_vllm(0), "tp must be positive, got 0"),
         (lambda: ParallelRanks(dp_size=0), "dp_size must be positive, got 0"),
         (lambda: ParallelRanks(sp_size=-1), "sp_size must be positive, got -1"),
         (lambda: ParallelRanks(ep_size=2), "ep_size must be 1 when use_ep=False, got 2"),

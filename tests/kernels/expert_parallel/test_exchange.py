@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.kernels.expert_parallel.exchange import Exchange, SentRows, most_rows_received, most_rows_sent
+from moe_jax.kernels.expert_parallel.exchange import Exchange, SentBlocks, most_rows_received, most_rows_sent
 
 exchange_of = jax.jit(Exchange.of)
-sent_rows_of = jax.jit(SentRows.of, static_argnums=1)
+sent_blocks_of = jax.jit(SentBlocks.of, static_argnums=1)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 5])
@@ -35,7 +35,7 @@ def test_blocks_land_by_expert_and_source_and_results_return_to_the_rows_that_we
 @pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 1, 1), (7, 3, 12), (33, 4, 2)])
 def test_every_pair_with_an_expert_is_sent_once_in_the_block_of_its_expert(tokens, top_k, experts, rng):
     ids = rng.integers(-2, experts + 2, size=(tokens, top_k))
-    sent = SentRows(*(np.asarray(field) for field in sent_rows_of(jnp.array(ids, jnp.int32), experts)))
+    sent = SentBlocks(*(np.asarray(field) for field in sent_blocks_of(jnp.array(ids, jnp.int32), experts)))
     legal = (ids >= 0) & (ids < experts)
     np.testing.assert_array_equal(sent.has_expert, legal)
     counts = np.bincount(ids[legal], minlength=experts)
@@ -59,7 +59,7 @@ def test_there_is_room_for_the_worst_routing_and_no_more_than_a_block_above_it(p
 
 def test_results_are_summed_in_the_order_of_choices_in_float32(rng):
     ids = jnp.array([[1, 0, -1]])
-    sent = sent_rows_of(ids, 2)
+    sent = sent_blocks_of(ids, 2)
     results = jnp.full((sent.token.shape[0], 1), jnp.nan, jnp.bfloat16)
     results = results.at[sent.position[0, 0]].set(3).at[sent.position[0, 1]].set(5)
     weights = jnp.array([[0.1, 1e-3, jnp.nan]], jnp.float32)
