@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +10,6 @@ from jaxtyping import Array, Int
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
-
-
-def check_integer_scalar(name: str, value: Any) -> None:
-    """Raise TypeError unless `value` is one integer, of Python, of NumPy or in an array: a fraction would be cut off."""
-    dtype = getattr(value, "dtype", None)
-    if dtype is None:
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be one integer, got {value!r}")
-    elif not jnp.issubdtype(dtype, jnp.integer) or value.shape != ():
-        raise TypeError(f"{name} must be one integer, got {dtype} of shape {value.shape}")
 
 
 def slice_starts(*values: int | Int[Array, ""]) -> tuple[Int[Array, ""], ...]:

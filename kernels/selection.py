@@ -2,10 +2,9 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import jax
-import numpy as np
 from jax.core import Tracer
 
 RequestT = TypeVar("RequestT", contravariant=True)
@@ -100,17 +99,6 @@ def choose(
         rejected=tuple((other, limits[other] or passed_over) for other in names if other != chosen.NAME),
     )
     return chosen, choice
-
-
-def check_known_sizes(**arrays: Any) -> None:
-    """Raise ValueError if an array's shape has a symbolic size (`jax.export.symbolic_shape`): sizes decide what runs."""
-    for name, array in arrays.items():
-        if not all(isinstance(size, int | np.integer) for size in array.shape):
-            sizes = ", ".join(map(str, array.shape))
-            raise ValueError(
-                f"{name} must have sizes that are known when it is traced, got [{sizes}]: "
-                "export a program for each number of tokens"
-            )
 
 
 def platform_of(*arrays: object) -> str:

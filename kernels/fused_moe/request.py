@@ -9,9 +9,15 @@ import numpy as np
 from jax import Array
 
 from ..activations import Activation
+from ..argument_checks import (
+    check_dtype_beside,
+    check_floating,
+    check_integer_scalar,
+    check_integers,
+    check_known_sizes,
+)
 from ..device import gpu_device_of, tpu_device_of
-from ..integers import check_integer_scalar
-from ..selection import check_known_sizes, platform_of
+from ..selection import platform_of
 from ..varying import equally_varying
 from .expert_block import ExpertMatrices
 
@@ -103,54 +109,7 @@ class Request:
         check_integer_scalar("expert_offset", expert_offset)
         if layer is not None:
             check_integer_scalar("layer", layer)
-        if x.ndim != 2:
-            raise ValueError(f"x must be [T, H], got shape {x.shape}")
-        if topk_ids.ndim != 2 or topk_ids.shape[0] != x.shape[0] or topk_ids.shape[1] < 1:
-            raise ValueError(f"topk_ids must be [T, K] with T={x.shape[0]} and K >= 1, got shape {topk_ids.shape}")
-        if topk_weights.shape != topk_ids.shape:
-            raise ValueError(
-                f"topk_weights must be [T, K] = {topk_ids.shape} as topk_ids, got shape {topk_weights.shape}"
-            )
-        projections = 2 if activation.is_gated else 1
-        letter = "" if layer is None else "L, "
-        stacked = gate_up_proj.shape[:-4]
-        has_axes = gate_up_proj.ndim == (4 if layer is None else 5)
-        if (
-            not has_axes
-            or gate_up_proj.shape[-3] != projections
-            or 0 in (gate_up_proj.shape[-4], gate_up_proj.shape[-2])
-        ):
-            raise ValueError(
-                f"gate_up_proj must be [{letter}E, {projections}, I, H] with E, I >= 1 for activation {activation.name!r}"
-                f" and layer={layer}, got shape {gate_up_proj.shape}"
-            )
-        num_experts, _, intermediate_size, hidden_size = gate_up_proj.shape[-4:]
-        if isinstance(layer, int | np.integer) and not 0 <= layer < stacked[0]:
-            raise ValueError(f"layer must be in [0, {stacked[0]}), the layers of gate_up_proj; got {layer}")
-        expected = {
-            "x": (x, (x.shape[0], hidden_size), "[T, H]"),
-            "down_proj": (down_proj, (*stacked, num_experts, hidden_size, intermediate_size), f"[{letter}E, H, I]"),
-            "gate_up_bias": (gate_up_bias, gate_up_proj.shape[-4:-1], "[E, 2 (1 if not gated), I]"),
-            "down_bias": (down_bias, (num_experts, hidden_size), "[E, H]"),
-        }
-        for name, (array, shape, letters) in expected.items():
-            if array is not None and array.shape != shape:
-                raise ValueError(
-                    f"{name} must be {letters} = {shape} beside gate_up_proj {gate_up_proj.shape}, got shape {array.shape}"
-                )
-        for name, array in {"topk_weights": topk_weights, **{name: row[0] for name, row in expected.items()}}.items():
-            if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
-                raise TypeError(f"{name} must be floating, got {array.dtype}")
-        for name, array in {"gate_up_proj": gate_up_proj, "down_proj": down_proj}.items():
-            if array.dtype not in (x.dtype, jnp.float32):
-                raise TypeError(
-                    f"{name} must have the dtype of x, {x.dtype}, or float32 (to get float32 gradients), got {array.dtype}"
-                )
-        if not jnp.issubdtype(topk_ids.dtype, jnp.integer):
-            raise TypeError(f"topk_ids must be integer, got {topk_ids.dtype}")
-        if expected_rows is not None and not 0 <= expected_rows <= topk_ids.size:
-            raise ValueError(f"expected_rows must be in [0, T * K] = [0, {topk_ids.size}], got {expected_rows}")
-        return cls(
+        request = cls(
             x,
             topk_weights,
             topk_ids,
@@ -168,6 +127,58 @@ class Request:
             gpu_device_of(gate_up_proj, x),
             tpu_device_of(gate_up_proj, x),
         )
+        request._check_tokens()
+        request._check_weights()
+        request._check_dtypes()
+        if expected_rows is not None and not 0 <= expected_rows <= topk_ids.size:
+            raise ValueError(f"expected_rows must be in [0, T * K] = [0, {topk_ids.size}], got {expected_rows}")
+        return request
+
+    def _check_tokens(self) -> None:
+        """Raise ValueError unless the shapes of tokens, router weights and ids fit each other."""
+        x, topk_weights, topk_ids = self.x, self.topk_weights, self.topk_ids
+        if x.ndim != 2:
+            raise ValueError(f"x must be [T, H], got shape {x.shape}")
+        if topk_ids.ndim != 2 or topk_ids.shape[0] != x.shape[0] or topk_ids.shape[1] < 1:
+            raise ValueError(f"topk_ids must be [T, K] with T={x.shape[0]} and K >= 1, got shape {topk_ids.shape}")
+        if topk_weights.shape != topk_ids.shape:
+            raise ValueError(
+                f"topk_weights must be [T, K] = {topk_ids.shape} as topk_ids, got shape {topk_weights.shape}"
+            )
+
+    def _check_weights(self) -> None:
+        """Raise ValueError unless the shapes of weights fit each other, the tokens, the activation and the layer."""
+        layer, gate_up_shape = self.layer, self.gate_up_proj.shape
+        projections = 2 if self.activation.is_gated else 1
+        num_axes, letter = (4, "") if layer is None else (5, "L, ")
+        has_axes = len(gate_up_shape) == num_axes
+        if not has_axes or self.projections != projections or 0 in (self.num_experts, self.intermediate_size):
+            raise ValueError(
+                f"gate_up_proj must be [{letter}E, {projections}, I, H] with E, I >= 1 for activation"
+                f" {self.activation.name!r} and layer={layer}, got shape {gate_up_shape}"
+            )
+        stacked, (num_experts, _, intermediate_size, hidden_size) = gate_up_shape[:-4], gate_up_shape[-4:]
+        if isinstance(layer, int | np.integer) and not 0 <= layer < stacked[0]:
+            raise ValueError(f"layer must be in [0, {stacked[0]}), the layers of gate_up_proj; got {layer}")
+        expected = {
+            "x": ((self.num_tokens, hidden_size), "[T, H]"),
+            "down_proj": ((*stacked, num_experts, hidden_size, intermediate_size), f"[{letter}E, H, I]"),
+            "gate_up_bias": (gate_up_shape[-4:-1], "[E, 2 (1 if not gated), I]"),
+            "down_bias": ((num_experts, hidden_size), "[E, H]"),
+        }
+        for name, (shape, letters) in expected.items():
+            array = getattr(self, name)
+            if array is not None and array.shape != shape:
+                raise ValueError(
+                    f"{name} must be {letters} = {shape} beside gate_up_proj {gate_up_shape}, got shape {array.shape}"
+                )
+
+    def _check_dtypes(self) -> None:
+        """Raise TypeError unless ids are integers, and the rest is floating and of dtypes that go together."""
+        floating = ("topk_weights", "x", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
+        check_floating(**{name: getattr(self, name) for name in floating})
+        check_dtype_beside("x", self.x, gate_up_proj=self.gate_up_proj, down_proj=self.down_proj)
+        check_integers(topk_ids=self.topk_ids)
 
     def expert_weights(self) -> ExpertMatrices:
         """The weights; those of stacked layers as one long list of matrices, without a copy if they needn't be converted."""

@@ -9,9 +9,15 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
+from ..argument_checks import (
+    check_dtype_beside,
+    check_floating,
+    check_integer_scalar,
+    check_integers,
+    check_known_sizes,
+)
 from ..device import gpu_device_of, tpu_device_of
-from ..integers import check_integer_scalar
-from ..selection import check_known_sizes, platform_of
+from ..selection import platform_of
 from ..varying import equally_varying
 
 
@@ -72,15 +78,9 @@ class Request:
                 f"group_offset must be in [0, {last_offset}] ({group_sizes.shape[0]} group sizes, {num_groups} groups of"
                 f" weights), got {group_offset}"
             )
-        for name, array in {"rows": rows, "weights": weights, "bias": bias}.items():
-            if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
-                raise TypeError(f"{name} must be floating, got {array.dtype}")
-        if weights.dtype not in (rows.dtype, jnp.float32):
-            raise TypeError(
-                f"weights must have the dtype of rows, {rows.dtype}, or float32 (to get float32 gradients), got {weights.dtype}"
-            )
-        if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
-            raise TypeError(f"group_sizes must be integer, got {group_sizes.dtype}")
+        check_floating(rows=rows, weights=weights, bias=bias)
+        check_dtype_beside("rows", rows, weights=weights)
+        check_integers(group_sizes=group_sizes)
         output_dtype = (
             jax.dtypes.canonicalize_dtype(rows.dtype)  # numpy's float64 becomes float32, unless JAX has 64 bits
             if preferred_element_type is None

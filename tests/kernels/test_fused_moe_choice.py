@@ -54,7 +54,7 @@ GATE_UP, DOWN = jnp.ones((3, 2, 6, 4)), jnp.ones((3, 4, 6))
         (TypeError, "layer must be one integer, got False", {"layer": False}),
         (
             TypeError,
-            "down_proj must have the dtype of x, float32, or float32.*got bfloat16",
+            "down_proj must have the dtype of x, float32, got bfloat16",
             {"down_proj": DOWN.astype(jnp.bfloat16)},
         ),
         (
