@@ -84,22 +84,7 @@ def route(
     elif config.sparsemixer_jitter is not None:
         weights, ids = sparsemixer(logits, jitter=config.sparsemixer_jitter, forced_ids=forced_ids)
     else:
-        scores = logits if config.score_after_top_k else SCORES[config.scoring](logits)
-        if forced_ids is not None:
-            ids = forced_ids
-        elif hash_table is not None:
-            if input_ids is None:
-                raise ValueError("hash_vocab_size chooses experts by token id: input_ids [T] must be given, got None")
-            _require_integers("input_ids", input_ids, (num_tokens,))
-            ids = look_up_experts(hash_table, input_ids)
-        else:
-            limit = config.scored_group_limit
-            ids = choose_experts(scores, top_k=top_k, correction_bias=correction_bias, group_limit=limit)
-        weights = gather_per_expert(scores, ids)
-        if config.score_after_top_k:
-            weights = _score_chosen(weights, ids, config.scoring)
-        if config.renormalize:
-            weights = renormalize(weights, epsilon=config.renormalize_epsilon)
+        weights, ids = _choose_by_score(logits, config, top_k, correction_bias, hash_table, input_ids, forced_ids)
     if forced_ids is not None or hash_table is not None:
         weights = spoil_tokens_with_unknown_ids(weights, ids, num_candidates)
 
@@ -111,6 +96,35 @@ def route(
         if hidden_states is None:
             raise ValueError("round_weights_to_input_dtype needs hidden_states [T, H], got None")
         weights = rounded_to(weights, hidden_states.dtype)
+    return RoutingResult(weights, ids)
+
+
+def _choose_by_score(
+    logits: Float[Array, "T E"],
+    config: RouterConfig,
+    top_k: int,
+    correction_bias: Float[Array, "E"] | None,
+    hash_table: Int[Array, "V K"] | None,
+    input_ids: Int[Array, "T"] | None,
+    forced_ids: Int[Array, "T K"] | None,
+) -> RoutingResult:
+    """Score, choose (unless ids are forced or looked up), gather and renormalise."""
+    scores = logits if config.score_after_top_k else SCORES[config.scoring](logits)
+    if forced_ids is not None:
+        ids = forced_ids
+    elif hash_table is not None:
+        if input_ids is None:
+            raise ValueError("hash_vocab_size chooses experts by token id: input_ids [T] must be given, got None")
+        _require_integers("input_ids", input_ids, logits.shape[:1])
+        ids = look_up_experts(hash_table, input_ids)
+    else:
+        limit = config.scored_group_limit
+        ids = choose_experts(scores, top_k=top_k, correction_bias=correction_bias, group_limit=limit)
+    weights = gather_per_expert(scores, ids)
+    if config.score_after_top_k:
+        weights = _score_chosen(weights, ids, config.scoring)
+    if config.renormalize:
+        weights = renormalize(weights, epsilon=config.renormalize_epsilon)
     return RoutingResult(weights, ids)
 
 

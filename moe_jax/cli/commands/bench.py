@@ -3,9 +3,14 @@
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_jax.cli import arguments as shared
 from moe_jax.cli import exit_codes
+
+if TYPE_CHECKING:
+    from moe_jax.benchmarking.generation_speed import GenerationSpeed
+    from moe_jax.benchmarking.moe_block_speed import MoEBlockSpeed
 
 SUMMARY = "measure speed on this machine"
 DESCRIPTION = """\
@@ -48,6 +53,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         description="Read random prompts and continue them greedily, in rounds.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    block = benchmarks.add_parser(
+        "moe-block",
+        help="time of one MoE layer, by number of tokens",
+        description="Run one layer with random weights on random tokens, in rounds.",
+    )
+    kernels = benchmarks.add_parser(
+        "gpu-kernels",
+        help="time of the expert kernels on an NVIDIA GPU; --tune finds faster tile sizes",
+        description="Time each kernel of the experts with the tile sizes it would use, or find faster ones.",
+    )
+    add_arguments_of_generation(generation)
+    add_arguments_of_moe_block(block)
+    add_arguments_of_gpu_kernels(kernels)
+    for benchmark in (generation, block, kernels):
+        # As after other commands; a default of its own would undo a --debug in front of the benchmark's name.
+        benchmark.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
+
+
+def add_arguments_of_generation(generation: argparse.ArgumentParser) -> None:
+    """Declare those of `bench generate`."""
     shared.add_model(generation)
     generation.add_argument(
         "--batch", type=shared.positive_int, default=1, metavar="N", help="number of prompts (default: 1)"
@@ -69,11 +96,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_json(generation)
     generation.set_defaults(run_benchmark=run_generation)
 
-    block = benchmarks.add_parser(
-        "moe-block",
-        help="time of one MoE layer, by number of tokens",
-        description="Run one layer with random weights on random tokens, in rounds.",
-    )
+
+def add_arguments_of_moe_block(block: argparse.ArgumentParser) -> None:
+    """Declare those of `bench moe-block`."""
     for option, default, meaning in (
         ("--hidden-size", 1024, "width of a token"),
         ("--intermediate-size", 384, "width of an expert"),
@@ -95,11 +120,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_json(block)
     block.set_defaults(run_benchmark=run_moe_block)
 
-    kernels = benchmarks.add_parser(
-        "gpu-kernels",
-        help="time of the expert kernels on an NVIDIA GPU; --tune finds faster tile sizes",
-        description="Time each kernel of the experts with the tile sizes it would use, or find faster ones.",
-    )
+
+def add_arguments_of_gpu_kernels(kernels: argparse.ArgumentParser) -> None:
+    """Declare those of `bench gpu-kernels`."""
     kernels.add_argument(
         "--shape",
         action="append",
@@ -133,12 +156,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_json(kernels)
     kernels.set_defaults(run_benchmark=run_gpu_kernels)
 
-    for benchmark in (generation, block, kernels):
-        # As after other commands; a default of its own would undo a --debug in front of the benchmark's name.
-        benchmark.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
-        )
-
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the chosen benchmark; returns the exit status."""
@@ -148,7 +165,7 @@ def run(arguments: argparse.Namespace) -> int:
 def run_generation(arguments: argparse.Namespace) -> int:
     """`bench generate`."""
     from moe_jax.benchmarking.generation_speed import measure_generation
-    from moe_jax.cli.output import format_seconds, print_facts, print_json, print_table
+    from moe_jax.cli.output import print_json
     from moe_jax.pretrained import from_pretrained
 
     model = from_pretrained(arguments.model, dtype=shared.dtype_named(arguments.dtype))
@@ -173,9 +190,17 @@ def run_generation(arguments: argparse.Namespace) -> int:
                 **medians,
             }
         )
-        return exit_codes.SUCCESS
+    else:
+        show_generation(arguments, model.dtype.name, speed)
+    return exit_codes.SUCCESS
+
+
+def show_generation(arguments: argparse.Namespace, dtype: str, speed: "GenerationSpeed") -> None:
+    """Print what `bench generate` has measured."""
+    from moe_jax.cli.output import format_seconds, print_facts, print_table
+
     print_facts(
-        f"{arguments.model}, {model.dtype.name}, on {machine()['device']}",
+        f"{arguments.model}, {dtype}, on {machine()['device']}",
         [
             (
                 "prompts",
@@ -194,13 +219,12 @@ def run_generation(arguments: argparse.Namespace) -> int:
             for number, timing in enumerate(speed.rounds, start=1)
         ],
     )
-    return exit_codes.SUCCESS
 
 
 def run_moe_block(arguments: argparse.Namespace) -> int:
     """`bench moe-block`."""
     from moe_jax.benchmarking.moe_block_speed import measure_moe_block
-    from moe_jax.cli.output import print_json, print_table
+    from moe_jax.cli.output import print_json
     from moe_jax.config import MoEConfig
 
     dtype = shared.dtype_named(arguments.dtype)
@@ -227,7 +251,15 @@ def run_moe_block(arguments: argparse.Namespace) -> int:
             for speed in speeds
         ]
         print_json({**sizes, "dtype": arguments.dtype, **machine(), "cells": cells})
-        return exit_codes.SUCCESS
+    else:
+        show_moe_block(arguments, speeds)
+    return exit_codes.SUCCESS
+
+
+def show_moe_block(arguments: argparse.Namespace, speeds: "list[MoEBlockSpeed]") -> None:
+    """Print what `bench moe-block` has measured."""
+    from moe_jax.cli.output import print_table
+
     print_table(
         f"MoE layer of {arguments.experts} experts, top {arguments.top_k}, {arguments.hidden_size} x "
         f"{arguments.intermediate_size}, {arguments.dtype}, on {machine()['device']}",
@@ -243,7 +275,6 @@ def run_moe_block(arguments: argparse.Namespace) -> int:
             for speed in speeds
         ],
     )
-    return exit_codes.SUCCESS
 
 
 def run_gpu_kernels(arguments: argparse.Namespace) -> int:

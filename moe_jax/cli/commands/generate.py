@@ -114,19 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Generate; returns the exit status."""
     overrides = settings_of(arguments)
-    if arguments.distributed and (arguments.prompt is None or "-" in arguments.prompt):
-        raise ValueError("--distributed needs --prompt TEXT: standard input does not reach every process")
-    prompts = read_prompts(arguments.prompt)
-    for option, value in (("--system", arguments.system), ("--chat-option", arguments.chat_option)):
-        if value is not None and not arguments.chat:
-            raise ValueError(f"{option} needs --chat")
-    chat = [
-        ("--system", arguments.system or ""),
-        ("--chat-option", json.dumps(arguments.chat_option, ensure_ascii=False)),
-    ]
-    names = prompt_names(arguments.prompt, len(prompts))
-    for name, text in [*zip(names, prompts, strict=True), *chat]:
-        check_utf8(name, text)
+    prompts, names = checked_prompts(arguments)
     write_stats: Any = None
     if arguments.stats is not None:
         from moe_jax.cli.expert_load import writer_for
@@ -216,6 +204,24 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     if greedy is not None:
         return {**always, "do_sample": False}
     return {**always, "do_sample": True if given else None, **sampling}
+
+
+def checked_prompts(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The prompts, and what messages call them; ValueError if they, or the conversation's options, cannot be used."""
+    if arguments.distributed and (arguments.prompt is None or "-" in arguments.prompt):
+        raise ValueError("--distributed needs --prompt TEXT: standard input does not reach every process")
+    prompts = read_prompts(arguments.prompt)
+    for option, value in (("--system", arguments.system), ("--chat-option", arguments.chat_option)):
+        if value is not None and not arguments.chat:
+            raise ValueError(f"{option} needs --chat")
+    chat = [
+        ("--system", arguments.system or ""),
+        ("--chat-option", json.dumps(arguments.chat_option, ensure_ascii=False)),
+    ]
+    names = prompt_names(arguments.prompt, len(prompts))
+    for name, text in [*zip(names, prompts, strict=True), *chat]:
+        check_utf8(name, text)
+    return prompts, names
 
 
 def probability(text: str) -> float:
