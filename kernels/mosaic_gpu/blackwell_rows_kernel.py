@@ -24,6 +24,8 @@ from jaxtyping import Float
 
 from ..activations import Activation
 from ..device import GpuDevice
+from .blackwell_memory import ACCUMULATORS, EPILOGUE_VALUES, RESULT_BUFFERS, SWIZZLE_BYTES
+from .blackwell_row_tiles import check_blackwell_row_tiles
 from .epilogue import activate, load_vector
 from .padding import pad_to_multiples
 from .ref import Ref
@@ -31,100 +33,8 @@ from .schedule import ROW_ALIGNMENT, TileTable, num_tiles
 from .stores import store_rows, swizzled
 from .tiles import RowTiles
 
-TILE_ROWS = 128
-"""Rows that one instruction multiplies: all lanes of tensor memory."""
-TENSOR_MEMORY_COLUMNS = 512
-"""Float32 columns of tensor memory."""
-ACCUMULATORS = 2
-"""One is multiplied into while the other is stored."""
-RESULT_BUFFERS = 2
-"""One is written while the other is copied to global memory."""
-SWIZZLE_BYTES = 128
-EPILOGUE_VALUES = 64
-"""Float32 values of gate and up that a thread takes from tensor memory at a time, where it is free to choose: with twice as
-many the registers just suffice."""
-MOST_STAGES = 8
-"""Beyond these the latency of global memory is hidden, whatever the shape."""
-MOST_PANEL_TILES = 64
-
 _STORING, _MULTIPLYING = 0, 1  # warpgroups
 _COPY_WARP, _MULTIPLY_WARP = 0, 1  # warps of the multiplying warpgroup
-
-
-def blackwell_shared_memory_bytes(tiles: RowTiles, projections: int, itemsize: int) -> int:
-    """The most that a block needs: the ring of steps, the buffers of results, and barriers."""
-    step = (tiles.rows + projections * tiles.columns) * tiles.depth * itemsize
-    results = RESULT_BUFFERS * tiles.rows * SWIZZLE_BYTES
-    return tiles.stages * (step + 2 * 8) + results + 1024
-
-
-def check_blackwell_row_tiles(tiles: RowTiles, projections: int, itemsize: int, device: GpuDevice) -> None:
-    """Refuse tiles that the kernel cannot use.
-
-    Raises:
-        ValueError: says which limit was hit.
-    """
-    if tiles.rows != TILE_ROWS:
-        raise ValueError(f"rows of a tile must be {TILE_ROWS}, got {tiles.rows}")
-    if tiles.columns < 64 or tiles.columns % 64:
-        raise ValueError(f"columns of a tile must be a multiple of 64, got {tiles.columns}")
-    if tiles.depth < 1 or tiles.depth * itemsize % SWIZZLE_BYTES:
-        raise ValueError(f"depth must be a multiple of {SWIZZLE_BYTES // itemsize}, got {tiles.depth}")
-    if tiles.stages < 2 or tiles.panel < 1:
-        raise ValueError(f"at least 2 stages and 1 tile per panel are needed, got {tiles}")
-    accumulators = ACCUMULATORS * projections * tiles.columns
-    if accumulators > TENSOR_MEMORY_COLUMNS:
-        raise ValueError(
-            f"{tiles} with {projections} projections needs {accumulators} columns of tensor memory,"
-            f" there are {TENSOR_MEMORY_COLUMNS}"
-        )
-    needed = blackwell_shared_memory_bytes(tiles, projections, itemsize)
-    if needed > device.shared_memory_bytes:
-        raise ValueError(
-            f"{tiles} needs {needed} bytes of shared memory, {device.name} has {device.shared_memory_bytes}"
-        )
-
-
-def default_blackwell_row_tiles(
-    num_rows: int,
-    num_groups: int,
-    width_in: int,
-    width_out: int,
-    projections: int,
-    itemsize: int,
-    device: GpuDevice,
-) -> RowTiles:
-    """Tiles that suit any shape: the widest that still give every multiprocessor a tile, with all stages that fit.
-
-    Args:
-        num_rows: M, rows of all groups.
-        num_groups: G.
-        width_in: contracted width.
-        width_out: columns of the result.
-        projections: 2 for gate and up, otherwise 1.
-        itemsize: bytes per element of rows and weights.
-        device: what the kernel runs on.
-
-    Raises:
-        ValueError: not even two stages of the narrowest tile fit the device.
-    """
-    columns = min(TENSOR_MEMORY_COLUMNS // (ACCUMULATORS * projections), pl.cdiv(width_out, 64) * 64)
-    row_tiles = pl.cdiv(num_rows, TILE_ROWS) + min(num_groups, num_rows) // 2
-    while columns > 64 and row_tiles * pl.cdiv(width_out, columns) < device.multiprocessors:
-        columns = pl.cdiv(columns // 2, 64) * 64
-    # The rows of a panel are read again for each tile of columns, and stay in the cache next to the weights that stream by.
-    panel = device.l2_bytes // 4 // (TILE_ROWS * width_in * itemsize)
-    tiles = RowTiles(
-        rows=TILE_ROWS,
-        columns=columns,
-        depth=SWIZZLE_BYTES // itemsize,
-        stages=MOST_STAGES,
-        panel=min(max(panel, 1), MOST_PANEL_TILES),
-    )
-    while tiles.stages > 2 and blackwell_shared_memory_bytes(tiles, projections, itemsize) > device.shared_memory_bytes:
-        tiles = dataclasses.replace(tiles, stages=tiles.stages - 1)
-    check_blackwell_row_tiles(tiles, projections, itemsize, device)
-    return tiles
 
 
 def multiply_rows(

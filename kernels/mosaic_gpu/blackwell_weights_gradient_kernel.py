@@ -24,95 +24,16 @@ from jaxtyping import Float
 
 from ..device import GpuDevice
 from ..groups import Groups
-from .blackwell_rows_kernel import (
-    ACCUMULATORS,
-    EPILOGUE_VALUES,
-    MOST_STAGES,
-    RESULT_BUFFERS,
-    SWIZZLE_BYTES,
-    TENSOR_MEMORY_COLUMNS,
-)
+from .blackwell_memory import ACCUMULATORS, EPILOGUE_VALUES, RESULT_BUFFERS, SWIZZLE_BYTES
+from .blackwell_weights_gradient_tiles import DEPTH_MULTIPLE, check_blackwell_weights_gradient_tiles
 from .padding import pad_to_multiples
 from .ref import Ref
 from .schedule import ROW_ALIGNMENT
 from .stores import swizzled
 from .tiles import WeightsGradientTiles
 
-OUT_COLUMNS = 128
-"""Rows of a tile of the gradient: all lanes of tensor memory."""
-DEPTH_MULTIPLE = 64
-"""Rows that a warpgroup masks at once."""
-
 _STORING, _MULTIPLYING, _MASKING = 0, 1, 2  # warpgroups
 _COPY_WARP, _MULTIPLY_WARP = 0, 1  # warps of the multiplying warpgroup
-
-
-def blackwell_weights_gradient_shared_memory_bytes(tiles: WeightsGradientTiles, itemsize: int) -> int:
-    """What a block needs: the ring of steps, the buffers of results, and barriers."""
-    step = (tiles.out_columns + tiles.in_columns) * tiles.depth * itemsize
-    results = RESULT_BUFFERS * tiles.out_columns * SWIZZLE_BYTES
-    return tiles.stages * (step + 3 * 8) + results + 1024
-
-
-def check_blackwell_weights_gradient_tiles(tiles: WeightsGradientTiles, itemsize: int, device: GpuDevice) -> None:
-    """Refuse tiles that the kernel cannot use.
-
-    Raises:
-        ValueError: says which limit was hit.
-    """
-    if tiles.out_columns != OUT_COLUMNS:
-        raise ValueError(f"out_columns must be {OUT_COLUMNS}, got {tiles.out_columns}")
-    if tiles.in_columns < 64 or tiles.in_columns % 64:
-        raise ValueError(f"in_columns must be a multiple of 64, got {tiles.in_columns}")
-    if tiles.depth < 1 or tiles.depth % DEPTH_MULTIPLE:
-        raise ValueError(f"depth must be a multiple of {DEPTH_MULTIPLE}, got {tiles.depth}")
-    if tiles.stages < 2 or tiles.panel < 1:
-        raise ValueError(f"at least 2 stages and 1 tile per panel are needed, got {tiles}")
-    accumulators = ACCUMULATORS * tiles.in_columns
-    if accumulators > TENSOR_MEMORY_COLUMNS:
-        raise ValueError(f"{tiles} needs {accumulators} columns of tensor memory, there are {TENSOR_MEMORY_COLUMNS}")
-    needed = blackwell_weights_gradient_shared_memory_bytes(tiles, itemsize)
-    if needed > device.shared_memory_bytes:
-        raise ValueError(
-            f"{tiles} needs {needed} bytes of shared memory, {device.name} has {device.shared_memory_bytes}"
-        )
-
-
-def default_blackwell_weights_gradient_tiles(
-    num_groups: int, width_out: int, width_in: int, itemsize: int, device: GpuDevice
-) -> WeightsGradientTiles:
-    """Tiles that suit any shape: the widest that still give every multiprocessor a tile, with all stages that fit.
-
-    Args:
-        num_groups: G.
-        width_out: N, columns of the cotangent.
-        width_in: D, columns of the rows.
-        itemsize: bytes per element of the operands.
-        device: what the kernel runs on.
-
-    Raises:
-        ValueError: not even two stages of the narrowest tile fit the device.
-    """
-    in_columns = min(TENSOR_MEMORY_COLUMNS // ACCUMULATORS, pl.cdiv(width_in, 64) * 64)
-    num_out = pl.cdiv(width_out, OUT_COLUMNS)
-    while in_columns > 64 and num_groups * num_out * pl.cdiv(width_in, in_columns) < device.multiprocessors:
-        in_columns = pl.cdiv(in_columns // 2, 64) * 64
-    # What all multiprocessors work on at once is about square, which reads least.
-    square = max(round((device.multiprocessors * in_columns / OUT_COLUMNS) ** 0.5), 1)
-    tiles = WeightsGradientTiles(
-        out_columns=OUT_COLUMNS,
-        in_columns=in_columns,
-        depth=DEPTH_MULTIPLE,
-        stages=MOST_STAGES,
-        panel=min(square, num_out),
-    )
-    while (
-        tiles.stages > 2
-        and blackwell_weights_gradient_shared_memory_bytes(tiles, itemsize) > device.shared_memory_bytes
-    ):
-        tiles = dataclasses.replace(tiles, stages=tiles.stages - 1)
-    check_blackwell_weights_gradient_tiles(tiles, itemsize, device)
-    return tiles
 
 
 def weights_gradient(

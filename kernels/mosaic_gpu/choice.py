@@ -10,15 +10,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ..device import GpuDevice
-from . import (
-    blackwell_rows_kernel,
-    blackwell_weights_gradient_kernel,
-    row_tiles,
-    stream_tiles,
-    weights_gradient_kernel,
-)
+from . import stream_tiles
+from .blackwell_row_tiles import default_blackwell_row_tiles
+from .blackwell_weights_gradient_tiles import default_blackwell_weights_gradient_tiles
+from .row_tiles import default_row_tiles
 from .tiles import StreamTiles
 from .tuning import KernelShape, Tuned, rows_bucket, tuned_tiles
+from .weights_gradient_tiles import default_weights_gradient_tiles
 
 STREAM_MOST_MEAN_ROWS = 16
 """Up to so many rows per group on average, weights are streamed past the rows; beyond, rows are tiled."""
@@ -74,19 +72,17 @@ def choose_tiles(
     itemsize, output_itemsize = dtype.itemsize, jnp.dtype(output_dtype).itemsize
     sizes = (num_rows, num_groups, width_in, width_out, projections, itemsize, device)
     if kernel == "weights_gradient" and is_blackwell(device):
-        tiles = blackwell_weights_gradient_kernel.default_blackwell_weights_gradient_tiles(
-            num_groups, width_out, width_in, itemsize, device
-        )
+        tiles = default_blackwell_weights_gradient_tiles(num_groups, width_out, width_in, itemsize, device)
     elif kernel == "weights_gradient":
-        tiles = weights_gradient_kernel.default_weights_gradient_tiles(
+        tiles = default_weights_gradient_tiles(
             num_rows, num_groups, width_out, width_in, itemsize, output_itemsize, device
         )
     elif kernel == "stream":
         tiles = stream_tiles.default_stream_tiles(*sizes, output_itemsize)
     elif is_blackwell(device):
-        tiles = blackwell_rows_kernel.default_blackwell_row_tiles(*sizes)
+        tiles = default_blackwell_row_tiles(*sizes)
     else:
-        tiles = row_tiles.default_row_tiles(num_rows, num_groups, width_out, projections, itemsize, device)
+        tiles = default_row_tiles(num_rows, num_groups, width_out, projections, itemsize, device)
     return ChosenTiles(tiles, f"analytic default, {untuned}")
 
 

@@ -5,7 +5,7 @@ import dataclasses
 from ..device import GpuDevice
 from .cost_model import cycles_per_step, most_tiles_of_a_block
 from .limits import SWIZZLES
-from .tiles import RowTiles
+from .tiles import RowTiles, check_shared_memory, with_fitting_stages
 
 WARPGROUPS = 2
 """Those that multiply."""
@@ -22,11 +22,16 @@ def column_parts_of(tiles: RowTiles) -> int:
     return WARPGROUPS * WARPGROUP_ROWS // tiles.rows
 
 
+def part_columns_of(tiles: RowTiles) -> int:
+    """Columns that a warpgroup computes, of gate and of up each."""
+    return tiles.columns // column_parts_of(tiles)
+
+
 def shared_memory_bytes(tiles: RowTiles, projections: int, itemsize: int) -> int:
     """What a block needs: the pipeline, two chunks of results for each warpgroup, its biases in float32, and barriers."""
     step = (tiles.rows + projections * tiles.columns) * tiles.depth * itemsize
     results = WARPGROUPS * 2 * WARPGROUP_ROWS * SWIZZLES[0]
-    biases = WARPGROUPS * projections * tiles.columns // column_parts_of(tiles) * 4
+    biases = WARPGROUPS * projections * part_columns_of(tiles) * 4
     return tiles.stages * (step + 2 * 8) + results + biases + WARPGROUPS * 8
 
 
@@ -38,7 +43,7 @@ def check_row_tiles(tiles: RowTiles, projections: int, itemsize: int, device: Gp
     """
     if tiles.rows not in (64, 128):
         raise ValueError(f"rows of a tile must be 64 or 128, got {tiles.rows}")
-    part = tiles.columns // column_parts_of(tiles)
+    part = part_columns_of(tiles)
     if part % 64 or projections * part > 256:
         raise ValueError(
             f"columns per warpgroup must be a multiple of 64 with at most {256 // projections} for {projections}"
@@ -48,11 +53,7 @@ def check_row_tiles(tiles: RowTiles, projections: int, itemsize: int, device: Gp
         raise ValueError(f"depth must be a multiple of {SWIZZLES[0] // itemsize}, got {tiles.depth}")
     if tiles.stages < 2 or tiles.panel < 1:
         raise ValueError(f"at least 2 stages and 1 tile per panel are needed, got {tiles}")
-    needed = shared_memory_bytes(tiles, projections, itemsize)
-    if needed > device.shared_memory_bytes:
-        raise ValueError(
-            f"{tiles} needs {needed} bytes of shared memory, {device.name} has {device.shared_memory_bytes}"
-        )
+    check_shared_memory(tiles, shared_memory_bytes(tiles, projections, itemsize), device)
 
 
 def default_row_tiles(
@@ -83,9 +84,7 @@ def default_row_tiles(
         if half < width_out and cycles(half) > (1 - LEAST_GAIN) * cycles(tiles.columns):
             break
         tiles = dataclasses.replace(tiles, columns=half)
-    while shared_memory_bytes(tiles, projections, itemsize) > device.shared_memory_bytes:
-        tiles = dataclasses.replace(tiles, stages=tiles.stages - 1)
-    return tiles
+    return with_fitting_stages(tiles, lambda tiles: shared_memory_bytes(tiles, projections, itemsize), device)
 
 
 def _row_tiles(num_rows: int, num_groups: int, tile_rows: int) -> float:

@@ -1,12 +1,11 @@
 """Tile sizes of `stream_kernel.py`: what is legal, what it costs in shared memory, and an analytic default."""
 
-import dataclasses
 import itertools
 import math
 
 from ..device import GpuDevice
 from .limits import swizzle_bytes
-from .tiles import StreamTiles
+from .tiles import StreamTiles, with_fitting_stages
 
 WEIGHT_ROWS = 64
 """Rows of weights that one instruction multiplies."""
@@ -135,9 +134,9 @@ def default_stream_tiles(
         cost = _cost(tiles, num_rows, num_groups, width_in, width_out, projections, itemsize, device)
         tried.append((cost, tiles))
     best = min(tried, key=lambda cost_and_tiles: cost_and_tiles[0])[1]
-    most = device.shared_memory_bytes
-    while best.stages > 2 and shared_memory_bytes(best, projections, itemsize, output_itemsize) > most:
-        best = dataclasses.replace(best, stages=best.stages - 1)
+    best = with_fitting_stages(
+        best, lambda tiles: shared_memory_bytes(tiles, projections, itemsize, output_itemsize), device
+    )
     check_stream_tiles(best, projections, width_in, itemsize, device, output_itemsize)
     return best
 

@@ -7,16 +7,14 @@ from collections.abc import Callable, Iterator
 import jax.numpy as jnp
 
 from ..device import GpuDevice
-from . import (
-    blackwell_rows_kernel,
-    blackwell_weights_gradient_kernel,
-    weights_gradient_kernel,
-)
+from .blackwell_row_tiles import check_blackwell_row_tiles
+from .blackwell_weights_gradient_tiles import check_blackwell_weights_gradient_tiles
 from .choice import is_blackwell
 from .row_tiles import check_row_tiles
 from .stream_tiles import check_stream_tiles
 from .tiles import RowTiles, StreamTiles, WeightsGradientTiles
 from .tuning import TILES_OF_KERNEL, KernelShape, Tiles
+from .weights_gradient_tiles import check_weights_gradient_tiles
 
 MOST_STAGES = 8
 """More never fit beside tiles that are worth trying."""
@@ -55,16 +53,15 @@ def check_tiles(tiles: Tiles, shape: KernelShape, device: GpuDevice) -> None:
     itemsize = jnp.dtype(shape.dtype).itemsize
     match tiles:
         case RowTiles() if is_blackwell(device):
-            blackwell_rows_kernel.check_blackwell_row_tiles(tiles, shape.projections, itemsize, device)
+            check_blackwell_row_tiles(tiles, shape.projections, itemsize, device)
         case RowTiles():
             check_row_tiles(tiles, shape.projections, itemsize, device)
         case StreamTiles():
             check_stream_tiles(tiles, shape.projections, shape.width_in, itemsize, device)
         case WeightsGradientTiles() if is_blackwell(device):
-            blackwell_weights_gradient_kernel.check_blackwell_weights_gradient_tiles(tiles, itemsize, device)
+            check_blackwell_weights_gradient_tiles(tiles, itemsize, device)
         case WeightsGradientTiles():
-            # Gradients may be asked for in float32, which takes the most room.
-            weights_gradient_kernel.shared_memory_bytes(tiles, itemsize, jnp.dtype(jnp.float32).itemsize, device)
+            check_weights_gradient_tiles(tiles, itemsize, device)
 
 
 def _is_accepted(tiles: Tiles, shape: KernelShape, device: GpuDevice) -> bool:

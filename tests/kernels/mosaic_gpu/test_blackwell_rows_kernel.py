@@ -12,12 +12,12 @@ from support.rounding import ROUNDED_ONCE
 from moe_jax.kernels.activations import Activation
 from moe_jax.kernels.device import GPU_DEVICES
 from moe_jax.kernels.groups import Groups
-from moe_jax.kernels.mosaic_gpu.blackwell_rows_kernel import (
-    blackwell_shared_memory_bytes,
+from moe_jax.kernels.mosaic_gpu.blackwell_row_tiles import (
     check_blackwell_row_tiles,
     default_blackwell_row_tiles,
-    multiply_rows,
+    shared_memory_bytes,
 )
+from moe_jax.kernels.mosaic_gpu.blackwell_rows_kernel import multiply_rows
 from moe_jax.kernels.mosaic_gpu.schedule import TileTable, aligned_groups, aligned_num_rows
 from moe_jax.kernels.mosaic_gpu.tiles import RowTiles
 
@@ -215,7 +215,7 @@ def test_tiles_chosen_by_default_compute_what_they_should(width_out, contract, p
 def test_default_tiles_fit_the_device(num_rows, num_groups, width_in, width_out, projections):
     tiles = default_blackwell_row_tiles(num_rows, num_groups, width_in, width_out, projections, 2, B200)
     check_blackwell_row_tiles(tiles, projections, 2, B200)
-    assert blackwell_shared_memory_bytes(tiles, projections, 2) <= B200.shared_memory_bytes
+    assert shared_memory_bytes(tiles, projections, 2) <= B200.shared_memory_bytes
     assert tiles.columns < width_out + 64
 
 

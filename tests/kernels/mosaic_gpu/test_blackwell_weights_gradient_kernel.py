@@ -10,11 +10,11 @@ from support.rounding import ROUNDED_ONCE
 
 from moe_jax.kernels.device import GPU_DEVICES
 from moe_jax.kernels.groups import Groups
-from moe_jax.kernels.mosaic_gpu.blackwell_weights_gradient_kernel import (
-    blackwell_weights_gradient_shared_memory_bytes,
+from moe_jax.kernels.mosaic_gpu.blackwell_weights_gradient_kernel import weights_gradient
+from moe_jax.kernels.mosaic_gpu.blackwell_weights_gradient_tiles import (
     check_blackwell_weights_gradient_tiles,
     default_blackwell_weights_gradient_tiles,
-    weights_gradient,
+    shared_memory_bytes,
 )
 from moe_jax.kernels.mosaic_gpu.tiles import WeightsGradientTiles
 
@@ -89,7 +89,7 @@ def test_tiles_chosen_by_default_compute_what_they_should(width_out, width_in, o
 def test_default_tiles_fit_the_device(num_groups, width_out, width_in):
     tiles = default_blackwell_weights_gradient_tiles(num_groups, width_out, width_in, 2, B200)
     check_blackwell_weights_gradient_tiles(tiles, 2, B200)
-    assert blackwell_weights_gradient_shared_memory_bytes(tiles, 2) <= B200.shared_memory_bytes
+    assert shared_memory_bytes(tiles, 2) <= B200.shared_memory_bytes
     assert tiles.in_columns < width_in + 64
 
 

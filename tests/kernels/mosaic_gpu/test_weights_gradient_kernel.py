@@ -13,11 +13,8 @@ from moe_jax.kernels.device import GPU_DEVICES
 from moe_jax.kernels.groups import Groups
 from moe_jax.kernels.mosaic_gpu.schedule import aligned_num_rows
 from moe_jax.kernels.mosaic_gpu.tiles import WeightsGradientTiles
-from moe_jax.kernels.mosaic_gpu.weights_gradient_kernel import (
-    default_weights_gradient_tiles,
-    shared_memory_bytes,
-    weights_gradient,
-)
+from moe_jax.kernels.mosaic_gpu.weights_gradient_kernel import weights_gradient
+from moe_jax.kernels.mosaic_gpu.weights_gradient_tiles import default_weights_gradient_tiles, shared_memory_bytes
 
 H200 = GPU_DEVICES["h200"]
 
