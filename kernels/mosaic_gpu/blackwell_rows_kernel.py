@@ -12,219 +12,125 @@ allows:
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.typing import DTypeLike
-from jaxtyping import Float
 
-from ..activations import Activation
-from ..device import GpuDevice
+from .barriers import wait_for_last_uses
+from .blackwell_block import (
+    STORING,
+    accumulator_of,
+    accumulator_scratch,
+    run_in_two_warps,
+    run_in_warpgroup,
+    take_chunk,
+    wait_until_all_are_taken,
+)
 from .blackwell_memory import ACCUMULATORS, EPILOGUE_VALUES, RESULT_BUFFERS, SWIZZLE_BYTES
 from .blackwell_row_tiles import check_blackwell_row_tiles
 from .epilogue import activate, load_vector
+from .kernel_call import call_kernel
 from .padding import pad_to_multiples
 from .ref import Ref
-from .schedule import ROW_ALIGNMENT, TileTable, num_tiles
+from .rows_problem import RowsProblem, Tile
+from .schedule import ROW_ALIGNMENT, num_tiles
 from .stores import store_rows, swizzled
-from .tiles import RowTiles
-
-_STORING, _MULTIPLYING = 0, 1  # warpgroups
-_COPY_WARP, _MULTIPLY_WARP = 0, 1  # warps of the multiplying warpgroup
+from .tile_order import num_own, own_position, place_in_panels
 
 
-def multiply_rows(
-    rows: Float[Array, "M D"],
-    weights: Float[Array, "GP N D"] | Float[Array, "G D N"],
-    table: TileTable,
-    *,
-    tiles: RowTiles,
-    projections: int = 1,
-    contract: Literal["in", "out"] = "in",
-    bias: Float[Array, "GP N"] | None = None,
-    activation: Activation | None = None,
-    row_scale: Float[Array, "M"] | None = None,
-    keep_projected: bool = False,
-    zero_groups: bool,
-    exact_rows: bool,
-    output_dtype: DTypeLike,
-    device: GpuDevice,
-) -> Array | tuple[Array, Array]:
-    """row_scale * activation(rows @ matrices + bias), the matrices being those of each row's group.
-
-    Accumulates, adds, activates and scales in float32, then rounds once to `output_dtype`.
+def call(problem: RowsProblem, operands: dict[str, Array]) -> dict[str, Array]:
+    """The outputs of a problem by name; see `rows_product.multiply_rows`.
 
     Args:
-        rows: bfloat16 or float16, D a multiple of 8.
-        weights: of the same dtype, N a multiple of 8. With `contract="in"` the `projections` matrices of each group, (out, in):
-            their last axis is contracted (forward). With "out" one matrix per group, whose middle axis is contracted (gradient
-            of rows).
-        table: tiles of `tiles.rows` rows.
-        tiles: tile sizes, legal by `check_blackwell_row_tiles`.
-        projections: matrices per group whose results meet in the activation: 2 (0 = gate, 1 = up) or 1.
-        contract: see `weights`.
-        bias: added to each projection.
-        activation: of the projections; None if there is one projection, which is then the result.
-        row_scale: float32 factor of each row of the result.
-        keep_projected: also return what enters the activation, for the backward pass.
-        zero_groups: whether the table may hold tiles of group -1, whose rows become zero without anything being read.
-        exact_rows: store no row outside a tile's own (compact layout); otherwise whole multiples of 8 rows (aligned layout).
-        output_dtype: bfloat16, float16 or float32.
-        device: what the kernel runs on.
-
-    Returns:
-        [M, N]; with `keep_projected` also [M, projections, N]. Rows of no tile are not written: they hold anything, NaN too.
+        problem: what is static.
+        operands: the arrays of a `TileTable`, "rows", "weights", and where there are, "bias" and "row_scale", which has as many
+            factors more as a tile has rows.
 
     Raises:
-        ValueError: tiles that don't fit, or several projections whose outputs are contracted.
+        ValueError: tiles that don't fit.
     """
-    if contract == "out" and projections != 1:
-        raise ValueError(f"contract='out' takes one matrix per group, got projections={projections}")
-    check_blackwell_row_tiles(tiles, projections, rows.dtype.itemsize, device)
-    dtype, output_dtype = rows.dtype, jnp.dtype(output_dtype)
-    true_shape = rows.shape[0], weights.shape[1] if contract == "in" else weights.shape[2]
-    # Swizzled copies address whole rows of 128 bytes, 8 at a time. Nothing is padded at widths of models.
-    whole = SWIZZLE_BYTES // dtype.itemsize
-    rows, weights = pad_to_multiples(rows, ROW_ALIGNMENT, whole), pad_to_multiples(weights, 1, whole, whole)
-    num_rows, width_in = rows.shape
-    width_out = weights.shape[1] if contract == "in" else weights.shape[2]
-    width = projections * tiles.columns
-    chunk = SWIZZLE_BYTES // output_dtype.itemsize
-    if not exact_rows:  # single rows can only leave from multiples of 128 bytes, so each is as wide
-        chunk = min(chunk, EPILOGUE_VALUES // projections)
-    operands = {
-        **table._asdict(),
-        "rows": rows,
-        "weights": weights,
+    check_blackwell_row_tiles(problem.tiles, problem.projections, operands["rows"].dtype.itemsize, problem.device)
+    num_rows, width_out = operands["rows"].shape[0], problem.width_out
+    problem, operands = _padded(problem, operands)
+
+    def grouped_rows(named: dict[str, Ref]) -> None:
+        run_in_two_warps(lambda: _copy(problem, named), lambda: _multiply(problem, named))
+        run_in_warpgroup(STORING, lambda: _store(problem, named))
+
+    results = call_kernel(
+        grouped_rows,
+        operands=operands,
+        outputs=problem.outputs(operands["rows"].shape[0]),
+        scratch=_scratch(problem, operands["rows"].dtype),
+        num_blocks=problem.num_blocks,
+        num_warpgroups=2,
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True),
+    )
+    return {name: result[:num_rows, ..., :width_out] for name, result in results.items()}
+
+
+def _padded(problem: RowsProblem, operands: dict[str, Array]) -> tuple[RowsProblem, dict[str, Array]]:
+    """The problem with the sizes that swizzled copies address: 8 rows, and whole rows of 128 bytes. Models have such widths."""
+    whole = SWIZZLE_BYTES // operands["rows"].dtype.itemsize
+    rows = pad_to_multiples(operands["rows"], ROW_ALIGNMENT, whole)
+    weights = pad_to_multiples(operands["weights"], 1, whole, whole)
+    operands = operands | {"rows": rows, "weights": weights}
+    if "bias" in operands:
         # What is read without a bulk copy must exist for the last, partial tile too.
-        "bias": None if bias is None else pad_to_multiples(bias.astype(jnp.float32), 1, math.lcm(whole, tiles.columns)),
-        "row_scale": None if row_scale is None else jnp.pad(row_scale.astype(jnp.float32), (0, tiles.rows)),
-    }
-    operands = {name: operand for name, operand in operands.items() if operand is not None}
-    outputs = {"result": jax.ShapeDtypeStruct((num_rows, width_out), output_dtype)}
-    if keep_projected:
-        outputs["projected"] = jax.ShapeDtypeStruct((num_rows, projections, width_out), output_dtype)
-    problem = _Problem(
-        tiles=tiles,
-        projections=projections,
-        contract=contract,
-        activation=activation,
-        zero_groups=zero_groups,
-        exact_rows=exact_rows,
-        width_in=width_in,
-        width_out=width_out,
-        multiprocessors=device.multiprocessors,
+        columns = math.lcm(whole, problem.tiles.columns)
+        operands["bias"] = pad_to_multiples(operands["bias"].astype(jnp.float32), 1, columns)
+    width_out = weights.shape[1 if problem.contract == "in" else 2]
+    return dataclasses.replace(problem, width_in=rows.shape[1], width_out=width_out), operands
+
+
+def _scratch(problem: RowsProblem, dtype: jnp.dtype) -> dict[str, Any]:
+    """Types of a block's own memory and barriers, by name, for operands of a dtype."""
+    tiles, output_dtype = problem.tiles, problem.output_dtype
+    width = _accumulator_columns(problem)
+    weights_step = (width, tiles.depth) if problem.contract == "in" else (tiles.depth, width)
+    chunk = SWIZZLE_BYTES // output_dtype.itemsize
+    if not problem.exact_rows:  # single rows can only leave from multiples of 128 bytes, so each is as wide
+        chunk = min(chunk, EPILOGUE_VALUES // problem.projections)
+    result_rows = 1 if problem.exact_rows else ROW_ALIGNMENT
+    return dict(
+        rows_smem=plgpu.SMEM((tiles.stages, tiles.rows, tiles.depth), dtype, transforms=swizzled(dtype)),
+        weights_smem=plgpu.SMEM((tiles.stages, *weights_step), dtype, transforms=swizzled(dtype)),
+        result_smem=plgpu.SMEM(
+            (RESULT_BUFFERS, tiles.rows, chunk),
+            output_dtype,
+            transforms=swizzled(output_dtype, result_rows, chunk * output_dtype.itemsize),
+        ),
+        filled=plgpu.Barrier(num_arrivals=1 + problem.projections, num_barriers=tiles.stages),
+        consumed=plgpu.Barrier(num_arrivals=1, num_barriers=tiles.stages, orders_tensor_core=True),
+        **accumulator_scratch(tiles.rows, width),
     )
 
-    def grouped_rows(*refs: Ref, **scratch: Ref) -> None:
-        named = dict(zip((*operands, *outputs), refs, strict=True)) | scratch
 
-        @pl.when(lax.axis_index("warpgroup") == _MULTIPLYING)
-        def _():
-            @plgpu.warp_map
-            def _(warp):
-                pl.when(warp == _COPY_WARP)(lambda: _copy(problem, named))
-                pl.when(warp == _MULTIPLY_WARP)(lambda: _multiply(problem, named))
-
-        pl.when(lax.axis_index("warpgroup") == _STORING)(lambda: _store(problem, named))
-
-    results = plgpu.kernel(
-        grouped_rows,
-        out_type=tuple(outputs.values()),
-        grid=(device.multiprocessors,),
-        grid_names=("multiprocessor",),
-        num_threads=2,
-        thread_name="warpgroup",
-        scratch_types=dict(
-            rows_smem=plgpu.SMEM((tiles.stages, tiles.rows, tiles.depth), dtype, transforms=swizzled(dtype)),
-            weights_smem=plgpu.SMEM(
-                (tiles.stages, *((width, tiles.depth) if contract == "in" else (tiles.depth, width))),
-                dtype,
-                transforms=swizzled(dtype),
-            ),
-            result_smem=plgpu.SMEM(
-                (RESULT_BUFFERS, tiles.rows, chunk),
-                output_dtype,
-                transforms=swizzled(output_dtype, 1 if exact_rows else ROW_ALIGNMENT, chunk * output_dtype.itemsize),
-            ),
-            accumulators=plgpu.TMEM((tiles.rows, ACCUMULATORS * width), jnp.float32),
-            filled=plgpu.Barrier(num_arrivals=1 + projections, num_barriers=tiles.stages),
-            consumed=plgpu.Barrier(num_arrivals=1, num_barriers=tiles.stages, orders_tensor_core=True),
-            multiplied=plgpu.Barrier(num_arrivals=1, num_barriers=ACCUMULATORS, orders_tensor_core=True),
-            taken=plgpu.Barrier(num_arrivals=1, num_barriers=ACCUMULATORS, orders_tensor_core=True),
-        ),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True),
-    )(*operands.values())
-    results = tuple(result[: true_shape[0], ..., : true_shape[1]] for result in results)
-    return results if keep_projected else results[0]
+def _accumulator_columns(problem: RowsProblem) -> int:
+    """Of one accumulator: gate and up side by side."""
+    return problem.projections * problem.tiles.columns
 
 
-@dataclasses.dataclass(frozen=True)
-class _Problem:
-    """What is static in the body of the kernel."""
-
-    tiles: RowTiles
-    projections: int
-    contract: Literal["in", "out"]
-    activation: Activation | None
-    zero_groups: bool
-    exact_rows: bool
-    width_in: int
-    width_out: int
-    multiprocessors: int
-
-    @property
-    def steps(self) -> int:
-        """Of the pipeline, for one tile."""
-        return pl.cdiv(self.width_in, self.tiles.depth)
-
-    @property
-    def columns(self) -> int:
-        """Of one accumulator: gate and up side by side."""
-        return self.projections * self.tiles.columns
-
-
-class _Tile(NamedTuple):
-    """One output tile."""
-
-    column: Array
-    """Index of its columns."""
-    group: Array
-    row: Array
-    first: Array
-    last: Array
-
-
-def _num_own_tiles(problem: _Problem, ends: Ref) -> Array:
-    """How many tiles this block computes: every `multiprocessors`-th."""
-    total = num_tiles(ends) * pl.cdiv(problem.width_out, problem.tiles.columns)
-    return lax.div(total - lax.axis_index("multiprocessor") + problem.multiprocessors - 1, problem.multiprocessors)
-
-
-def _tile(problem: _Problem, index: Array, named: dict[str, Ref]) -> _Tile:
-    """The `index`-th tile of this block: panels of rows one after the other, column by column within a panel.
-
-    Blocks work on neighbouring tiles at any time; within a panel these share the weights of a column or the rows of a tile.
-    """
-    panel, columns = problem.tiles.panel, pl.cdiv(problem.width_out, problem.tiles.columns)
-    position = lax.axis_index("multiprocessor") + index * problem.multiprocessors
-    which = lax.div(position, panel * columns)
-    within = position - which * (panel * columns)
-    height = jnp.minimum(num_tiles(named["ends"]) - which * panel, panel)
-    column = lax.div(within, height)
-    entry = which * panel + within - column * height
-    return _Tile(column, *(named[name][entry] for name in ("group", "row", "first", "last")))
+def _tile(problem: RowsProblem, turn: Array, named: dict[str, Ref]) -> Tile:
+    """The block's tile in its turn."""
+    panel = problem.tiles.panel
+    entry, column = place_in_panels(
+        own_position(turn, problem.num_blocks),
+        panel,
+        problem.num_columns,
+        lambda which: jnp.minimum(num_tiles(named["ends"]) - which * panel, panel),
+    )
+    return Tile.of(named, entry, column)
 
 
 def _for_each_multiplied_tile(
-    problem: _Problem,
+    problem: RowsProblem,
     named: dict[str, Ref],
-    visit: Callable[[_Tile, Array], None],
-    pass_zeros: Callable[[_Tile], None] | None = None,
+    visit: Callable[[Tile, Array], None],
+    pass_zeros: Callable[[Tile], None] | None = None,
 ) -> Array:
     """Call `visit(tile, multiplied)` for the tiles of this block that are multiplied, in order, and count them.
 
@@ -242,10 +148,11 @@ def _for_each_multiplied_tile(
             pl.when(tile.group < 0)(lambda: store_zeros(tile))
         return multiplied + jnp.where(tile.group >= 0, 1, 0)
 
-    return lax.fori_loop(0, _num_own_tiles(problem, named["ends"]), one_tile, jnp.int32(0))
+    own = num_own(num_tiles(named["ends"]) * problem.num_columns, problem.num_blocks)
+    return lax.fori_loop(0, own, one_tile, jnp.int32(0))
 
 
-def _copy(problem: _Problem, named: dict[str, Ref]) -> None:
+def _copy(problem: RowsProblem, named: dict[str, Ref]) -> None:
     """Copy rows and weights, step by step of tile by tile, as far ahead as there is room."""
     tiles, projections, steps = problem.tiles, problem.projections, problem.steps
     rows, weights = named["rows"], named["weights"]
@@ -254,7 +161,7 @@ def _copy(problem: _Problem, named: dict[str, Ref]) -> None:
     )
     first_matrix = named["first_matrix"][0]
 
-    def copy_tile(tile: _Tile, multiplied: Array) -> None:
+    def copy_tile(tile: Tile, multiplied: Array) -> None:
         # A product, because code of a single warp cannot state what a number is a multiple of.
         row = lax.div(tile.row, ROW_ALIGNMENT) * ROW_ALIGNMENT
         columns = pl.ds(tile.column * tiles.columns, tiles.columns)
@@ -279,23 +186,18 @@ def _copy(problem: _Problem, named: dict[str, Ref]) -> None:
                 beside = pl.ds(projection * tiles.columns, tiles.columns)
                 plgpu.copy_gmem_to_smem(source, weights_smem.at[slot, beside], filled.at[slot])
 
-    total = _for_each_multiplied_tile(problem, named, copy_tile) * steps
-
-    # The tensor core reports to these barriers on its own, so they must outlive its last report.
-    @pl.loop(jnp.maximum(total - tiles.stages, 0), total)
-    def _(step):
-        plgpu.barrier_wait(consumed.at[lax.rem(step, tiles.stages)])
+    wait_for_last_uses(consumed, _for_each_multiplied_tile(problem, named, copy_tile) * steps, tiles.stages)
 
 
-def _multiply(problem: _Problem, named: dict[str, Ref]) -> None:
+def _multiply(problem: RowsProblem, named: dict[str, Ref]) -> None:
     """Multiply what has been copied, each tile into the accumulator that is free."""
     tiles, steps = problem.tiles, problem.steps
     rows_smem, weights_smem, filled, consumed, multiplied_barrier, taken = (
         named[name] for name in ("rows_smem", "weights_smem", "filled", "consumed", "multiplied", "taken")
     )
 
-    def multiply_tile(tile: _Tile, multiplied: Array) -> None:  # noqa: ARG001 - the copies know where the tile is
-        accumulator, which = _accumulator(problem, named, multiplied)
+    def multiply_tile(tile: Tile, multiplied: Array) -> None:  # noqa: ARG001 - the copies know where the tile is
+        accumulator, which = accumulator_of(multiplied, _accumulator_columns(problem), named)
 
         @pl.when(multiplied >= ACCUMULATORS)
         def _():
@@ -312,73 +214,23 @@ def _multiply(problem: _Problem, named: dict[str, Ref]) -> None:
 
         plgpu.tcgen05_commit_arrive(multiplied_barrier.at[which])
 
-    total = _for_each_multiplied_tile(problem, named, multiply_tile)
-
-    @pl.loop(jnp.maximum(total - ACCUMULATORS, 0), total)
-    def _(multiplied):
-        plgpu.barrier_wait(taken.at[lax.rem(multiplied, ACCUMULATORS)])
+    wait_until_all_are_taken(_for_each_multiplied_tile(problem, named, multiply_tile), named)
 
 
-def _accumulator(problem: _Problem, named: dict[str, Ref], multiplied: Array) -> tuple[Ref, Array]:
-    """The accumulator of a tile, and its index: they take turns."""
-    which = lax.rem(multiplied, ACCUMULATORS)
-    begin = which * problem.columns
-    return named["accumulators"].at[:, pl.ds(begin, problem.columns)], which
-
-
-def _store(problem: _Problem, named: dict[str, Ref]) -> None:
-    """Bias, activation and scale of each complete accumulator, then the stores, one chunk of columns after the other."""
+def _store(problem: RowsProblem, named: dict[str, Ref]) -> None:
+    """Bias, activation and scale of each complete accumulator, then the stores; zeros for tiles that are only to be zero."""
     tiles, projections = problem.tiles, problem.projections
-    num_buffers, _, chunk = named["result_smem"].shape
-    num_chunks = tiles.columns // chunk
-    num_destinations = 1 + (projections if "projected" in named else 0)
+    chunk = named["result_smem"].shape[-1]
 
-    def store_chunks(tile: _Tile, compute: Callable[[Array, Array], tuple[list[Array], Array]]) -> None:
-        """Store what `compute` returns for each chunk: what enters the activation, and the result."""
-        row = pl.multiple_of(tile.row, ROW_ALIGNMENT)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before may have left through any buffer last
-
-        @pl.loop(0, num_chunks)
-        def _(index):
-            column = tile.column * tiles.columns + index * chunk
-            projected, result = compute(index, column)
-            stores = [(result, named["result"])]
-            if "projected" in named:
-                stores = [(projected[p], named["projected"].at[:, p]) for p in range(projections)] + stores
-            for place, (values, destination) in enumerate(stores):
-                buffer = named["result_smem"].at[lax.rem(index * num_destinations + place, num_buffers)]
-                plgpu.wait_smem_to_gmem(num_buffers - 1, wait_read_only=True)
-                buffer[...] = values.astype(buffer.dtype)
-                plgpu.commit_smem()
-                store_rows(
-                    buffer,
-                    destination,
-                    row=row,
-                    first=tile.first,
-                    last=tile.last,
-                    column=column,
-                    exact_rows=problem.exact_rows,
-                )
-                plgpu.commit_smem_to_gmem_group()
-
-    def store_tile(tile: _Tile, multiplied: Array) -> None:
-        accumulator, which = _accumulator(problem, named, multiplied)
+    def store_tile(tile: Tile, multiplied: Array) -> None:
+        accumulator, which = accumulator_of(multiplied, _accumulator_columns(problem), named)
         scale = None
         if "row_scale" in named:
             row = pl.multiple_of(tile.row, ROW_ALIGNMENT)
             scale = load_vector(named["row_scale"].at[pl.ds(row, tiles.rows)])
 
         def compute(index: Array, column: Array) -> tuple[list[Array], Array]:
-            projected = []
-            for projection in range(projections):
-                source = accumulator.at[:, pl.ds(projection * tiles.columns + index * chunk, chunk)]
-                projected.append(plgpu.async_load_tmem(source, layout=plgpu.Layout.TCGEN05))
-
-            @pl.when(index == num_chunks - 1)
-            def _():
-                plgpu.wait_load_tmem()
-                plgpu.barrier_arrive(named["taken"].at[which])
-
+            projected = take_chunk(accumulator, projections, index, chunk, named["taken"].at[which])
             if "bias" in named:
                 for projection in range(projections):
                     source = named["bias"].at[tile.group * projections + projection, pl.ds(column, chunk)]
@@ -387,11 +239,50 @@ def _store(problem: _Problem, named: dict[str, Ref]) -> None:
             return projected, result if scale is None else result * scale[:, None]
 
         plgpu.barrier_wait(named["multiplied"].at[which])
-        store_chunks(tile, compute)
+        _store_chunks(problem, tile, compute, named)
 
-    def store_zeros(tile: _Tile) -> None:
+    def store_zeros(tile: Tile) -> None:
         zeros = plgpu.layout_cast(jnp.zeros((tiles.rows, chunk), jnp.float32), plgpu.Layout.TCGEN05)
-        store_chunks(tile, lambda *_: ([zeros] * projections, zeros))
+        _store_chunks(problem, tile, lambda *_: ([zeros] * projections, zeros), named)
 
     _for_each_multiplied_tile(problem, named, store_tile, store_zeros)
     plgpu.wait_smem_to_gmem(0)
+
+
+def _store_chunks(
+    problem: RowsProblem,
+    tile: Tile,
+    compute: Callable[[Array, Array], tuple[list[Array], Array]],
+    named: dict[str, Ref],
+) -> None:
+    """Store a tile, one chunk of columns after the other.
+
+    `compute(index, column)` returns the chunk with that index and first column: what enters the activation, and the result.
+    """
+    num_buffers, _, chunk = named["result_smem"].shape
+    num_destinations = 1 + (problem.projections if "projected" in named else 0)
+    row = pl.multiple_of(tile.row, ROW_ALIGNMENT)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before may have left through any buffer last
+
+    @pl.loop(0, problem.tiles.columns // chunk)
+    def _(index):
+        column = tile.column * problem.tiles.columns + index * chunk
+        projected, result = compute(index, column)
+        stores = [(result, named["result"])]
+        if "projected" in named:
+            stores = [(projected[p], named["projected"].at[:, p]) for p in range(problem.projections)] + stores
+        for place, (values, destination) in enumerate(stores):
+            buffer = named["result_smem"].at[lax.rem(index * num_destinations + place, num_buffers)]
+            plgpu.wait_smem_to_gmem(num_buffers - 1, wait_read_only=True)
+            buffer[...] = values.astype(buffer.dtype)
+            plgpu.commit_smem()
+            store_rows(
+                buffer,
+                destination,
+                row=row,
+                first=tile.first,
+                last=tile.last,
+                column=column,
+                exact_rows=problem.exact_rows,
+            )
+            plgpu.commit_smem_to_gmem_group()

@@ -17,17 +17,12 @@ from ..groups import Groups
 from ..groups import sum_groups as bias_gradient
 from ..integers import in_32_bits
 from ..varying import varying_like
-from . import (
-    blackwell_rows_kernel,
-    blackwell_weights_gradient_kernel,
-    rows_kernel,
-    schedule,
-    stream_kernel,
-    weights_gradient_kernel,
-)
+from . import blackwell_weights_gradient_kernel, schedule, weights_gradient_kernel
 from .choice import ChosenTiles, choose_tiles, is_blackwell, streams_weights
 from .limits import SWIZZLES
+from .rows_product import multiply_rows
 from .schedule import Alignment, TileTable
+from .stream_kernel import stream_weights
 
 __all__ = [
     "bias_gradient",
@@ -81,7 +76,7 @@ def multiply(
     """row_scale * activation(rows @ matrices + bias) for rows in the aligned layout.
 
     Rows of no group hold anything afterwards. The matrices of the G groups are those from `first_matrix` on; `bias` has those of
-    the groups alone. See `rows_kernel.multiply_rows`.
+    the groups alone. See `rows_product.multiply_rows`.
     """
     expected_rows = rows.shape[0] if expected_rows is None else expected_rows
     shape = (groups.sizes.shape[0], *weights.shape[1:])
@@ -100,7 +95,7 @@ def multiply(
             output_dtype=output_dtype,
             device=device,
         )[0]
-    result = stream_kernel.stream_weights(
+    result = stream_weights(
         rows,
         _side_by_side(weights),
         TileTable.of(groups, rows.shape[0], chosen.tiles.rows, "aligned", first_matrix=first_matrix),
@@ -143,7 +138,7 @@ def multiply_and_keep(
         output_dtype=output_dtype,
         device=device,
     )
-    result = _rows_kernel(device).multiply_rows(
+    result, projected = multiply_rows(
         rows,
         _side_by_side(weights),
         TileTable.of(groups, rows.shape[0], chosen.tiles.rows, "aligned", first_matrix=first_matrix),
@@ -158,10 +153,7 @@ def multiply_and_keep(
         output_dtype=output_dtype,
         device=device,
     )
-    if not keep_projected:
-        return varying_like(result, rows), None
-    result, projected = result
-    return varying_like(result, rows), varying_like(projected, rows)
+    return varying_like(result, rows), None if projected is None else varying_like(projected, rows)
 
 
 @in_32_bits
@@ -205,7 +197,7 @@ def multiply_compact(
     )
     table = TileTable.of(_with_surroundings(groups, num_rows), num_rows, chosen.tiles.rows, "compact")
     group = jnp.where(table.group > num_groups, 0, table.group) - 1
-    result = _rows_kernel(device).multiply_rows(
+    result, _ = multiply_rows(
         rows,
         weights,
         table._replace(group=group),
@@ -241,7 +233,7 @@ def rows_gradient(
         output_dtype=output_dtype,
         device=device,
     )
-    result = _rows_kernel(device).multiply_rows(
+    result, _ = multiply_rows(
         cotangent,
         weights,
         TileTable.of(groups, cotangent.shape[0], chosen.tiles.rows, "aligned"),
@@ -281,10 +273,6 @@ def weights_gradient(
         cotangent, rows, groups, tiles=chosen.tiles, output_dtype=output_dtype, device=device
     )
     return varying_like(result, rows)
-
-
-def _rows_kernel(device: GpuDevice) -> Any:
-    return blackwell_rows_kernel if is_blackwell(device) else rows_kernel
 
 
 def _side_by_side(array: Array) -> Array:

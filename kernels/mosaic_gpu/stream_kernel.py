@@ -23,13 +23,16 @@ from jaxtyping import Float
 
 from ..activations import Activation
 from ..device import GpuDevice
+from .barriers import wait_for_last_uses
 from .compiler_params import OWN_BARRIERS
 from .epilogue import activate
+from .kernel_call import call_kernel
 from .limits import swizzle_bytes
 from .ref import Ref
 from .schedule import ROW_ALIGNMENT, TileTable, num_tiles
 from .stores import store_rows, swizzled
 from .stream_tiles import check_stream_tiles, multiplying_warpgroups
+from .tile_order import num_own, own_position
 from .tiles import StreamTiles
 
 COPYING_REGISTERS = 56
@@ -200,21 +203,19 @@ def _call(problem: _Problem, operands: dict[str, Array]) -> Array:
     if vectors:
         scratch["vectors_filled"] = plgpu.Barrier(num_arrivals=vectors, num_barriers=warpgroups)
 
-    def stream(*refs: Ref, **scratch: Ref) -> None:
-        named = dict(zip((*operands, "result"), refs, strict=True)) | scratch
+    def stream(named: dict[str, Ref]) -> None:
         copying = lax.axis_index("warpgroup") == warpgroups
         lax.cond(copying, lambda: _copy(problem, named), lambda: _multiply(problem, named))
 
-    return plgpu.kernel(
+    return call_kernel(
         stream,
-        out_type=jax.ShapeDtypeStruct(shape, output_dtype),
-        grid=(problem.multiprocessors,),
-        grid_names=("multiprocessor",),
-        num_threads=warpgroups + 1,
-        thread_name="warpgroup",
-        scratch_types=scratch,
+        operands=operands,
+        outputs=dict(result=jax.ShapeDtypeStruct(shape, output_dtype)),
+        scratch=scratch,
+        num_blocks=problem.multiprocessors,
+        num_warpgroups=warpgroups + 1,
         compiler_params=OWN_BARRIERS,
-    )(*operands.values())
+    )["result"]
 
 
 class _Unit(NamedTuple):
@@ -233,14 +234,13 @@ class _Unit(NamedTuple):
 
 
 def _num_own_units(problem: _Problem, ends: Ref) -> Array:
-    """How many units this block computes: every `multiprocessors`-th."""
-    total = num_tiles(ends) * problem.column_tiles * problem.tiles.splits
-    return lax.div(total - lax.axis_index("multiprocessor") + problem.multiprocessors - 1, problem.multiprocessors)
+    """How many units this block computes."""
+    return num_own(num_tiles(ends) * problem.column_tiles * problem.tiles.splits, problem.multiprocessors)
 
 
 def _unit(problem: _Problem, index: Array, named: dict[str, Ref]) -> _Unit:
     """The `index`-th unit of this block. Of all units, those of one column tile are neighbours, in the order of the rows."""
-    position = lax.axis_index("multiprocessor") + index * problem.multiprocessors
+    position = own_position(index, problem.multiprocessors)
     count = num_tiles(named["ends"])
     column_and_part = lax.div(position, count)
     entry = position - column_and_part * count
@@ -292,11 +292,8 @@ def _copy(problem: _Problem, named: dict[str, Ref]) -> None:
 
         return lax.fori_loop(unit.first_step, unit.last_step, copy_step, step)
 
-    step = lax.fori_loop(0, _num_own_units(problem, named["ends"]), copy_unit, jnp.int32(0))
-
-    @pl.loop(jnp.maximum(step - tiles.stages, 0), step)
-    def _(last_step):
-        plgpu.barrier_wait(consumed.at[lax.rem(last_step, tiles.stages)])
+    steps = lax.fori_loop(0, _num_own_units(problem, named["ends"]), copy_unit, jnp.int32(0))
+    wait_for_last_uses(consumed, steps, tiles.stages)
 
 
 def _multiply(problem: _Problem, named: dict[str, Ref]) -> None:

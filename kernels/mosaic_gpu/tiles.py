@@ -9,7 +9,7 @@ from ..device import GpuDevice
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowTiles:
-    """Tile sizes of the kernels that multiply rows by their group's matrix (`*rows_kernel.py`): many rows per group."""
+    """Tile sizes of the kernels that multiply rows by their group's matrix (`rows_product.py`): many rows per group."""
 
     rows: int
     """Rows of a tile: 128, or on Hopper also 64, where both warpgroups share them and split the columns."""

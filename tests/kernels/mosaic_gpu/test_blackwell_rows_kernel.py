@@ -17,7 +17,7 @@ from moe_jax.kernels.mosaic_gpu.blackwell_row_tiles import (
     default_blackwell_row_tiles,
     shared_memory_bytes,
 )
-from moe_jax.kernels.mosaic_gpu.blackwell_rows_kernel import multiply_rows
+from moe_jax.kernels.mosaic_gpu.rows_product import multiply_rows
 from moe_jax.kernels.mosaic_gpu.schedule import TileTable, aligned_groups, aligned_num_rows
 from moe_jax.kernels.mosaic_gpu.tiles import RowTiles
 
@@ -96,7 +96,8 @@ def multiply(problem, table=None, *, tiles=TILES, blocks=2, **options):
     options = dict(zero_groups=False, exact_rows=True, output_dtype=jnp.float32) | options
     device = dataclasses.replace(B200, multiprocessors=blocks)
     with interpreting(blocks, "b200"):
-        return multiply_rows(**problem.operands, table=table, tiles=tiles, device=device, **options)
+        result, projected = multiply_rows(**problem.operands, table=table, tiles=tiles, device=device, **options)
+    return result if projected is None else (result, projected)
 
 
 def compact(sizes, start=0):

@@ -10,7 +10,7 @@ from support.rows_problems import SILU, SWIGLUOAI, RowsProblem
 from moe_jax.kernels import ACTIVATIONS, Activation
 from moe_jax.kernels.device import GPU_DEVICES
 from moe_jax.kernels.mosaic_gpu.row_tiles import check_row_tiles
-from moe_jax.kernels.mosaic_gpu.rows_kernel import multiply_rows
+from moe_jax.kernels.mosaic_gpu.rows_product import multiply_rows
 from moe_jax.kernels.mosaic_gpu.tiles import RowTiles
 
 BLOCKS = 2
@@ -25,7 +25,7 @@ def tiles_of(rows=64, columns=128, depth=64, stages=3, panel=2):
 
 def multiply(problem, tiles, *, output_dtype="bfloat16", keep_projected=False):
     with interpreting(BLOCKS) as interpretation:
-        result = multiply_rows(
+        result, projected = multiply_rows(
             **problem.operands,
             table=problem.table(tiles.rows),
             tiles=tiles,
@@ -35,11 +35,11 @@ def multiply(problem, tiles, *, output_dtype="bfloat16", keep_projected=False):
             output_dtype=output_dtype,
             device=dataclasses.replace(H200, multiprocessors=BLOCKS),
         )
-        first = result[0] if keep_projected else result
-        assert str(first.dtype) == output_dtype
-        first.block_until_ready()
+        assert str(result.dtype) == output_dtype
+        assert (projected is not None) == keep_projected
+        result.block_until_ready()
         assert interpretation.num_kernels == 1
-    return result
+    return (result, projected) if keep_projected else result
 
 
 def check(rng, tiles, problem, *, sizes=HOT_EMPTY_AND_ODD, keep_projected=False, output_dtype="bfloat16"):

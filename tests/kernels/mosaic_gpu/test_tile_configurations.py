@@ -20,15 +20,10 @@ from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES
 from moe_jax.kernels import fused_moe, grouped_matmul
 from moe_jax.kernels.device import GPU_DEVICES, targeting
 from moe_jax.kernels.groups import Groups
-from moe_jax.kernels.mosaic_gpu import (
-    blackwell_rows_kernel,
-    blackwell_weights_gradient_kernel,
-    matmuls,
-    row_tiles,
-    rows_kernel,
-    stream_kernel,
-    weights_gradient_kernel,
-)
+from moe_jax.kernels.mosaic_gpu import blackwell_weights_gradient_kernel, matmuls, weights_gradient_kernel
+from moe_jax.kernels.mosaic_gpu.row_tiles import default_row_tiles
+from moe_jax.kernels.mosaic_gpu.rows_product import multiply_rows
+from moe_jax.kernels.mosaic_gpu.stream_kernel import stream_weights
 from moe_jax.kernels.mosaic_gpu.tiles import StreamTiles
 
 BLOCKS = 2
@@ -95,8 +90,7 @@ def check_rows(rng, configuration, device):
     }[configuration.kernel, configuration.projections]
     sizes = (tiles.rows + 3, 0, 1)
     problem = RowsProblem.draw(rng, sizes, width_in=three_steps(tiles), width_out=tiles.columns + 64, **options)
-    kernel = blackwell_rows_kernel if configuration.device == "b200" else rows_kernel
-    result = kernel.multiply_rows(
+    result, _ = multiply_rows(
         **problem.operands,
         table=problem.table(tiles.rows),
         tiles=tiles,
@@ -115,7 +109,7 @@ def check_stream(rng, configuration, device):
     sizes = (tiles.rows + 3, 0, 1)
     problem = RowsProblem.draw(rng, sizes, width_in=width_in, width_out=tiles.columns + 64, **options)
     operands = {name: operand for name, operand in problem.operands.items() if name != "contract"}
-    result = stream_kernel.stream_weights(
+    result = stream_weights(
         **operands,
         table=problem.table(tiles.rows),
         tiles=tiles,
@@ -164,7 +158,7 @@ def test_row_tiles_chosen_by_default_for_any_shape_are_among_the_configurations(
     known = {(each.kernel, each.projections, each.tiles) for each in EXECUTED if each.device == "h200"}
     sizes = itertools.product((1, 100, 2000, 10**5), (1, 4, 8, 32, 256), (16, 64, 200, 768, 2880, 14336), (1, 2))
     for num_rows, num_groups, width, projections in sizes:
-        tiles = row_tiles.default_row_tiles(num_rows, num_groups, width, projections, 2, GPU_DEVICES["h200"])
+        tiles = default_row_tiles(num_rows, num_groups, width, projections, 2, GPU_DEVICES["h200"])
         tiles = dataclasses.replace(tiles, panel=PANEL)
         assert ("rows", projections, tiles) in known
         assert projections == 2 or ("rows_gradient", 1, tiles) in known
