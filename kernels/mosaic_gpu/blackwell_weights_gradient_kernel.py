@@ -12,114 +12,102 @@ Both operands have the contracted dimension first, as tcgen05 takes 16-bit opera
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from ..device import GpuDevice
 from ..groups import Groups
+from .barriers import wait_for_last_uses
+from .blackwell_block import (
+    STORING,
+    accumulator_of,
+    accumulator_scratch,
+    run_in_two_warps,
+    run_in_warpgroup,
+    take_chunk,
+    wait_until_all_are_taken,
+)
 from .blackwell_memory import ACCUMULATORS, EPILOGUE_VALUES, RESULT_BUFFERS, SWIZZLE_BYTES
 from .blackwell_weights_gradient_tiles import DEPTH_MULTIPLE, check_blackwell_weights_gradient_tiles
+from .kernel_call import call_kernel
 from .padding import pad_to_multiples
 from .ref import Ref
 from .schedule import ROW_ALIGNMENT
 from .stores import swizzled
+from .tile_order import num_own, own_position, place_in_panels
 from .tiles import WeightsGradientTiles
 
-_STORING, _MULTIPLYING, _MASKING = 0, 1, 2  # warpgroups
-_COPY_WARP, _MULTIPLY_WARP = 0, 1  # warps of the multiplying warpgroup
+_MASKING = 2  # warpgroup
 
 
-def weights_gradient(
+def call(
     cotangent: Float[Array, "M N"],
     rows: Float[Array, "M D"],
     groups: Groups,
     *,
     tiles: WeightsGradientTiles,
-    output_dtype: DTypeLike,
+    output_dtype: jnp.dtype,
     device: GpuDevice,
 ) -> Float[Array, "G N D"]:
-    """`cotangent[r].T @ rows[r]` over the rows r of each group, accumulated in float32 and rounded once; zero for an empty group.
-
-    Rows outside the groups are never used, whatever they hold, NaN included.
-
-    Args:
-        cotangent: gradient with respect to the product, bfloat16 or float16, N a multiple of 8.
-        rows: the rows that were multiplied, of the same dtype, D a multiple of 8.
-        groups: where the groups lie; they may start at any row, and have any size.
-        tiles: tile sizes, legal by `check_blackwell_weights_gradient_tiles`.
-        output_dtype: bfloat16, float16 or float32.
-        device: what the kernel runs on.
-
-    Raises:
-        ValueError: tiles that don't fit.
-    """
+    """See `weights_gradient_product.weights_gradient`; there are rows and groups."""
     check_blackwell_weights_gradient_tiles(tiles, rows.dtype.itemsize, device)
-    dtype, output_dtype = rows.dtype, jnp.dtype(output_dtype)
     width_out, width_in = cotangent.shape[1], rows.shape[1]
-    num_groups = groups.sizes.shape[0]
-    if rows.shape[0] == 0 or num_groups == 0:
-        return jnp.zeros((num_groups, width_out, width_in), output_dtype)
     # Swizzled copies address whole rows of 128 bytes, 8 at a time. Nothing is padded at widths of models.
-    whole = SWIZZLE_BYTES // dtype.itemsize
+    whole = SWIZZLE_BYTES // rows.dtype.itemsize
     cotangent, rows = (pad_to_multiples(operand, ROW_ALIGNMENT, whole) for operand in (cotangent, rows))
-    padded_out, padded_in = cotangent.shape[1], rows.shape[1]
+    shape = groups.sizes.shape[0], cotangent.shape[1], rows.shape[1]
     problem = _Problem(
         tiles=tiles,
-        num_groups=num_groups,
-        num_out=pl.cdiv(padded_out, tiles.out_columns),
-        num_in=pl.cdiv(padded_in, tiles.in_columns),
-        multiprocessors=device.multiprocessors,
+        num_groups=shape[0],
+        num_out=pl.cdiv(shape[1], tiles.out_columns),
+        num_in=pl.cdiv(shape[2], tiles.in_columns),
+        num_blocks=device.multiprocessors,
     )
-    chunk = min(EPILOGUE_VALUES, SWIZZLE_BYTES // output_dtype.itemsize)
-    names = ("starts", "sizes", "cotangent", "rows", "gradient")
 
-    def grouped_gradient(*refs: Ref, **scratch: Ref) -> None:
-        named = dict(zip(names, refs, strict=True)) | scratch
+    def grouped_gradient(named: dict[str, Ref]) -> None:
+        run_in_two_warps(lambda: _copy(problem, named), lambda: _multiply(problem, named))
+        run_in_warpgroup(_MASKING, lambda: _mask(problem, named))
+        run_in_warpgroup(STORING, lambda: _store(problem, named))
 
-        @pl.when(lax.axis_index("warpgroup") == _MULTIPLYING)
-        def _():
-            @plgpu.warp_map
-            def _(warp):
-                pl.when(warp == _COPY_WARP)(lambda: _copy(problem, named))
-                pl.when(warp == _MULTIPLY_WARP)(lambda: _multiply(problem, named))
-
-        pl.when(lax.axis_index("warpgroup") == _MASKING)(lambda: _mask(problem, named))
-        pl.when(lax.axis_index("warpgroup") == _STORING)(lambda: _store(problem, named))
-
-    gradient = plgpu.kernel(
+    gradient = call_kernel(
         grouped_gradient,
-        out_type=jax.ShapeDtypeStruct((num_groups, padded_out, padded_in), output_dtype),
-        grid=(device.multiprocessors,),
-        grid_names=("multiprocessor",),
-        num_threads=3,
-        thread_name="warpgroup",
-        scratch_types=dict(
-            cotangent_smem=plgpu.SMEM(
-                (tiles.stages, tiles.depth, tiles.out_columns), dtype, transforms=swizzled(dtype)
-            ),
-            rows_smem=plgpu.SMEM((tiles.stages, tiles.depth, tiles.in_columns), dtype, transforms=swizzled(dtype)),
-            result_smem=plgpu.SMEM(
-                (RESULT_BUFFERS, tiles.out_columns, chunk),
-                output_dtype,
-                transforms=swizzled(output_dtype, swizzle_bytes=chunk * output_dtype.itemsize),
-            ),
-            accumulators=plgpu.TMEM((tiles.out_columns, ACCUMULATORS * tiles.in_columns), jnp.float32),
-            copied=plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
-            masked=plgpu.Barrier(num_arrivals=1, num_barriers=tiles.stages),
-            consumed=plgpu.Barrier(num_arrivals=1, num_barriers=tiles.stages, orders_tensor_core=True),
-            multiplied=plgpu.Barrier(num_arrivals=1, num_barriers=ACCUMULATORS, orders_tensor_core=True),
-            taken=plgpu.Barrier(num_arrivals=1, num_barriers=ACCUMULATORS, orders_tensor_core=True),
+        operands=dict(
+            starts=groups.starts.astype(jnp.int32),
+            sizes=groups.sizes.astype(jnp.int32),
+            cotangent=cotangent,
+            rows=rows,
         ),
+        outputs=dict(gradient=jax.ShapeDtypeStruct(shape, output_dtype)),
+        scratch=_scratch(tiles, rows.dtype, output_dtype),
+        num_blocks=problem.num_blocks,
+        num_warpgroups=3,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )(groups.starts.astype(jnp.int32), groups.sizes.astype(jnp.int32), cotangent, rows)
+    )["gradient"]
     return gradient[:, :width_out, :width_in]
+
+
+def _scratch(tiles: WeightsGradientTiles, dtype: jnp.dtype, output_dtype: jnp.dtype) -> dict[str, Any]:
+    """Types of a block's own memory and barriers, by name, for operands and a result of these dtypes."""
+    chunk = min(EPILOGUE_VALUES, SWIZZLE_BYTES // output_dtype.itemsize)
+    return dict(
+        cotangent_smem=plgpu.SMEM((tiles.stages, tiles.depth, tiles.out_columns), dtype, transforms=swizzled(dtype)),
+        rows_smem=plgpu.SMEM((tiles.stages, tiles.depth, tiles.in_columns), dtype, transforms=swizzled(dtype)),
+        result_smem=plgpu.SMEM(
+            (RESULT_BUFFERS, tiles.out_columns, chunk),
+            output_dtype,
+            transforms=swizzled(output_dtype, swizzle_bytes=chunk * output_dtype.itemsize),
+        ),
+        copied=plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
+        masked=plgpu.Barrier(num_arrivals=1, num_barriers=tiles.stages),
+        consumed=plgpu.Barrier(num_arrivals=1, num_barriers=tiles.stages, orders_tensor_core=True),
+        **accumulator_scratch(tiles.out_columns, tiles.in_columns),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +120,7 @@ class _Problem:
     """Tiles along the columns of the cotangent."""
     num_in: int
     """Tiles along the columns of the rows."""
-    multiprocessors: int
+    num_blocks: int
 
 
 class _Tile(NamedTuple):
@@ -160,17 +148,16 @@ class _Done(NamedTuple):
 
 
 def _tile(problem: _Problem, turn: Array, named: dict[str, Ref]) -> _Tile:
-    """The block's tile in its turn: group by group, panels of its rows one after the other, column by column within a panel."""
-    tiles, num_out, num_in = problem.tiles, problem.num_out, problem.num_in
-    index = lax.axis_index("multiprocessor") + turn * problem.multiprocessors
-    group = lax.div(index, num_out * num_in)
-    index -= group * (num_out * num_in)
-    panel = lax.div(index, tiles.panel * num_in)
-    index -= panel * (tiles.panel * num_in)
-    height = jnp.minimum(num_out - panel * tiles.panel, tiles.panel)
-    column = lax.div(index, height)
-    out = panel * tiles.panel + index - column * height
-
+    """The block's tile in its turn: group by group, each in panels of its gradient's rows."""
+    tiles, tiles_of_group = problem.tiles, problem.num_out * problem.num_in
+    position = own_position(turn, problem.num_blocks)
+    group = lax.div(position, tiles_of_group)
+    out, column = place_in_panels(
+        position - group * tiles_of_group,
+        tiles.panel,
+        problem.num_in,
+        lambda which: jnp.minimum(problem.num_out - which * tiles.panel, tiles.panel),
+    )
     start, size = named["starts"][group], named["sizes"][group]
     # A product, because code of a single warp cannot state what a number is a multiple of.
     row = lax.div(start, ROW_ALIGNMENT) * ROW_ALIGNMENT
@@ -181,16 +168,15 @@ def _tile(problem: _Problem, turn: Array, named: dict[str, Ref]) -> _Tile:
 
 
 def _for_each_tile(problem: _Problem, named: dict[str, Ref], visit: Callable[[_Tile, _Done], None]) -> _Done:
-    """Call `visit` for the tiles of this block, in order: every `multiprocessors`-th of all."""
-    total = problem.num_groups * problem.num_out * problem.num_in
-    num_tiles = lax.div(total - lax.axis_index("multiprocessor") + problem.multiprocessors - 1, problem.multiprocessors)
+    """Call `visit` for the tiles of this block, in order."""
+    own = num_own(problem.num_groups * problem.num_out * problem.num_in, problem.num_blocks)
 
     def one_tile(turn: Array, done: _Done) -> _Done:
         tile = _tile(problem, turn, named)
         visit(tile, done)
         return _Done(done.steps + tile.steps, done.multiplied + jnp.where(tile.steps > 0, 1, 0))
 
-    return lax.fori_loop(0, num_tiles, one_tile, _Done(jnp.int32(0), jnp.int32(0)))
+    return lax.fori_loop(0, own, one_tile, _Done(jnp.int32(0), jnp.int32(0)))
 
 
 def _copy(problem: _Problem, named: dict[str, Ref]) -> None:
@@ -215,12 +201,7 @@ def _copy(problem: _Problem, named: dict[str, Ref]) -> None:
                 source = named[name].at[here, pl.ds(column, width)]
                 plgpu.copy_gmem_to_smem(source, named[f"{name}_smem"].at[slot], named["copied"].at[slot])
 
-    total = _for_each_tile(problem, named, copy_tile).steps
-
-    # The tensor core reports to these barriers on its own, so they must outlive its last report.
-    @pl.loop(jnp.maximum(total - tiles.stages, 0), total)
-    def _(step):
-        plgpu.barrier_wait(named["consumed"].at[lax.rem(step, tiles.stages)])
+    wait_for_last_uses(named["consumed"], _for_each_tile(problem, named, copy_tile).steps, tiles.stages)
 
 
 def _mask(problem: _Problem, named: dict[str, Ref]) -> None:
@@ -265,7 +246,7 @@ def _multiply(problem: _Problem, named: dict[str, Ref]) -> None:
     tiles = problem.tiles
 
     def multiply_tile(tile: _Tile, done: _Done) -> None:
-        accumulator, which = _accumulator(problem, named, done)
+        accumulator, which = accumulator_of(done.multiplied, tiles.in_columns, named)
 
         @pl.when((tile.steps > 0) & (done.multiplied >= ACCUMULATORS))
         def _():
@@ -283,62 +264,47 @@ def _multiply(problem: _Problem, named: dict[str, Ref]) -> None:
         def _():
             plgpu.tcgen05_commit_arrive(named["multiplied"].at[which])
 
-    total = _for_each_tile(problem, named, multiply_tile).multiplied
-
-    @pl.loop(jnp.maximum(total - ACCUMULATORS, 0), total)
-    def _(multiplied):
-        plgpu.barrier_wait(named["taken"].at[lax.rem(multiplied, ACCUMULATORS)])
-
-
-def _accumulator(problem: _Problem, named: dict[str, Ref], done: _Done) -> tuple[Ref, Array]:
-    """The accumulator of a tile, and its index: they take turns."""
-    which = lax.rem(done.multiplied, ACCUMULATORS)
-    columns = problem.tiles.in_columns
-    return named["accumulators"].at[:, pl.ds(which * columns, columns)], which
+    wait_until_all_are_taken(_for_each_tile(problem, named, multiply_tile).multiplied, named)
 
 
 def _store(problem: _Problem, named: dict[str, Ref]) -> None:
-    """Store each complete accumulator, one chunk of columns after the other; zeros for empty groups."""
+    """Store each complete accumulator; zeros for empty groups."""
     tiles = problem.tiles
-    num_buffers, _, chunk = named["result_smem"].shape
-    num_chunks = tiles.in_columns // chunk
-
-    def store_chunks(tile: _Tile, compute: Callable[[Array], Array]) -> None:
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before may have left through any buffer last
-
-        @pl.loop(0, num_chunks)
-        def _(index):
-            values = compute(index)
-            buffer = named["result_smem"].at[lax.rem(index, num_buffers)]
-            plgpu.wait_smem_to_gmem(num_buffers - 1, wait_read_only=True)
-            buffer[...] = values.astype(buffer.dtype)
-            plgpu.commit_smem()
-            part = pl.ds(tile.out_column, tiles.out_columns), pl.ds(tile.in_column + index * chunk, chunk)
-            plgpu.copy_smem_to_gmem(buffer, named["gradient"].at[tile.group, *part])
+    chunk = named["result_smem"].shape[-1]
 
     def store_tile(tile: _Tile, done: _Done) -> None:
-        accumulator, which = _accumulator(problem, named, done)
+        accumulator, which = accumulator_of(done.multiplied, tiles.in_columns, named)
 
         def product(index: Array) -> Array:
-            source = accumulator.at[:, pl.ds(index * chunk, chunk)]
-            values = plgpu.async_load_tmem(source, layout=plgpu.Layout.TCGEN05)
-
-            @pl.when(index == num_chunks - 1)
-            def _():
-                plgpu.wait_load_tmem()
-                plgpu.barrier_arrive(named["taken"].at[which])
-
-            return values
+            return take_chunk(accumulator, 1, index, chunk, named["taken"].at[which])[0]
 
         @pl.when(tile.steps > 0)
         def _():
             plgpu.barrier_wait(named["multiplied"].at[which])
-            store_chunks(tile, product)
+            _store_chunks(tiles, tile, product, named)
 
         @pl.when(tile.steps == 0)
         def _():
             zeros = plgpu.layout_cast(jnp.zeros((tiles.out_columns, chunk), jnp.float32), plgpu.Layout.TCGEN05)
-            store_chunks(tile, lambda _: zeros)
+            _store_chunks(tiles, tile, lambda _: zeros, named)
 
     _for_each_tile(problem, named, store_tile)
     plgpu.wait_smem_to_gmem(0)
+
+
+def _store_chunks(
+    tiles: WeightsGradientTiles, tile: _Tile, compute: Callable[[Array], Array], named: dict[str, Ref]
+) -> None:
+    """Store a tile, one chunk of columns after the other, which `compute` returns for its index."""
+    num_buffers, _, chunk = named["result_smem"].shape
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before may have left through any buffer last
+
+    @pl.loop(0, tiles.in_columns // chunk)
+    def _(index):
+        values = compute(index)
+        buffer = named["result_smem"].at[lax.rem(index, num_buffers)]
+        plgpu.wait_smem_to_gmem(num_buffers - 1, wait_read_only=True)
+        buffer[...] = values.astype(buffer.dtype)
+        plgpu.commit_smem()
+        part = pl.ds(tile.out_column, tiles.out_columns), pl.ds(tile.in_column + index * chunk, chunk)
+        plgpu.copy_smem_to_gmem(buffer, named["gradient"].at[tile.group, *part])

@@ -17,8 +17,8 @@ from ..groups import Groups
 from ..groups import sum_groups as bias_gradient
 from ..integers import in_32_bits
 from ..varying import varying_like
-from . import blackwell_weights_gradient_kernel, schedule, weights_gradient_kernel
-from .choice import ChosenTiles, choose_tiles, is_blackwell, streams_weights
+from . import schedule, weights_gradient_product
+from .choice import ChosenTiles, choose_tiles, streams_weights
 from .limits import SWIZZLES
 from .rows_product import multiply_rows
 from .schedule import Alignment, TileTable
@@ -268,8 +268,7 @@ def weights_gradient(
         output_dtype=output_dtype,
         device=device,
     )
-    kernel = blackwell_weights_gradient_kernel if is_blackwell(device) else weights_gradient_kernel
-    result = kernel.weights_gradient(
+    result = weights_gradient_product.weights_gradient(
         cotangent, rows, groups, tiles=chosen.tiles, output_dtype=output_dtype, device=device
     )
     return varying_like(result, rows)

@@ -41,7 +41,7 @@ class StreamTiles:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightsGradientTiles:
-    """Tile sizes of the kernels that multiply transposed rows with rows, group by group (`weights_gradient_kernel.py`)."""
+    """Tile sizes of the kernels that multiply transposed rows with rows, group by group (`weights_gradient_product.py`)."""
 
     out_columns: int
     """Columns of the cotangent, rows of the gradient."""

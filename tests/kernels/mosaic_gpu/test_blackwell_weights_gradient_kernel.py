@@ -10,13 +10,13 @@ from support.rounding import ROUNDED_ONCE
 
 from moe_jax.kernels.device import GPU_DEVICES
 from moe_jax.kernels.groups import Groups
-from moe_jax.kernels.mosaic_gpu.blackwell_weights_gradient_kernel import weights_gradient
 from moe_jax.kernels.mosaic_gpu.blackwell_weights_gradient_tiles import (
     check_blackwell_weights_gradient_tiles,
     default_blackwell_weights_gradient_tiles,
     shared_memory_bytes,
 )
 from moe_jax.kernels.mosaic_gpu.tiles import WeightsGradientTiles
+from moe_jax.kernels.mosaic_gpu.weights_gradient_product import weights_gradient
 
 B200 = GPU_DEVICES["b200"]
 TILES = WeightsGradientTiles(out_columns=128, in_columns=64, depth=64, stages=3, panel=1)

@@ -20,11 +20,12 @@ from moe_jax.benchmarking.expert_shapes import EXPERT_SHAPES
 from moe_jax.kernels import fused_moe, grouped_matmul
 from moe_jax.kernels.device import GPU_DEVICES, targeting
 from moe_jax.kernels.groups import Groups
-from moe_jax.kernels.mosaic_gpu import blackwell_weights_gradient_kernel, matmuls, weights_gradient_kernel
+from moe_jax.kernels.mosaic_gpu import matmuls
 from moe_jax.kernels.mosaic_gpu.row_tiles import default_row_tiles
 from moe_jax.kernels.mosaic_gpu.rows_product import multiply_rows
 from moe_jax.kernels.mosaic_gpu.stream_kernel import stream_weights
 from moe_jax.kernels.mosaic_gpu.tiles import StreamTiles
+from moe_jax.kernels.mosaic_gpu.weights_gradient_product import weights_gradient
 
 BLOCKS = 2
 DEVICES = ("h200", "b200")
@@ -133,8 +134,7 @@ def check_weights_gradient(rng, configuration, device):
         return jnp.array(np.where(member[:, None], rng.normal(size=(num_rows, width)), np.nan), jnp.bfloat16)
 
     cotangent, rows = draw(tiles.out_columns + 48), draw(tiles.in_columns - 48)
-    kernel = blackwell_weights_gradient_kernel if configuration.device == "b200" else weights_gradient_kernel
-    result = kernel.weights_gradient(
+    result = weights_gradient(
         cotangent,
         rows,
         Groups(jnp.array(starts), jnp.array(sizes)),
