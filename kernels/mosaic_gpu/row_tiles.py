@@ -43,13 +43,13 @@ def check_row_tiles(tiles: RowTiles, projections: int, itemsize: int, device: Gp
     """
     if tiles.rows not in (64, 128):
         raise ValueError(f"rows of a tile must be 64 or 128, got {tiles.rows}")
-    part = part_columns_of(tiles)
-    if part % 64 or projections * part > 256:
+    part = tiles.columns / column_parts_of(tiles)
+    if part < 64 or part % 64 or projections * part > 256:
         raise ValueError(
             f"columns per warpgroup must be a multiple of 64 with at most {256 // projections} for {projections}"
-            f" projections, got {part} of {tiles}"
+            f" projections, got {part:g} of {tiles}"
         )
-    if tiles.depth * itemsize % SWIZZLES[0]:
+    if tiles.depth < 1 or tiles.depth * itemsize % SWIZZLES[0]:
         raise ValueError(f"depth must be a multiple of {SWIZZLES[0] // itemsize}, got {tiles.depth}")
     if tiles.stages < 2 or tiles.panel < 1:
         raise ValueError(f"at least 2 stages and 1 tile per panel are needed, got {tiles}")

@@ -146,6 +146,9 @@ def test_no_rows_in_any_group_write_nothing(rng):
     [
         (dict(rows=32), 1, "rows of a tile must be 64 or 128, got 32"),
         (dict(columns=64), 1, "columns per warpgroup must be a multiple of 64.*got 32"),
+        (dict(columns=129), 1, "columns per warpgroup must be a multiple of 64.*got 64.5"),
+        (dict(columns=0), 1, "columns per warpgroup must be a multiple of 64.*got 0"),
+        (dict(depth=0), 1, "depth must be a multiple of 64, got 0"),
         (dict(rows=128, columns=256), 2, "at most 128 for 2 projections, got 256"),
         (dict(rows=128, columns=512), 1, "at most 256 for 1 projections, got 512"),
         (dict(depth=32), 1, "depth must be a multiple of 64, got 32"),
