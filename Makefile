@@ -68,7 +68,7 @@ check-transformers: $(VENV)/.installed-test $(GOLDEN_VENV)/.installed  ## Run th
 
 aot: aot-gpu aot-tpu aot-parallel aot-models  ## Compile kernels, layers and models for GPUs and TPUs you don't have, and check the code
 
-aot-gpu: $(AOT_VENV)/.installed  ## Of these, every kernel for GPUs (AOT_ARGS=... for options), and how many a call launches
+aot-gpu: $(AOT_VENV)/.installed  ## Of these, every kernel for GPUs (AOT_ARGS=... for options), and what a call launches and waits for
 	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/gpu_kernels.py --output build/aot $(AOT_ARGS)
 	$(AOT_ENVIRONMENT) $(AOT_VENV)/bin/python tests/aot/gpu_launches.py
 
