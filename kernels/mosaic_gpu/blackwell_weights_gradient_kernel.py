@@ -58,6 +58,8 @@ def call(
     """See `weights_gradient_product.weights_gradient`; there are rows and groups."""
     check_blackwell_weights_gradient_tiles(tiles, rows.dtype.itemsize, device)
     width_out, width_in = cotangent.shape[1], rows.shape[1]
+    if tiles.in_columns >= width_in + 64:  # what is beyond a narrow gradient would be stored in it: see `store_rows`
+        raise ValueError(f"in_columns must be less than 64 wider than the rows, got {tiles} for {width_in} columns")
     # Swizzled copies address whole rows of 128 bytes, 8 at a time. Nothing is padded at widths of models.
     whole = SWIZZLE_BYTES // rows.dtype.itemsize
     cotangent, rows = (pad_to_multiples(operand, ROW_ALIGNMENT, whole) for operand in (cotangent, rows))

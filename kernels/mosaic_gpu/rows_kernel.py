@@ -338,7 +338,7 @@ def _finish(
         )
         plgpu.commit_smem_to_gmem_group()
 
-    for start in range(0, part_columns, chunk):
+    for start in range(0, min(part_columns, problem.width_out), chunk):
         projected = []
         for projection in range(projections):
             begin = projection * part_columns + start
@@ -348,7 +348,7 @@ def _finish(
                     jnp.float32
                 )
                 if problem.zero_groups:
-                    bias = bias * (tile.group >= 0).astype(jnp.float32)
+                    bias = jnp.where(tile.group >= 0, bias, 0.0)  # that of another group may be infinite
                 values = values + bias[None, :]
             projected.append(values)
             if "projected" in named:

@@ -49,6 +49,9 @@ def store_rows(
         last = (last + ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT
     count = jnp.clip(last, 0, size) - jnp.clip(first, 0, size)
     start = jnp.clip(first, 0, size)
+    if columns == destination.shape[-1]:
+        # The index of an axis that is one copy wide is left out: what is beyond it would be stored at its beginning.
+        count = jnp.where(column == 0, count, 0)
 
     while size >= step:
         taken = jnp.bitwise_and(count, size)

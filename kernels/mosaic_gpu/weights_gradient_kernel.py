@@ -12,6 +12,7 @@ is still being multiplied.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
@@ -352,9 +353,10 @@ def _store(
     _, staged, _, chunk_columns = named["staged_smem"].shape
     matrix = named["gradient"].at[tile.group]
     first_row = tile.out_column + warpgroup * problem.consumer_rows
-    chunks = itertools.product(
-        range(0, problem.consumer_rows, CHUNK_ROWS), range(0, problem.tiles.in_columns, chunk_columns)
-    )
+    # Without those beyond a narrow gradient: see `store_rows`.
+    columns = range(0, min(problem.tiles.in_columns, matrix.shape[-1]), chunk_columns)
+    chunks = list(itertools.product(range(0, problem.consumer_rows, CHUNK_ROWS), columns))
+    staged = math.gcd(staged, len(chunks))  # as in `staged_chunks`, so that chunk c of every tile has the same place
     for chunk, (chunk_row, column) in enumerate(chunks):
         stage = named["staged_smem"].at[warpgroup, chunk % staged]
         plgpu.wait_smem_to_gmem(staged - 1, wait_read_only=True)

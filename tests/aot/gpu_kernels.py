@@ -5,8 +5,8 @@
 
 For each GPU, model and number of tokens, the expert computation is traced forward and backward, without compiling it; the
 kernels found in it are those that a user's program would call, with the tiles that were chosen for them. Each distinct one is
-compiled alone. Calls that differ in nothing but their numbers of rows share one compilation, that of most rows. Two shapes
-are of no model: one is less regular than any, one smaller.
+compiled alone. Calls that differ in nothing but their numbers of rows share one compilation, that of most rows. Three shapes
+are of no model: one is less regular than any, one smaller, and one narrower than a tile.
 
 A kernel fails if it spills, if ptxas says that it runs its wgmma one by one or ignores how registers are shared out, if a loop
 starts a tensor-core instruction without waiting for the one before, if a fence, a barrier or a wait is missing between its own
@@ -46,8 +46,11 @@ IRREGULAR_TOKENS = (5, 251)
 FEW_TILES = ExpertShape(name="few-tiles", hidden_size=512, intermediate_size=192, num_experts=4, top_k=2)
 """Of no model either: so small that the smaller tiles, too, are chosen by default, of which published models need only some."""
 FEW_TILES_TOKENS = (64, 128, 1152)
-SHAPES = {**EXPERT_SHAPES, IRREGULAR.name: IRREGULAR, FEW_TILES.name: FEW_TILES}
-OWN_TOKENS = {IRREGULAR.name: IRREGULAR_TOKENS, FEW_TILES.name: FEW_TILES_TOKENS}
+NARROW = ExpertShape(name="narrow", hidden_size=64, intermediate_size=32, num_experts=8, top_k=2)
+"""The sizes of the README's layer: a tile reaches beyond every result."""
+NARROW_TOKENS = (8, 128, 1024)
+SHAPES = {**EXPERT_SHAPES, **{shape.name: shape for shape in (IRREGULAR, FEW_TILES, NARROW)}}
+OWN_TOKENS = {IRREGULAR.name: IRREGULAR_TOKENS, FEW_TILES.name: FEW_TILES_TOKENS, NARROW.name: NARROW_TOKENS}
 """Of the shapes that are not compiled for the numbers of tokens asked for."""
 IMPLEMENTATION = "pallas_gpu"
 Program = tuple[Callable[..., Any], tuple[Any, ...]]

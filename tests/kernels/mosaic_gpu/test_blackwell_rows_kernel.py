@@ -141,6 +141,13 @@ def test_fewer_rows_than_a_tile_and_widths_below_a_tile_are_multiplied(rng):
     assert_close(multiply(problem, blocks=1)[:7], problem.result[:7])
 
 
+def test_columns_beyond_a_result_that_is_one_copy_wide_are_not_stored(rng):
+    problem = draw(rng, compact((5, 0, 130)), num_rows=136, width_in=72, width_out=64)
+    tiles = dataclasses.replace(TILES, columns=128)
+    result = multiply(problem, tiles=tiles, output_dtype=jnp.bfloat16)
+    assert_close(result[:135], problem.result[:135], jnp.bfloat16)
+
+
 def test_several_projections_whose_outputs_are_contracted_are_refused(rng):
     problem = draw(rng, compact((5, 3)), num_rows=8, projections=2, activation=Activation("silu"))
     problem = dataclasses.replace(problem, operands=problem.operands | {"contract": "out"})

@@ -108,3 +108,11 @@ def test_default_tiles_fit_the_device(num_groups, width_out, width_in):
 def test_tiles_that_do_not_fit_are_refused_by_the_limit_they_hit(change, limit):
     with pytest.raises(ValueError, match=limit):
         check_blackwell_weights_gradient_tiles(dataclasses.replace(TILES, **change), 2, B200)
+
+
+def test_tiles_wider_than_a_narrow_gradient_are_refused():
+    rows = jnp.ones((8, 64), jnp.bfloat16)
+    groups = Groups(jnp.array([0]), jnp.array([8]))
+    tiles = dataclasses.replace(TILES, in_columns=128)
+    with pytest.raises(ValueError, match="less than 64 wider than the rows, got .*in_columns=128.* for 64 columns"):
+        weights_gradient(rows, rows, groups, tiles=tiles, output_dtype=jnp.bfloat16, device=B200)

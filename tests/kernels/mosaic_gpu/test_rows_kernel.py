@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.gpu_interpretation import interpreting
@@ -62,6 +63,12 @@ def test_rows_of_no_group_become_zero_unread_in_the_compact_layout(rng):
     check(rng, tiles_of(rows=128), dict(compact=True, bias=True, width_out=192))
 
 
+def test_rows_of_no_group_become_zero_though_a_bias_is_infinite(rng):
+    problem = RowsProblem.draw(rng, (0, 9, 70), compact=True, bias=True, width_out=192)
+    problem.operands["bias"] = problem.operands["bias"].at[0].set(jnp.inf)
+    problem.assert_right(multiply(problem, tiles_of(rows=128)))
+
+
 @pytest.mark.parametrize(
     "contract", ["in", pytest.param("out", marks=pytest.mark.slow)], ids=["by the last axis", "by the middle axis"]
 )
@@ -103,6 +110,21 @@ def test_float16_operands(output_dtype, rng):
 @pytest.mark.parametrize("tiles", [tiles_of(128, 128), tiles_of(128, 64), tiles_of(64, 128)], ids=str)
 def test_gate_and_up_meet_in_the_activation_and_are_kept_as_they_enter_it(tiles, rng):
     check(rng, tiles, dict(activation=SWIGLUOAI, bias=True, row_scale=True, width_out=272), keep_projected=True)
+
+
+@pytest.mark.parametrize(
+    ("rows", "width_out", "output_dtype"), [(64, 64, "bfloat16"), (128, 32, "bfloat16"), (64, 16, "float32")]
+)
+def test_columns_beyond_a_result_that_is_one_copy_wide_are_not_stored(rows, width_out, output_dtype, rng):
+    tiles = tiles_of(rows=rows)
+    check(
+        rng,
+        tiles,
+        EVERYTHING | dict(width_out=width_out),
+        sizes=(9, 0, 70),
+        keep_projected=True,
+        output_dtype=output_dtype,
+    )
 
 
 @pytest.mark.slow

@@ -181,6 +181,13 @@ def test_widths_that_allow_no_wide_swizzle_and_widths_below_a_step_are_contracte
     assert_rows_of_groups_are_right(problem, stream(problem, blocks=1))
 
 
+@pytest.mark.parametrize("splits", [1, 2])
+def test_columns_beyond_a_result_that_is_one_copy_wide_are_not_stored(splits, rng):
+    problem = draw(rng, (3, 0, 9), width_out=64, projections=1)
+    tiles = dataclasses.replace(SMALL, columns=128, splits=splits)
+    assert_rows_of_groups_are_right(problem, stream(problem, tiles, output_dtype="bfloat16"))
+
+
 def test_no_rows_in_any_group_write_nothing(rng):
     problem = draw(rng, (0, 0), num_rows=8, projections=1)
     assert np.isnan(stream(problem)).all()

@@ -137,6 +137,15 @@ def test_widths_of_different_swizzles_multiply_each_group_apart(width_out, width
     check_tiles(rng, SMALL_TILES, jnp.bfloat16, width_out, width_in)
 
 
+@pytest.mark.parametrize(
+    ("width_in", "out_columns", "output_dtype"),
+    [(64, 128, jnp.bfloat16), (32, 256, jnp.bfloat16), (16, 128, jnp.float32)],
+)
+def test_columns_beyond_a_gradient_that_is_one_copy_wide_are_not_stored(width_in, out_columns, output_dtype, rng):
+    tiles = dataclasses.replace(SMALL_TILES, out_columns=out_columns, in_columns=128)
+    check_tiles(rng, tiles, output_dtype, 272, width_in)
+
+
 def test_any_number_of_rows_and_the_last_of_them_in_a_group(rng):
     operands = draw(rng, (2, 72), (70, 3), 75, 80, 64)
     assert_rounded_once(interpret(*operands, SMALL_TILES, jnp.float32), expected_gradient(*operands), jnp.float32)
