@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from moe_jax.experts.replicas import ReplicaMap
@@ -61,7 +61,7 @@ class ExpertLoadBalancer:
     """
 
     def __init__(self, model: nnx.Module, config: EplbConfig | None = None):
-        """Find the layers of `model`: a `CausalLM`, a `MoERunner`, or any module that has some.
+        """Find the layers of `model`: a `CausalLM`, a `MoERunner`, or any module that has some, alone or stacked to be scanned.
 
         Layers without redundant experts get placement tables, so that their experts can change places, too.
 
@@ -91,7 +91,7 @@ class ExpertLoadBalancer:
         for layers in self.layers:
             layer = layers.module(model)
             if layer.replicas is None:
-                layer.replicas = _identity_placement(layers, self.num_experts)
+                layer.replicas = _identity_placement(layers, self.num_experts, self._mesh)
 
     def init(self) -> EplbState:
         """A state in which nothing is recorded, on every device of the layers' mesh."""
@@ -259,11 +259,10 @@ def _sizes(layer: Any) -> tuple[int, int, int, int]:
     )
 
 
-def _identity_placement(layers: BalancedLayers, num_experts: int) -> ReplicaMap:
-    """Every expert in its own slot, in every layer."""
-    replicas = ReplicaMap.initial(num_experts, 0)
-    if layers.is_stacked:
-        graph, state = nnx.split(replicas)
-        stacked = jax.tree.map(lambda table: jax.numpy.stack([table] * len(layers.rows)), state)
-        replicas = nnx.merge(graph, stacked)
+def _identity_placement(layers: BalancedLayers, num_experts: int, mesh: Mesh | None) -> ReplicaMap:
+    """Every expert in its own slot, in every layer; on all devices, as tables are that a layer has from the start."""
+    slots = np.arange(num_experts)
+    replicas = ReplicaMap(np.tile(slots, (len(layers.rows), 1)) if layers.is_stacked else slots, num_experts)
+    if mesh is not None:
+        nnx.update(replicas, jax.device_put(nnx.state(replicas), NamedSharding(mesh, PartitionSpec())))
     return replicas

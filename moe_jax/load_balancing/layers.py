@@ -40,10 +40,11 @@ def find_layers(model: nnx.Module) -> tuple[BalancedLayers, ...]:
     """Every `MoERunner` of a model.
 
     Rows are counted in the order of the layers in a `LayerStack`, stack after stack, as a `CausalLM` reports them, and
-    in the order of `nnx.iter_modules` in other models.
+    in the order of `nnx.iter_modules` in other models. A `MoERunner` whose arrays have one axis more, the first, is a stack of
+    layers, as `nnx.vmap` makes them: they are counted in their order in it.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or one has several axes of layers.
     """
     found: list[BalancedLayers] = []
     modules: list[tuple[Any, Any]] = list(nnx.iter_modules(model))
@@ -58,11 +59,23 @@ def find_layers(model: nnx.Module) -> tuple[BalancedLayers, ...]:
     known = {layers.path for layers in found}
     for path, module in modules:
         if isinstance(module, MoERunner) and path not in known:
-            found.append(BalancedLayers(path, (count,), is_stacked=False))
-            count += 1
+            num_layers, is_stacked = _stacked_layers(path, module)
+            found.append(BalancedLayers(path, tuple(range(count, count + num_layers)), is_stacked))
+            count += num_layers
     if not found:
         raise ValueError(f"the model must have a MoERunner, got {type(model).__name__} without any")
     return tuple(found)
+
+
+def _stacked_layers(path: Path, layer: MoERunner) -> tuple[int, bool]:
+    """How many layers a `MoERunner` is, and whether its arrays have an axis of them."""
+    *stacked, _, _, _ = layer.routed_experts.down_proj.shape
+    if len(stacked) > 1:
+        raise ValueError(
+            f"layers may be stacked along one axis, got {len(stacked)} axes of sizes {', '.join(map(str, stacked))} in "
+            f"{'.'.join(map(str, path)) or 'the model'}"
+        )
+    return (stacked[0], True) if stacked else (1, False)
 
 
 class ExpertArrays(NamedTuple):

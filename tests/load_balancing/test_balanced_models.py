@@ -1,4 +1,4 @@
-"""Balancing the scanned layers of a causal language model."""
+"""Balancing layers that are scanned: those of a causal language model, and those of a model of one's own."""
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 from oracles.layers_under_test import random_like
-from support.balanced_layers import make_mesh
+from support.balanced_layers import config, make_mesh
 from support.published_configs import CONFIGS
 
-from moe_jax import ParallelConfig
+from moe_jax import MoERunner, ParallelConfig
 from moe_jax.families import get_family
 from moe_jax.load_balancing import EplbConfig, ExpertLoadBalancer
 from moe_jax.models import CausalLM
@@ -94,3 +94,44 @@ def test_scanned_layers_are_rearranged_each_for_its_own_load(rng):
         # Every layer's slots hold what its own row of the placement says.
         counted = logical_load(np.asarray(moved.physical_load), placement, EXPERTS)
         np.testing.assert_array_equal(counted, aux.expert_load)
+
+
+@pytest.mark.parametrize("redundant", [0, 4])
+def test_layers_stacked_by_vmap_are_rearranged_each_for_its_own_load(redundant, rng):
+    """What a model of one's own scans: a `MoERunner` whose arrays have a leading axis of layers."""
+    mesh = make_mesh(4)
+    settings = config(num_redundant_experts=redundant, parallel=ParallelConfig(expert_axis="expert"))
+    layers = nnx.jit(nnx.vmap(lambda rngs: MoERunner(settings, rngs=rngs, mesh=mesh)))(nnx.Rngs(0).split(3))
+    balancer = ExpertLoadBalancer(layers, EplbConfig(window_size=2))
+    assert balancer.layers == (((), (0, 1, 2), True),)
+
+    @nnx.jit
+    def run(layers, x):
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
+        def through(x, layer):
+            y, aux = layer(x, with_aux=True)
+            return x + y, aux.physical_load
+
+        return through(x, layers)
+
+    x = jnp.asarray(rng.normal(size=(33, 6)), jnp.float32)
+    before, load = run(layers, x)
+    _, report = balancer.rearrange(layers, balancer.record(balancer.init(), load))
+    for placement in (report.new_physical_to_logical, rng.permuted(report.new_physical_to_logical, axis=1)):
+        balancer.place(layers, placement)
+        after, moved = run(layers, x)
+        np.testing.assert_allclose(after, before, rtol=0, atol=1e-5 * np.abs(before).max())
+        np.testing.assert_array_equal(logical_load(np.asarray(moved), placement, 8), report.logical_load)
+    gradients = nnx.grad(lambda layers: (run(layers, x)[0] ** 2).sum())(layers)
+    summed = balancer.sum_replica_gradients(layers, gradients).routed_experts.down_proj[...]
+    plain = np.asarray(gradients.routed_experts.down_proj[...])
+    same = placement[:, :, None] == placement[:, None, :]
+    np.testing.assert_allclose(
+        summed, np.einsum("lpq,lqij->lpij", same, plain), rtol=0, atol=1e-5 * np.abs(plain).max()
+    )
+
+
+def test_layers_stacked_along_two_axes_are_refused():
+    stack = nnx.vmap(nnx.vmap(lambda rngs: MoERunner(config(), rngs=rngs)))
+    with pytest.raises(ValueError, match="along one axis, got 2 axes of sizes 2, 3 in the model"):
+        ExpertLoadBalancer(nnx.eval_shape(lambda: stack(nnx.Rngs(0).split((2, 3)))))

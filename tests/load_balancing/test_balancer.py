@@ -209,6 +209,16 @@ def test_what_is_recorded_is_on_every_device_of_the_layer(rng):
         assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec()), leaf.ndim)
 
 
+@pytest.mark.parametrize("redundant", [0, 8])
+def test_placement_tables_are_on_every_device_of_the_layer(redundant, rng):
+    """So that a state with them can be stored, and put back into the layer."""
+    mesh = make_mesh(4)
+    _, layer = plain_and_balanced(rng, mesh, redundant=redundant)
+    ExpertLoadBalancer(layer)
+    for table in jax.tree.leaves(nnx.state(layer.replicas)):
+        assert table.sharding == NamedSharding(mesh, PartitionSpec())
+
+
 def test_experts_of_a_group_share_a_machine_and_those_that_stay_on_their_rank_keep_their_slot(rng):
     groups, machines, ranks = 4, 2, 4
     settings = config(
