@@ -74,10 +74,10 @@ class ConversionReport:
     """Form of the source."""
     quantization: str | None
     """Method by which the source was quantized, if it was; the output holds ordinary numbers."""
-    dtypes: Mapping[str, int]
+    dtype_bytes: Mapping[str, int]
     """Dtype -> bytes in the output."""
-    parameters: int
-    """Parameters (arrays) written."""
+    arrays: int
+    """Parameters written, each an array."""
     parts: int
     """Parts of the output."""
     parts_resumed: int
@@ -169,16 +169,16 @@ def write_converted(
         copy_side_files(reader, work, naming_dtype(reader.config, manifest.leaves[MAIN_PARAMETER].dtype))
         check_output(output, overwrite, reader.folder)  # again: what has come there meanwhile is somebody's
         _finish(work, output)
-    dtypes: dict[str, int] = {}
+    dtype_bytes: dict[str, int] = {}
     for leaf in manifest.leaves.values():
-        dtypes[leaf.dtype.name] = dtypes.get(leaf.dtype.name, 0) + leaf.nbytes
+        dtype_bytes[leaf.dtype.name] = dtype_bytes.get(leaf.dtype.name, 0) + leaf.nbytes
     return ConversionReport(
         output=output,
         family=manifest.family,
         form=manifest.form,
         quantization=manifest.quantization,
-        dtypes=dtypes,
-        parameters=len(manifest.leaves),
+        dtype_bytes=dtype_bytes,
+        arrays=len(manifest.leaves),
         parts=len(manifest.parts),
         parts_resumed=len(done),
         nbytes=manifest.nbytes,

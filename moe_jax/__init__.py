@@ -56,6 +56,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import the module that holds a public name, the first time it is asked for (PEP 562)."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("moe-jax")
     if name not in _HOME_OF_NAME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME_OF_NAME[name]), name)

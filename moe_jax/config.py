@@ -61,7 +61,10 @@ class GroupLimit:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """How hidden states become `(topk_weights [T, K], topk_ids [T, K])`; the defaults are vLLM's (spec section 2)."""
+    """How hidden states become `(topk_weights [T, K], topk_ids [T, K])`; the defaults are vLLM's (spec section 2).
+
+    docs/routers.md has a table of the fields, and worked numbers for every router.
+    """
 
     scoring: ScoringFunction = "softmax"
     """Turns logits into scores, in float32: softmax over all experts, sigmoid, or sqrt(softplus)."""
@@ -303,7 +306,10 @@ class ParallelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """A Mixture-of-Experts layer: sizes, activation, routing, shared experts, parallelism and number formats."""
+    """A Mixture-of-Experts layer: sizes, activation, routing, shared experts, parallelism and number formats.
+
+    docs/layer.md has a table of the fields.
+    """
 
     hidden_size: int
     """H: width of the tokens that the routed experts see (after `routed_input_transform`, if there is one)."""
@@ -355,9 +361,10 @@ class MoEConfig:
         if self.fuse_shared_experts:
             self._validate_fused_shared_experts()
         for name in ("dtype", "param_dtype"):
-            _check_floating(name, getattr(self, name))
-        if self.dtype is not None and jnp.finfo(self.dtype).bits < 16:
-            raise ValueError(f"dtype must have 16 bits or more to compute with, got {jnp.dtype(self.dtype)}")
+            dtype = getattr(self, name)
+            _check_floating(name, dtype)
+            if dtype is not None and jnp.finfo(dtype).bits < 16:
+                raise ValueError(f"{name} must have 16 bits or more to compute with, got {jnp.dtype(dtype)}")
         Activation.of(self.activation)
         if self.implementation not in (None, *IMPLEMENTATION_NAMES):
             legal = ", ".join(map(repr, IMPLEMENTATION_NAMES))

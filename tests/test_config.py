@@ -180,6 +180,11 @@ def test_any_router_may_be_simulated():
         ({}, {"dtype": jnp.float8_e4m3fn}, "dtype must have 16 bits or more to compute with, got float8_e4m3fn"),
         (
             {},
+            {"param_dtype": jnp.float8_e5m2},
+            "param_dtype must have 16 bits or more to compute with, got float8_e5m2",
+        ),
+        (
+            {},
             {"implementation": "palas_gpu"},
             "implementation must be one of 'pallas_gpu', .* or None; got 'palas_gpu'",
         ),

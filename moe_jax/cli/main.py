@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         command.add_arguments(subparser)
         subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        subparser.set_defaults(run=command.run)
+        subparser.set_defaults(run=command.run, parser=subparser)
     return parser
 
 
@@ -124,7 +124,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         with interrupts_not_lost():
-            status = run_command(build_parser().parse_args(argv))
+            arguments, unknown = build_parser().parse_known_args(argv)
+            if unknown:
+                arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+            status = run_command(arguments)
             sys.stdout.flush()
     except KeyboardInterrupt:  # while arguments are parsed
         return interrupted("moe-jax")

@@ -60,7 +60,8 @@ class Generation:
     finish_reasons: tuple[FinishReason, ...]
     """Why each row ended: an end-of-sequence token, or max_new_tokens."""
     expert_load: Int[np.ndarray, "L E"] | None
-    """How often each expert of each MoE layer was chosen, over prompts and new tokens; None unless asked for."""
+    """How often each expert of each MoE layer was chosen, over prompts and new tokens but each row's last, which never enters the
+    model; None unless asked for."""
     timing: Timing
 
     def row(self, index: int) -> list[int]:

@@ -122,7 +122,7 @@ class LayerAxes:
             raise ValueError(
                 f"the {experts} ranks of expert_axis={self.expert} must divide the physical experts "
                 f"(num_experts + num_redundant_experts), got {config.num_experts} + {config.num_redundant_experts}; "
-                f"num_redundant_experts={-config.num_experts % experts} would"
+                f"num_redundant_experts={-config.num_experts % experts} (of MoEConfig or from_pretrained) would"
             )
         if config.intermediate_size % tensor:
             raise ValueError(

@@ -106,7 +106,7 @@ def test_convert_reports_and_does_not_replace_without_being_told(tmp_path, capsy
     document = run_json(capsys, "convert", SOURCE, str(output), "--dtype", "bfloat16")
     assert document["output"] == str(output)
     assert document["parts_resumed"] == 0
-    assert document["dtypes"].keys() == {"bfloat16"}
+    assert document["dtype_bytes"].keys() == {"bfloat16"}
     run("convert", SOURCE, str(output), status=2)
     assert "--overwrite" in capsys.readouterr().err
     run("convert", SOURCE, str(output), "--overwrite")

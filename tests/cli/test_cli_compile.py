@@ -53,7 +53,7 @@ def test_without_the_compilers_the_extra_is_named(target, capsys, monkeypatch):
     assert main(["compile", str(DEMO), "--target", target]) == 2
     error = capsys.readouterr().err
     assert "must be installed" in error
-    assert "pip install '.[aot]'" in error
+    assert "pip install -e '.[aot]'" in error
 
 
 @pytest.mark.parametrize(

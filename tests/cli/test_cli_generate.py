@@ -443,6 +443,12 @@ def test_a_repetition_penalty_comes_from_the_checkpoint_or_the_command_line(chec
     assert json.loads(capsys.readouterr().out)["results"][0]["token_ids"] == checkpoint.tokens("ab")
 
 
+def test_a_file_in_place_of_a_checkpoint_is_refused(checkpoint, capsys):
+    file = checkpoint.folder / "config.json"
+    assert main(["generate", str(file), "--prompt", "x"]) == 2
+    assert f"{file}: is not a folder" in capsys.readouterr().err
+
+
 def test_a_checkpoint_without_tokenizer_json_says_so(checkpoint, capsys):
     (checkpoint.folder / "tokenizer.json").rename(checkpoint.folder / "tokenizer.model")
     run(checkpoint, "--prompt", "x", status=2)

@@ -15,6 +15,7 @@ import jax
 import pytest
 from support.golden_cases import golden_cases
 
+import moe_jax
 from moe_jax.cli import exit_codes, main
 from moe_jax.cli.main import COMMANDS
 
@@ -66,11 +67,19 @@ def test_wrong_usage_is_status_2(arguments, capsys):
     assert "usage: moe-jax" in capsys.readouterr().err
 
 
+def test_an_unknown_option_is_reported_with_the_usage_of_its_command(capsys):
+    assert run_usage("inspect", "m", "--unknown") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("usage: moe-jax inspect")
+    assert error.endswith("moe-jax inspect: error: unrecognized arguments: --unknown\n")
+
+
 def test_the_version_is_that_of_the_package(capsys):
     from importlib.metadata import version
 
     assert run_usage("--version") == 0
     assert capsys.readouterr().out == f"moe-jax {version('moe-jax')}\n"
+    assert moe_jax.__version__ == version("moe-jax")
 
 
 @pytest.mark.parametrize(

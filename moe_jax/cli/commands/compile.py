@@ -17,7 +17,7 @@ Compile prefill and decode of a model for TPUs or GPUs that you don't have, from
 allocated. Reports whether each program fits into a device's memory, which collectives it runs and how many bytes they move, and
 a lower bound on its time from the chip's published peaks. Nothing is measured.
 
-Needs the compilers of the targets: pip install '.[aot]' in a clone of the repository.
+Needs the compilers of the targets: pip install -e '.[aot]' in a clone of the repository.
 """
 EXAMPLES = """\
   moe-jax compile examples/demo_model --target v6e:2x2
@@ -141,7 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
         devices = len(target.topology().devices)
     except UnfitEnvironmentError as error:
         raise ValueError(
-            f"{error}; or everything it needs: pip install '.[aot]' in a clone of the repository"
+            f"{error}; or everything it needs: pip install -e '.[aot]' in a clone of the repository"
         ) from error
     if arguments.mesh:
         positions, reason = parse_mesh(arguments.mesh, devices), None
@@ -163,7 +163,7 @@ def run(arguments: argparse.Namespace) -> int:
             parallel=parallel_for(mesh, arguments.strategy),
             implementation=arguments.implementation,
         )
-    remark(f"{devices} devices of {target.name} as {written_axes(positions)}")
+    remark(f"{devices} device{'s' * (devices > 1)} of {target.name} as {written_axes(positions)}")
     try:
         programs = compile_generation(
             model, target, sizes, on_start=lambda name: remark(f"compiling {name}, which can take minutes")

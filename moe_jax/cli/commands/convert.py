@@ -71,9 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
     resumed = f" ({report.parts_resumed:,} from an interrupted run)" if report.parts_resumed else ""
     facts = [
         ("family", report.family),
-        ("parameters", report.parameters),
+        ("arrays", report.arrays),
         ("parts", f"{report.parts:,}{resumed}"),
-        ("size", f"{format_bytes(report.nbytes)} ({', '.join(report.dtypes)})"),
+        ("size", f"{format_bytes(report.nbytes)} ({', '.join(report.dtype_bytes)})"),
         ("time", format_seconds(report.seconds) + ("" if report.parts_resumed else f" ({rate}/s)")),
     ]
     if report.quantization:

@@ -132,6 +132,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     mesh = processes.join(arguments)
     folder = resolve_source(arguments.model, arguments.revision)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: is not a folder")
     settings = read_generation_settings(
         folder, ignore_generation_config=arguments.ignore_generation_config, **overrides
     )

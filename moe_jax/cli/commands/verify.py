@@ -68,7 +68,7 @@ def print_report(report: "VerificationReport") -> None:
         ("different", " and ".join(different) or "none: every value is the same"),
     ]
     facts += [
-        ("rounded", f"{count:,} parameters {change}") for change, count in Counter(report.converted.values()).items()
+        ("converted", f"{count:,} arrays {change}") for change, count in Counter(report.converted.values()).items()
     ]
     print_facts(f"{report.source} and {report.output}", facts)
     if report.settings:
