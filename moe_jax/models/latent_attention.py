@@ -27,7 +27,6 @@ class MultiHeadLatentAttention(nnx.Module):
     def __init__(self, description: LatentAttention, *, hidden_size: int, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         """Create the parameters in `param_dtype`; computation is in `dtype`."""
         self.description = description
-        self.dtype = dtype
         heads, rank, bias = description.num_heads, description.kv_lora_rank, description.bias
         queries = heads * (description.qk_nope_head_dim + description.qk_rope_head_dim)
         dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
