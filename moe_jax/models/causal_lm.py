@@ -294,7 +294,7 @@ class CausalLM(nnx.Module):
                 inputs,
                 None if segments is None else segments[index],
                 is_real=is_real,
-                forced_ids=forced_ids[first:last] if forced_ids is not None and last > first else None,
+                forced_ids=None if forced_ids is None else forced_ids[first:last],
                 with_aux=with_aux,
                 recompute=self.recompute_layers,
             )

@@ -1,7 +1,5 @@
 """`recompute_layers`: the same gradients from less memory."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 from flax import nnx
 from support import golden_cases
 from support.golden_models import QUICK_TO_COMPILE, TOLERANCE, relative_error
-from support.small_models import small_decoder
+from support.small_models import alternating_decoder, small_decoder
 
 from moe_jax import from_pretrained, save_pretrained
 from moe_jax.generation import GenerationSettings, generate
@@ -18,16 +16,6 @@ from moe_jax.parallel import create_mesh, parallel_of
 
 LATENT = golden_cases.golden_case("deepseek_v3", "negative_bias")  # latent attention, shared experts
 IDS = np.random.default_rng(0).integers(0, 16, size=(4, 6))
-
-
-def alternating(num_layers):
-    """Layers of two kinds that take turns."""
-    decoder = small_decoder(num_hidden_layers=num_layers)
-    layers = list(decoder.layers)
-    for index in range(1, num_layers, 2):
-        wider = dataclasses.replace(layers[index].feed_forward, intermediate_size=8)
-        layers[index] = dataclasses.replace(layers[index], feed_forward=wider)
-    return dataclasses.replace(decoder, layers=tuple(layers))
 
 
 def model_of(decoder, sizes=None, **options):
@@ -82,9 +70,9 @@ def assert_gradients_unchanged(model, ids):
     [
         (small_decoder(num_hidden_layers=1), None),
         (small_decoder(num_hidden_layers=3), None),
-        (alternating(4), None),
+        (alternating_decoder(4), None),
         (small_decoder(num_hidden_layers=3), {"expert": 4}),
-        pytest.param(alternating(4), {"data": 2, "expert": 2, "tensor": 2}, marks=pytest.mark.slow),
+        pytest.param(alternating_decoder(4), {"data": 2, "expert": 2, "tensor": 2}, marks=pytest.mark.slow),
     ],
     ids=["one layer", "equal layers", "two kinds", "expert parallel", "on three axes"],
 )
@@ -99,9 +87,9 @@ def test_gradients_of_latent_attention_and_shared_experts_are_unchanged():
     assert_gradients_unchanged(model, LATENT.expected().input_ids[:2, :8])
 
 
-def kept_beside_parameters(decoder, *, recompute):
+def kept_beside_parameters(decoder, **options):
     """Bytes of what the forward pass keeps for the gradient of the logits."""
-    model = nnx.eval_shape(lambda: model_of(decoder, recompute_layers=recompute))
+    model = nnx.eval_shape(lambda: model_of(decoder, **options))
     graph, state = nnx.split(model)
 
     def backward(state):
@@ -114,18 +102,15 @@ def kept_beside_parameters(decoder, *, recompute):
 
 
 @pytest.mark.parametrize(
-    "decoder", [lambda n: small_decoder(num_hidden_layers=n), alternating], ids=["one kind", "two"]
+    "decoder", [lambda n: small_decoder(num_hidden_layers=n), alternating_decoder], ids=["one kind", "two"]
 )
 def test_of_each_layer_only_its_input_is_kept(decoder):
-    def kept_by_a_layer(*, recompute):
-        return (
-            kept_beside_parameters(decoder(8), recompute=recompute)
-            - kept_beside_parameters(decoder(4), recompute=recompute)
-        ) / 4
+    def kept_by_a_layer(**options):
+        return (kept_beside_parameters(decoder(8), **options) - kept_beside_parameters(decoder(4), **options)) / 4
 
     input_bytes = IDS.size * 8 * 4  # hidden size, float32
-    assert input_bytes <= kept_by_a_layer(recompute=True) <= input_bytes + 4  # and the layer's number
-    assert kept_by_a_layer(recompute=False) > 10 * input_bytes
+    assert input_bytes <= kept_by_a_layer(recompute_layers=True) <= input_bytes + 4  # and the layer's number
+    assert kept_by_a_layer() > 10 * input_bytes
 
 
 def test_the_compiler_may_not_merge_both_computations_of_a_layer_that_is_in_no_loop():

@@ -1,5 +1,6 @@
 """Descriptions of models so small that creating and compiling them is what takes time."""
 
+import dataclasses
 from typing import Any
 
 from support.published_configs import CONFIGS
@@ -24,3 +25,13 @@ def small_decoder(**changes: Any) -> Decoder:
     """A Qwen3-MoE with four experts in each layer."""
     config = {**CONFIGS["qwen3_moe"], **SMALL, **changes}
     return get_family(config).build_decoder(config)
+
+
+def alternating_decoder(num_layers: int) -> Decoder:
+    """The same with experts of two widths, which take turns: one compiled group of two layers."""
+    decoder = small_decoder(num_hidden_layers=num_layers)
+    layers = list(decoder.layers)
+    for index in range(1, num_layers, 2):
+        wider = dataclasses.replace(layers[index].feed_forward, intermediate_size=8)
+        layers[index] = dataclasses.replace(layers[index], feed_forward=wider)
+    return dataclasses.replace(decoder, layers=tuple(layers))
