@@ -134,6 +134,7 @@ def test_a_cache_that_cannot_hold_the_tokens_of_a_call_is_refused():
     with pytest.raises(ValueError, match="a slot for each of the 5 tokens of a row, got max_length=4"):
         nnx.eval_shape(lambda model, cache: model(ids, cache=cache), model, cache)
     nnx.eval_shape(lambda model, cache: model(ids, attention_mask=ids, cache=cache), model, cache)  # one may be padding
+    nnx.eval_shape(lambda model, cache: model(ids[:, :4], cache=cache), model, cache)
     with pytest.raises(ValueError, match="max_length must be positive, got 0"):
         model.init_cache(1, 0)
 

@@ -1,10 +1,13 @@
 """What a model is made of: its parameters, and how little of it is compiled whatever its depth."""
 
 import dataclasses
+import pathlib
 import re
+import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from support.golden_models import QUICK_TO_COMPILE
@@ -84,17 +87,39 @@ def test_a_decoding_step_updates_the_cache_in_place():
     assert memory.temp_size_in_bytes < nbytes
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_model_computes_in_its_dtype_and_gives_float32_logits(tied):
-    config = {**qwen3(2), "tie_word_embeddings": tied}
-    model = abstract_model(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    assert (model.lm_head is None) == tied
+@pytest.mark.parametrize("param_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_a_model_computes_in_its_dtype_whatever_that_of_its_parameters(model_type, param_dtype):
+    """Layers add to what they are given, so that a part of one in a wider dtype would make everything that wide."""
+    config = {**CONFIGS[model_type], "num_hidden_layers": 2, "layer_types": None}
+    model = abstract_model(config, dtype=jnp.bfloat16, param_dtype=param_dtype)
     ids = jax.ShapeDtypeStruct((2, 3), jnp.int32)
-    hidden, _, _ = nnx.eval_shape(lambda model, ids: model.hidden_states(ids), model, ids)
-    assert hidden.dtype == jnp.bfloat16
-    assert nnx.eval_shape(lambda model, ids: model(ids), model, ids).dtype == jnp.float32
-    cache = jax.eval_shape(lambda: model.init_cache(2, 8))
-    assert {leaf.dtype for leaf in jax.tree.leaves(cache.segments)} == {jnp.dtype(jnp.bfloat16)}
+
+    def run(model, ids):
+        embedded = model.embedder(ids)
+        return embedded, *model.hidden_states(ids, cache=model.init_cache(2, 8))[:2]
+
+    embedded, hidden, cache = nnx.eval_shape(run, model, ids)
+    assert {x.dtype for x in (embedded, hidden, *jax.tree.leaves(cache.segments))} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_programs_of_a_model_do_not_depend_on_how_its_dtype_was_spelled():
+    spellings = ("bfloat16", jnp.bfloat16, jnp.dtype(jnp.bfloat16))
+    assert len({nnx.graphdef(abstract_model(qwen3(2), dtype=spelling)) for spelling in spellings}) == 1
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_are_float32_sums_of_products_in_the_dtype_of_the_computation(tied, rng):
+    decoder = small_decoder(num_hidden_layers=1, tie_word_embeddings=tied)
+    model = CausalLM(decoder, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    assert (model.lm_head is None) == tied
+    hidden = jnp.asarray(rng.normal(size=(2, 3, 8)), jnp.bfloat16)
+    table = model.embedder.embedding[...].T if tied else model.lm_head.kernel[...]
+    assert table.dtype == jnp.float32
+    exact = np.asarray(hidden, np.float64) @ np.asarray(table.astype(jnp.bfloat16), np.float64)
+    logits = model.logits(hidden)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "deepseek_v2"])
@@ -148,10 +173,12 @@ def test_results_come_as_logits_then_cache_then_aux():
     assert (logits.shape, aux.expert_load.shape) == ((2, 3, 64), (2, 4))
     logits, cache, aux = shapes(True, True)
     assert (cache.max_length, aux.topk_ids.shape) == (8, (2, 2, 3, 2))
+    assert nnx.eval_shape(lambda model, ids: model.hidden_states(ids), model, ids)[1:] == (None, None)
 
 
-def test_a_model_remembers_its_config_json():
-    model = abstract_model(qwen3(2), hf_config=qwen3(2), source_folder="somewhere")
+def test_a_model_remembers_its_config_json_and_its_folder():
+    config = types.MappingProxyType(qwen3(2))
+    model = abstract_model(qwen3(2), hf_config=config, source_folder=pathlib.Path("somewhere"))
     assert (model.hf_config, model.source_folder) == (qwen3(2), "somewhere")
     assert abstract_model(qwen3(2)).hf_config is None
 
@@ -161,11 +188,11 @@ def test_parallel_axes_need_a_mesh():
         abstract_model(qwen3(2), parallel=ParallelConfig(expert_axis="expert"))
 
 
-def test_forced_experts_must_be_given_for_every_moe_layer():
+@pytest.mark.parametrize("shape", [(3, 2, 3, 2), (2, 3, 2, 2), (2, 2, 4, 2)])
+def test_forced_experts_must_be_given_for_every_moe_layer_and_token(shape):
     model = abstract_model(qwen3(2))
-    ids = jax.ShapeDtypeStruct((2, 3), jnp.int32)
-    forced = jax.ShapeDtypeStruct((3, 2, 3, 2), jnp.int32)
-    with pytest.raises(ValueError, match=r"2 MoE layers.*got \(3, 2, 3, 2\)"):
+    ids, forced = jax.ShapeDtypeStruct((2, 3), jnp.int32), jax.ShapeDtypeStruct(shape, jnp.int32)
+    with pytest.raises(ValueError, match=r"\(2 MoE layers, \*\(2, 3\) of input_ids.*got " + re.escape(str(shape))):
         nnx.eval_shape(lambda model, ids, forced: model(ids, forced_ids=forced), model, ids, forced)
 
 
