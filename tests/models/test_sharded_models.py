@@ -19,7 +19,7 @@ from moe_jax import ParallelConfig, from_pretrained, save_pretrained
 from moe_jax.checkpoints import open_checkpoint
 from moe_jax.generation import GenerationSettings, generate
 from moe_jax.generation.programs import bucket, compile_programs, signature_of
-from moe_jax.models import CausalLM, softmax_attention
+from moe_jax.models import CausalLM, causal_lm, softmax_attention
 from moe_jax.models.parameter_sources import parameter_shardings, parameter_sources
 from moe_jax.models.partitioning import Partitioning
 from moe_jax.parallel import create_mesh, parallel_of
@@ -144,6 +144,13 @@ def test_what_does_not_divide_stays_whole_and_is_said(model):
     )
 
 
+def test_what_stays_whole_in_any_layer_is_said_once():
+    partitioning = Partitioning.of(ParallelConfig(tensor_axis="tensor"), create_mesh({"tensor": 3}))
+    remarks = partitioning.remarks(small_decoder(num_hidden_layers=3, mlp_only_layers=[1, 2]))
+    whole = ["4 intermediate features", "2 key/value heads", "2 query heads", "16 vocabulary entries"]
+    assert [remark.split(" cannot be split")[0] for remark in remarks] == whole
+
+
 def test_axes_that_split_the_batch_split_no_dense_part():
     mesh = create_mesh({"data": 2, "tensor": 2})
     parallel = ParallelConfig(expert_axis=("data", "tensor"), data_axis="data")
@@ -162,6 +169,22 @@ def test_axes_are_taken_in_the_order_of_the_mesh_and_from_the_first_one_on():
     assert partitioning.axes_for(4) == ("tensor",)
     # Not over `expert` alone, whose ranks would hold other heads than their queries'.
     assert partitioning.axes_for(2) == ()
+
+
+def test_tokens_and_caches_are_split_by_rows_and_heads_and_latents_only_by_rows():
+    mesh = create_mesh({"data": 2, "tensor": 2})
+    partitioning = Partitioning.of(ParallelConfig(data_axis="data", tensor_axis="tensor"), mesh)
+    constrain_tokens, constrain_cache = partitioning.constrain_tokens, partitioning.constrain_cache
+    for constrain, shape, spec in (
+        (constrain_tokens, (6, 5, 8), PartitionSpec("data")),
+        (constrain_tokens, (3, 5, 8), PartitionSpec()),
+        (constrain_cache, (3, 6, 5, 4, 8), PartitionSpec(None, "data", None, "tensor")),
+        (constrain_cache, (2, 3, 5, 4, 8), PartitionSpec(None, None, None, "tensor")),
+        (constrain_cache, (2, 6, 5, 3, 8), PartitionSpec(None, "data")),
+        (constrain_cache, (2, 6, 5, 8), PartitionSpec(None, "data")),  # latents
+    ):
+        sharding = constrain(jnp.zeros(shape)).sharding
+        assert sharding.is_equivalent_to(NamedSharding(mesh, spec), len(shape)), (shape, sharding)
 
 
 @functools.cache
@@ -184,6 +207,22 @@ def test_a_model_created_on_a_mesh_is_split_like_a_loaded_one():
     np.testing.assert_array_equal(experts[:, 4:], experts[:, :2])
 
 
+def test_four_ranks_that_split_the_rows_of_dense_layers_do_a_quarter_of_the_work_each():
+    """Though all of them are given all ids."""
+
+    def operations(mesh):
+        """Of one device."""
+        parallel, given = (None, None) if mesh is None else (parallel_of(mesh), NamedSharding(mesh, PartitionSpec()))
+        decoder = small_decoder(num_hidden_layers=2, mlp_only_layers=[0, 1])
+        model = nnx.eval_shape(lambda: CausalLM(decoder, rngs=nnx.Rngs(0), mesh=mesh, parallel=parallel))
+        graph, state = nnx.split(model)
+        run = jax.jit(lambda state, ids: nnx.merge(graph, state).hidden_states(ids)[0], in_shardings=given)
+        ids = jax.ShapeDtypeStruct((8, 16), jnp.int32)
+        return run.lower(state, ids).compile(QUICK_TO_COMPILE).cost_analysis()["flops"]
+
+    assert operations(create_mesh({"data": 4})) < 1.2 * operations(None) / 4
+
+
 def small_model_on(mesh):
     """`f(rngs)`."""
     return lambda rngs: CausalLM(small_decoder(num_hidden_layers=1), rngs=rngs, mesh=mesh, parallel=parallel_of(mesh))
@@ -199,6 +238,14 @@ def test_a_model_created_in_a_traced_function_is_split_like_any_other():
     abstract = nnx.eval_shape(lambda: create(nnx.Rngs(0)))
     shapes = [{p: v.shape for p, v in nnx.to_flat_state(nnx.state(m))} for m in (abstract, model)]
     assert shapes[0] == shapes[1]
+
+
+def test_layers_are_created_in_shares_and_not_whole_on_every_device_first(monkeypatch):
+    monkeypatch.setattr(causal_lm, "placed", lambda value, _: value)  # what splits the rest afterwards
+    model = small_model_on(create_mesh({"expert": 4}))(nnx.Rngs(0))
+    shardings = parameter_shardings(model)
+    for path, variable in nnx.to_flat_state(nnx.state(model.stacks)):
+        assert variable[...].sharding.is_equivalent_to(shardings["stacks", *path], variable[...].ndim), path
 
 
 def test_models_created_by_a_vectorized_function_are_each_split_as_one_alone():
