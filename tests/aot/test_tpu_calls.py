@@ -51,7 +51,7 @@ def experts_block(shape, device, ids) -> list[TpuKernelCall]:
 
 
 EVERY_CASE = list(itertools.product(TPU_SHAPES, TPU_DEVICES, (2048, 8192)))
-QUICK_CASES = [("qwen3-30b-a3b", "v6e", 2048), ("deepseek-v3-ep64", "v5p", 8192), ("deepseek-v3-ep64", "7x", 2048)]
+QUICK_CASES = [("qwen3-30b-a3b", "v6e", 2048), ("deepseek-v3-ep64", "7x", 2048)]
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ def rehearse(tmp_path, fault, *arguments):
     return done, json.loads(file.read_text())
 
 
+@pytest.mark.slow
 def test_the_whole_script_rehearses_from_a_source_tree_in_which_nothing_is_installed(tmp_path):
     """The libraries' folder on the path as such: the file in it that makes the editable install importable isn't read."""
     environment = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib"), "XLA_FLAGS": xla_flags(1)}

@@ -28,7 +28,10 @@ def cpu_only(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
 
 
-@each_notebook
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.name, marks=[] if path == NOTEBOOKS[0] else pytest.mark.slow) for path in NOTEBOOKS],
+)
 @pytest.mark.usefixtures("cpu_only")
 def test_notebook_runs_and_shows_a_picture(path):
     notebook = nbformat.read(path, as_version=4)

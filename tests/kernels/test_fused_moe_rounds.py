@@ -98,7 +98,8 @@ def test_gradients_are_those_of_all_rounds(implementation, recompute_activation,
     rank.assert_gradients_right(rank.gradients(cotangent, **options), cotangent, expert_offset=3)
 
 
-@pytest.mark.parametrize("on_the_input", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("on_the_input", [False, True])
 def test_rows_that_a_gpu_does_not_write_may_hold_nan(on_the_input, rng, monkeypatch):
     """Where most choices are other ranks', rows are scattered into memory that holds anything."""
     written = []

@@ -96,7 +96,7 @@ def test_scanned_layers_are_rearranged_each_for_its_own_load(rng):
         np.testing.assert_array_equal(counted, aux.expert_load)
 
 
-@pytest.mark.parametrize("redundant", [0, 4])
+@pytest.mark.parametrize("redundant", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_layers_stacked_by_vmap_are_rearranged_each_for_its_own_load(redundant, rng):
     """What a model of one's own scans: a `MoERunner` whose arrays have a leading axis of layers."""
     mesh = make_mesh(4)

@@ -68,10 +68,10 @@ def assert_gradients_unchanged(model, ids):
 @pytest.mark.parametrize(
     ("decoder", "sizes"),
     [
-        (small_decoder(num_hidden_layers=1), None),
+        pytest.param(small_decoder(num_hidden_layers=1), None, marks=pytest.mark.slow),
         (small_decoder(num_hidden_layers=3), None),
         (alternating_decoder(4), None),
-        (small_decoder(num_hidden_layers=3), {"expert": 4}),
+        pytest.param(small_decoder(num_hidden_layers=3), {"expert": 4}, marks=pytest.mark.slow),
         pytest.param(alternating_decoder(4), {"data": 2, "expert": 2, "tensor": 2}, marks=pytest.mark.slow),
     ],
     ids=["one layer", "equal layers", "two kinds", "expert parallel", "on three axes"],

@@ -121,7 +121,7 @@ def test_in_blocks_every_token_gets_what_the_definition_gives(blocks_of_5, with_
     np.testing.assert_allclose(np.asarray(compute(query))[real], expected[real], atol=5e-6)
 
 
-@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("with_sinks", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_gradients_in_blocks_and_at_once_are_those_of_finite_differences(with_sinks, rng, monkeypatch):
     *arrays, sinks = draw(rng, with_sinks=with_sinks)
     visibility, weights = draw_places(rng), rng.normal(size=arrays[0].shape)

@@ -134,9 +134,9 @@ def test_no_more_rows_are_expected_than_a_round_has_choices(factor, one_row_per_
 CASES = [
     # Where tokens are, sizes (data, expert, tensor), options of the exchange and of the layer.
     ("split over the expert axis", (2, 4, 1), dict(), dict()),
-    ("as in vLLM", (2, 2, 2), dict(one_row_per_rank=True), dict(shared_experts=FUSED, fuse_shared_experts=True)),
 ]
 SLOW_CASES = [
+    ("as in vLLM", (2, 2, 2), dict(one_row_per_rank=True), dict(shared_experts=FUSED, fuse_shared_experts=True)),
     ("split over a tensor axis", (2, 2, 2), dict(micro_batches=2), dict()),
     ("on all ranks of an expert axis", (2, 4, 1), dict(one_row_per_rank=True), dict()),
     (

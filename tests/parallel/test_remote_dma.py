@@ -36,6 +36,7 @@ CASES = {
     "tensor ranks with other tokens": (TOKENS["split over a tensor axis"], (2, 2, 1), dict()),
     "weights on the input": (SPLIT, (1, 4, 1), dict(apply_router_weight_on_input=True, top_k=1)),
 }
+QUICK_CASES = ("two ranks", "as in vLLM, tensors split", "weights on the input")
 
 
 def layer_config(**changes) -> MoEConfig:
@@ -53,7 +54,9 @@ def forward(layer, x):
     return layer(x, with_aux=True)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK_CASES else pytest.mark.slow) for name in CASES]
+)
 def test_layer_on_a_mesh_equals_the_layer_on_one_device(name, rng):
     tokens, sizes, changes = CASES[name]
     single = random_layer(rng, layer_config(**changes), scale=0.1)
@@ -83,7 +86,7 @@ def test_gradients_are_those_of_the_layer_on_one_device(tensor, rng):
     assert aux.dropped_rows == 0
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_experts_of_a_stack_of_layers_are_computed_where_they_lie(dtype, rng):
     config = layer_config(dtype=dtype, param_dtype=dtype, parallel=ParallelConfig(strategy="remote_dma", **SPLIT))
     x = jnp.asarray(rng.normal(size=(6, 128)), dtype)

@@ -105,6 +105,7 @@ def test_loads_come_out_of_a_recomputed_layer_once(rng):
     assert load.sum() == 10
 
 
+@pytest.mark.slow
 def test_derivatives_of_every_kind_exist_for_the_reference(rng):
     config = MoEConfig(hidden_size=4, intermediate_size=4, num_experts=6, top_k=2, implementation="reference")
     layer = MoERunner(config, rngs=nnx.Rngs(0))

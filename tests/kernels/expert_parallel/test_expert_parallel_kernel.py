@@ -67,6 +67,7 @@ def test_one_expert_or_none(dma, routing, rng):
 EIGHT = Setting(8, axes=(("host", 2), ("chip", 4)))
 
 
+@pytest.mark.slow
 def test_eight_ranks_of_two_mesh_axes(rng):
     check(rng, EIGHT, uneven)
 

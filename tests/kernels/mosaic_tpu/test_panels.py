@@ -49,7 +49,7 @@ def test_long_rows_are_multiplied_in_pieces_and_by_several_strips(contract, devi
     assert_close(multiply(problem, tiles=tiles, device=device)[0], problem.result)
 
 
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("gated", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_deep_matrices_are_multiplied_strip_by_strip_with_all_projections_at_once(gated, rng, monkeypatch):
     """On 7x: pieces of 768 columns of the contraction, the last one narrower; strips of 128 or 256 columns, the last one too."""
     options = dict(projections=2, activation=Activation("silu")) if gated else {}
